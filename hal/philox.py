@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counter-based random numbers with the same bits on every host and every device.
+
+Philox4x32-10 (Salmon et al., SC'11; the generator behind cuRAND, JAX's and torch's CUDA streams) maps a key and
+a counter to four 32-bit words by ten rounds of integer multiplication, so any element of a stream can be had
+without the ones before it, on any device that multiplies integers.
+
+Layout: the key is the 64-bit seed, the upper half of the counter is the stream's 64-bit number, the lower half
+counts blocks of four words.
+
+`normal` uses only integer operations and float64 additions, multiplications, divisions and square roots, which
+IEEE 754 rounds in one way only; no library logarithm, whose last bit differs between hosts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    U32 = npt.NDArray[np.uint32]
+    F32 = npt.NDArray[np.float32]
+    F64 = npt.NDArray[np.float64]
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: they change the key from round to round
+MASK = 0xFFFFFFFF
+
+
+def stream_number(stream: str | int) -> int:
+    """Return the 64-bit number of a stream; a name is hashed with SHA-256, an integer is taken as it is.
+
+    Raises:
+        ValueError: an integer outside [0, 2**64).
+    """
+    if isinstance(stream, str):
+        return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
+    return _unsigned64(stream, "stream")
+
+
+def _unsigned64(value: int, what: str) -> int:
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{what} must lie in [0, 2**64), not {value}")
+    return value
+
+
+def round_keys(seed: int) -> list[tuple[int, int]]:
+    """Return the ten round keys of a seed in [0, 2**64)."""
+    low, high = _unsigned64(seed, "seed") & MASK, seed >> 32
+    return [((low + i * WEYL[0]) & MASK, (high + i * WEYL[1]) & MASK) for i in range(ROUNDS)]
+
+
+def blocks(seed: int, stream: int, first: int, count: int) -> U32:
+    """Return [count, 4] words: the blocks `first`, `first + 1`, ... of a stream."""
+    import numpy as np
+
+    index = np.arange(first, first + count, dtype=np.uint64)
+    mask, half = np.uint64(MASK), np.uint64(32)
+    c0, c1 = index & mask, index >> half
+    c2 = np.full(count, stream & MASK, np.uint64)
+    c3 = np.full(count, stream >> 32, np.uint64)
+    m0, m1 = (np.uint64(m) for m in MULTIPLIERS)
+    for k0, k1 in round_keys(seed):
+        p0, p1 = c0 * m0, c2 * m1  # 32 by 32 bits: the product fits in 64
+        c0, c1, c2, c3 = (
+            (p1 >> half) ^ c1 ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> half) ^ c3 ^ np.uint64(k1),
+            p0 & mask,
+        )
+    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+
+
+def bits(seed: int, stream: str | int, n: int, *, offset: int = 0) -> U32:
+    """Return `n` uniformly random 32-bit words, elements `offset` to `offset + n` of the stream.
+
+    Args:
+        seed: in [0, 2**64).
+        stream: name or number; different streams are independent.
+        n: how many; 0 gives an empty array.
+        offset: first element.
+    """
+    if n < 0 or offset < 0:
+        raise ValueError(f"n and offset must not be negative: n={n}, offset={offset}")
+    first = offset // 4
+    count = -(-(offset + n) // 4) - first
+    words = blocks(seed, stream_number(stream), first, count).reshape(-1)
+    return words[offset - 4 * first :][:n]
+
+
+def uniform(seed: int, stream: str | int, n: int, *, offset: int = 0) -> F32:
+    """Return `n` float32 in [0, 1), multiples of 2**-24, so that each is exact in float32."""
+    import numpy as np
+
+    scaled = (bits(seed, stream, n, offset=offset) >> np.uint32(8)).astype(np.float32)
+    return scaled * np.float32(2.0**-24)
+
+
+def normal(seed: int, stream: str | int, n: int, *, offset: int = 0) -> F32:
+    """Return `n` float32 from N(0, 1), by inversion; one word each, so |z| is at most 6.34.
+
+    Source: algorithm AS 241 (PPND16), Wichura 1988; its relative error is about 1e-16, below float32's rounding.
+    """
+    import numpy as np
+
+    p = (bits(seed, stream, n, offset=offset).astype(np.float64) + 0.5) * 2.0**-32
+    return _inverse_normal(p).astype(np.float32)
+
+
+# Coefficients of AS 241, lowest power first: numerator and denominator for the centre and the two tails.
+_CENTRE = (
+    (3.3871328727963666080, 133.14166789178437745, 1971.5909503065514427, 13731.693765509461125,
+     45921.953931549871457, 67265.770927008700853, 33430.575583588128105, 2509.0809287301226727),
+    (1.0, 42.313330701600911252, 687.18700749205790830, 5394.1960214247511077,
+     21213.794301586595867, 39307.895800092710610, 28729.085735721942674, 5226.4952788528545610),
+)
+_TAIL = (
+    (1.42343711074968357734, 4.63033784615654529590, 5.76949722146069140550, 3.64784832476320460504,
+     1.27045825245236838258, 0.241780725177450611770, 0.0227238449892691845833, 7.74545014278341407640e-4),
+    (1.0, 2.05319162663775882187, 1.67638483018380384940, 0.689767334985100004550,
+     0.148103976427480074590, 0.0151986665636164571966, 5.47593808499534494600e-4, 1.05075007164441684324e-9),
+)  # fmt: skip
+
+
+def _polynomial(coefficients: tuple[float, ...], x: F64) -> F64:
+    import numpy as np
+
+    total = np.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * x + coefficient
+    return total
+
+
+def _log(x: F64) -> F64:
+    """Natural logarithm of positive normal numbers, from correctly rounded operations only.
+
+    x = m * 2**e with m in [sqrt(1/2), sqrt(2)); log m = 2 artanh(s), s = (m - 1) / (m + 1), |s| < 0.172, and the
+    series is cut after s**21, where the next term is below 1e-18.
+    """
+    import numpy as np
+
+    m, e = np.frexp(x)
+    small = m < 0.7071067811865476
+    m, e = np.where(small, 2.0 * m, m), e - small
+    s = (m - 1.0) / (m + 1.0)
+    series = _polynomial(tuple(1.0 / k for k in range(1, 22, 2)), s * s)
+    return np.asarray(2.0 * s * series + e * 0.6931471805599453)
+
+
+def _inverse_normal(p: F64) -> F64:
+    import numpy as np
+
+    q = p - 0.5
+    centre = 0.180625 - q * q
+    inner = q * _polynomial(_CENTRE[0], centre) / _polynomial(_CENTRE[1], centre)
+    # For p >= 2**-33, sqrt(-log p) is below 4.79, within the first tail's range of 5.
+    r = np.sqrt(-_log(np.minimum(p, 1.0 - p))) - 1.6
+    outer = _polynomial(_TAIL[0], r) / _polynomial(_TAIL[1], r)
+    return np.where(np.abs(q) <= 0.425, inner, np.where(q < 0, -outer, outer))

@@ -164,6 +164,8 @@ class Precision(abc.ABC):
                     tuple((operation, self.measure_input_bits(operation)) for operation in ("matmul", "conv")),
                 )
                 self._check(report)
+        except UnsupportedPrecision:
+            raise
         except (ConfigError, RuntimeError) as error:  # a switch that the vendor refuses
             raise UnsupportedPrecision(
                 f"float32 mode {mode!r} cannot be set: {error}", device=self.device_id, what=mode

@@ -28,7 +28,8 @@ class MemoryStats:
         reserved: held by this process's allocator, live tensors included.
         peak_allocated, peak_reserved: the largest since `reset_peak()` or the process's start.
         free, total: of the whole device, as its driver tells.
-        process: everything that this process holds on the device (on a CPU: its resident set).
+        process, peak_process: everything that this process holds on the device (on a CPU: its resident set),
+            and the largest since `reset_peak()`.
         sources: for each number that is not None, the call that it came from.
     """
 
@@ -39,6 +40,7 @@ class MemoryStats:
     free: int | None = None
     total: int | None = None
     process: int | None = None
+    peak_process: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One opened device and its facets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, final
+
+from hal.errors import ConfigError, DeviceClosed
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.backend import Backend, DeviceInfo
+    from hal.changes import Changes
+    from hal.collectives import Collectives
+    from hal.contract import Contract
+    from hal.memory import Memory
+    from hal.precision import Precision
+    from hal.random import Random
+    from hal.streams import Event, Stream, Streams
+    from hal.support import Support
+    from hal.support_table import SupportTable
+
+
+@dataclass(frozen=True)
+class Facets:
+    """What a backend returns from `open`: one object for each facet of the device."""
+
+    torch_device: torch.device
+    memory: Memory
+    precision: Precision
+    collectives: Collectives
+    random: Random
+    streams: Streams
+    support: SupportTable
+    contract: Contract
+
+
+@final
+class Device:
+    """An opened device. Get one from `hal.open_device`, and `close()` it, or use it in a `with` statement.
+
+    Attributes:
+        info: facts that were known before opening.
+        because: why this device was chosen.
+        torch_device: what tensors and modules are moved to.
+        memory, precision, collectives, random: the facets.
+        contract: what the device declares about its arithmetic.
+        changes: what opening and using it changed in this process; `close()` puts all of it back.
+    """
+
+    def __init__(
+        self, info: DeviceInfo, because: str, backend: Backend, facets: Facets, changes: Changes
+    ) -> None:
+        self.info = info
+        self.because = because
+        self.torch_device = facets.torch_device
+        self.memory = facets.memory
+        self.precision = facets.precision
+        self.collectives = facets.collectives
+        self.random = facets.random
+        self.contract = facets.contract
+        self.changes = changes
+        self._streams = facets.streams
+        self._support = facets.support
+        self._backend = backend
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"<hal.Device {self.info.id} ({self.info.name or self.info.vendor}){' closed' if self._closed else ''}>"
+
+    def _open(self) -> None:
+        if self._closed:
+            raise DeviceClosed("the device is closed", device=self.info.id, hint="open it again")
+
+    def synchronize(self) -> None:
+        """Wait until all work on the device is done."""
+        self._open()
+        self._streams.synchronize()
+
+    def stream(self) -> Stream:
+        """Return a new stream; on a device that works synchronously it is always empty."""
+        self._open()
+        return self._streams.stream()
+
+    def event(self) -> Event:
+        """Return a new event that takes the time."""
+        self._open()
+        return self._streams.event()
+
+    def support(self, operator: str, dtype: torch.dtype) -> Support:
+        """Tell whether the device computes an operator in a dtype, by trying it once.
+
+        Raises:
+            ConfigError: the table has no such operator; the message lists them.
+        """
+        self._open()
+        return self._support.query(operator, dtype)
+
+    def operators(self) -> tuple[str, ...]:
+        """Return the names that `support` knows."""
+        return self._support.operators()
+
+    def versions(self) -> dict[str, str | None]:
+        """Return the versions that matter when results are compared; what is unknown is None."""
+        import torch
+
+        return {"torch": torch.__version__, **self._backend.versions()}
+
+    def prepare(self, *objects: Any) -> Any:
+        """Place on the device what a training loop has; the loop itself stays as it is.
+
+        Args:
+            objects: modules (moved in place), optimisers (their state is moved; their parameters must be those
+                of modules that were given before or are here already), tensors, and iterables of batches such
+                as a DataLoader (wrapped: each batch is moved when it is fetched).
+
+        Returns:
+            The same objects in the same order; one alone is returned as it is, not in a tuple.
+
+        Raises:
+            ConfigError: an object is none of these, or an optimiser holds parameters that are elsewhere.
+        """
+        self._open()
+        placed = tuple(self._place(o) for o in objects)
+        return placed[0] if len(placed) == 1 else placed
+
+    def _place(self, thing: Any) -> Any:
+        import torch
+
+        if isinstance(thing, (torch.nn.Module, torch.Tensor)):
+            return thing.to(self.torch_device)
+        if isinstance(thing, torch.optim.Optimizer):
+            self._place_optimizer(thing)
+            return thing
+        if isinstance(thing, Iterable) and not isinstance(thing, (str, bytes)):
+            return BatchMover(thing, self.torch_device)
+        raise ConfigError(
+            f"{self.info.id}: cannot place a {type(thing).__name__}",
+            expected="modules, optimisers, tensors, or iterables of batches",
+        )
+
+    def _place_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        import torch
+
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.device != self.torch_device:
+                    raise ConfigError(
+                        f"{self.info.id}: the optimiser holds a parameter of shape {tuple(parameter.shape)} on "
+                        f"{parameter.device}",
+                        hint="prepare the model before its optimiser: device.prepare(model, optimizer, loader)",
+                    )
+                state = optimizer.state.get(parameter, {})
+                for key, value in state.items():
+                    # A 0-dimensional step count stays on the host, where torch's own optimisers keep it.
+                    if isinstance(value, torch.Tensor) and value.dim() > 0:
+                        state[key] = value.to(self.torch_device)
+
+    def close(self) -> None:
+        """Put back everything that opening changed. Harmless the second time; tensors stay valid."""
+        if not self._closed:
+            self._closed = True
+            self.changes.release()
+
+    def __enter__(self) -> Device:
+        self._open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@final
+class BatchMover:
+    """An iterable of batches whose tensors are moved to a device as they are fetched.
+
+    Everything else about the wrapped loader (`len`, `dataset`, `sampler`, ...) stays reachable.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self.loader = loader
+        self.device = device
+
+    def __iter__(self) -> Iterator[Any]:
+        import torch
+        from torch.utils._pytree import tree_map
+
+        def move(leaf: Any) -> Any:
+            # Asynchronous where the loader pinned its memory; torch copies synchronously otherwise.
+            return leaf.to(self.device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
+
+        for batch in self.loader:
+            yield tree_map(move, batch)
+
+    def __len__(self) -> int:
+        return len(self.loader)  # type: ignore[arg-type]  # a TypeError is the loader's own answer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)

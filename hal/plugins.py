@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds plug-ins by entry point and loads them, one at a time, so that one bad plug-in costs only itself.
+
+Loading a plug-in runs its code. The environment variable HAL_BACKENDS, a comma-separated list of names, limits
+which ones are loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+from importlib import metadata
+
+from hal.backend import PLUGIN_API, Backend
+from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError
+
+BACKENDS = "hal.backends"
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A registered name with everyone who registers it; more than one owner makes it unusable.
+
+    Attributes:
+        name: of the backend.
+        entry_points: what to load, one for each owner.
+        owners: the distributions, as `name version`.
+    """
+
+    name: str
+    entry_points: tuple[metadata.EntryPoint, ...]
+    owners: tuple[str, ...]
+
+
+_lock = threading.RLock()
+_loaded: dict[tuple[str, str], Backend] = {}
+_found: tuple[tuple[str, ...], tuple[Plugin, ...]] | None = None
+
+
+def registered() -> tuple[Plugin, ...]:
+    """Return every registered backend, without loading one; cached until `sys.path` changes."""
+    global _found
+    with _lock:
+        path = tuple(sys.path)
+        if _found is None or _found[0] != path:
+            _found = (path, _scan())
+        return _found[1]
+
+
+def _scan() -> tuple[Plugin, ...]:
+    by_name: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
+    for entry_point in metadata.entry_points(group=BACKENDS):
+        dist = entry_point.dist
+        owner = f"{dist.name} {dist.version}" if dist is not None else "unknown"
+        # One distribution may be seen twice, through an editable install and its build folder.
+        by_name.setdefault(entry_point.name, {})[owner, entry_point.value] = entry_point
+    return tuple(
+        Plugin(name, tuple(found.values()), tuple(owner for owner, _ in found)) for name, found in by_name.items()
+    )
+
+
+def allowed() -> tuple[Plugin, ...]:
+    """Return the registered backends that HAL_BACKENDS admits; all of them if it is not set.
+
+    Raises:
+        ConfigError: HAL_BACKENDS is empty or names a backend that is not registered.
+    """
+    plugins = registered()
+    setting = os.environ.get("HAL_BACKENDS")
+    if setting is None:
+        return plugins
+    names = [name.strip() for name in setting.split(",") if name.strip()]
+    known = {plugin.name: plugin for plugin in plugins}
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(
+            f"HAL_BACKENDS={setting!r} names {', '.join(map(repr, unknown)) if unknown else 'no backend'}",
+            expected=f"a comma-separated list out of: {', '.join(sorted(known))}",
+            hint="unset HAL_BACKENDS to admit every backend",
+        )
+    return tuple(known[name] for name in names)
+
+
+def load(plugin: Plugin) -> Backend:
+    """Import a plug-in's module and check what it offers; the result is cached.
+
+    Raises:
+        DuplicateBackend: two distributions register this name.
+        IncompatiblePlugin: it was written for another major version of the interface.
+        PluginError: the entry point does not lead to a backend of this name.
+        Broken: importing it raised; the original exception is the cause.
+    """
+    if len(plugin.entry_points) > 1:
+        owners = [f"{owner} ({e.value})" for owner, e in zip(plugin.owners, plugin.entry_points, strict=True)]
+        raise DuplicateBackend(
+            f"backend {plugin.name!r} is registered by {' and by '.join(owners)}",
+            hint="uninstall one of them; neither is used while both are there",
+        )
+    entry_point, owner = plugin.entry_points[0], plugin.owners[0]
+    key = (plugin.name, f"{owner} {entry_point.value}")
+    with _lock:
+        if key not in _loaded:
+            try:
+                found = entry_point.load()
+            except (Exception, SystemExit) as error:  # whatever a plug-in does at import is its own fault alone
+                raise Broken(
+                    f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}",
+                    device=plugin.name,
+                ) from error
+            _loaded[key] = _checked(found, plugin.name, f"{entry_point.value} of {owner}")
+        return _loaded[key]
+
+
+def _checked(found: object, name: str, where: str) -> Backend:
+    backend = found() if isinstance(found, type) and issubclass(found, Backend) else found
+    if not isinstance(backend, Backend):
+        raise PluginError(
+            f"{where} is a {type(backend).__name__}", expected="an instance of hal.Backend, or the class itself"
+        )
+    version = getattr(backend, "plugin_api", None)
+    if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(n, int) for n in version)):
+        raise IncompatiblePlugin(
+            f"{where} does not say for which plug-in interface it was written",
+            expected=f"plugin_api = {PLUGIN_API}",
+        )
+    if version[0] != PLUGIN_API[0] or version[1] > PLUGIN_API[1]:
+        raise IncompatiblePlugin(
+            f"{where} was written for plug-in interface {version[0]}.{version[1]}",
+            expected=f"{PLUGIN_API[0]}.0 to {PLUGIN_API[0]}.{PLUGIN_API[1]}",
+            hint="a release of the plug-in or of moe-hal that fits the other",
+        )
+    if getattr(backend, "name", None) != name:
+        raise PluginError(
+            f"{where} calls itself {getattr(backend, 'name', None)!r} and is registered as {name!r}",
+            expected="one name for both",
+        )
+    return backend

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays as bytes: dtype tags, storage integers for what numpy lacks, digests, and the way to torch and back.
+
+A tag is a dtype's name as torch and ml_dtypes spell it. Only dtypes with a tag travel between a worker and its
+parent, or into a recording.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal_conformance.case import Array, Arrays
+
+_NATIVE = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+_EXTENDED = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu")
+
+TAGS: Mapping[str, np.dtype[Any]] = MappingProxyType(
+    {
+        **{name: np.dtype(name) for name in _NATIVE},
+        # e8m0 came with ml_dtypes 0.5.
+        **{name: np.dtype(getattr(ml_dtypes, name)) for name in _EXTENDED if hasattr(ml_dtypes, name)},
+    }
+)
+_NAMES = {dtype: tag for tag, dtype in TAGS.items()}
+
+
+def tag_of(array: Array) -> str:
+    """Return the tag of an array's dtype.
+
+    Raises:
+        TypeError: a dtype without a tag, such as complex64.
+    """
+    try:
+        return _NAMES[array.dtype]
+    except KeyError:
+        raise TypeError(f"an array of dtype {array.dtype} cannot be exchanged") from None
+
+
+def to_bytes(array: Array) -> bytes:
+    """Return the elements in row-major order, little-endian."""
+    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
+        array = array.astype(array.dtype.newbyteorder("<"))
+    return array.tobytes()
+
+
+def from_bytes(data: bytes | memoryview, tag: str, shape: tuple[int, ...]) -> Array:
+    """Return a read-only array over `data`.
+
+    Raises:
+        KeyError: no such tag.
+        ValueError: the number of bytes does not fit the shape.
+    """
+    dtype = TAGS[tag]
+    # frombuffer knows neither ml_dtypes in every numpy, nor empty buffers: go through bytes of their own.
+    raw = np.frombuffer(data, np.uint8) if len(data) else np.zeros(0, np.uint8)
+    return raw.view(dtype).reshape(shape)
+
+
+def digest(array: Array) -> str:
+    """Return the SHA-256 of dtype, shape and elements, as 64 hexadecimal digits."""
+    head = f"{tag_of(array)} {'x'.join(map(str, array.shape))}\n".encode()
+    return hashlib.sha256(head + to_bytes(array)).hexdigest()
+
+
+def digests(arrays: Arrays) -> dict[str, str]:
+    """Return the digest of each array, by name."""
+    return {name: digest(array) for name, array in arrays.items()}
+
+
+def to_torch(array: Array, device: torch.device) -> torch.Tensor:
+    """Copy an array to the device, whatever its dtype."""
+    import torch
+
+    tag = tag_of(array)
+    owned = np.array(array, copy=True, order="C")
+    if tag in _EXTENDED:
+        carrier = owned.view(np.int16 if owned.itemsize == 2 else np.uint8)
+        return torch.from_numpy(carrier).view(getattr(torch, tag)).to(device)
+    return torch.from_numpy(owned).to(device)
+
+
+def from_torch(tensor: torch.Tensor) -> Array:
+    """Copy a dense tensor to the host.
+
+    Raises:
+        TypeError: a dtype without a tag.
+    """
+    import torch
+
+    tag = str(tensor.dtype).removeprefix("torch.")
+    if tag not in TAGS:
+        raise TypeError(f"a tensor of dtype {tag} cannot be exchanged")
+    host = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    if tag in _EXTENDED:
+        carrier = host.view(torch.int16 if host.element_size() == 2 else torch.uint8)
+        return carrier.numpy().view(TAGS[tag])
+    array: Array = host.numpy()
+    return array

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run tasks on one subject, in worker processes that may die at any moment, and observe what comes back."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import Absent, Broken, ConfigError, UnknownDevice
+from hal_conformance.plan import Catalogue, Task
+from hal_conformance.process import Died, TimedOut, WorkerProcess
+from hal_conformance.text import plain
+from hal_conformance.verdicts import Status
+
+if TYPE_CHECKING:
+    from hal_conformance.case import Arrays
+    from hal_conformance.subject import Subject
+
+START_S = 300.0
+"""Seconds for a worker to import torch and open its device: cold network disks and first driver starts are slow."""
+
+CASE_S = {"tiny": 60.0, "small": 120.0, "full": 1200.0}
+"""Seconds for one case, by scale: some hundred times what the slowest takes on two old cores."""
+
+AHEAD = 3
+"""Tasks that a worker holds: it computes while the parent judges."""
+
+HANGS = 3
+"""After this many hangs of one case (its presets and dtypes), the rest of it is not tried again."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a subject did with one task.
+
+    Attributes:
+        status: a verdict that needs no judge, or None: then the outputs are to be judged.
+        hashes: SHA-256 of each input, as the worker had it.
+        seconds: that the case ran.
+    """
+
+    task: Task
+    status: Status | None
+    detail: str = ""
+    outputs: Arrays = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Runner(AbstractContextManager["Runner"]):
+    """One subject with its worker. Leaving the context ends the worker, whatever it is doing.
+
+    Args:
+        subject: what to run.
+        catalogue: the cases, which the worker finds by the module's name.
+        opener: `module:function` that opens a device by name.
+        case_s, start_s: time limits in seconds; None: the defaults of this module.
+
+    Attributes:
+        opened: the device's info, contract and versions, once `open` has returned.
+    """
+
+    def __init__(
+        self, subject: Subject, catalogue: Catalogue | None = None, *, opener: str = "hal:open_device",
+        case_s: float | None = None, start_s: float | None = None,
+    ) -> None:
+        self.subject = subject
+        self.opened: dict[str, Any] = {}
+        self._case_s = case_s
+        self._start_s = START_S if start_s is None else start_s
+        self._config = {
+            "device": subject.device,
+            "impl": subject.impl,
+            "opener": opener,
+            "catalogue": (catalogue or Catalogue()).module,
+            "folder": os.getcwd(),  # noqa: PTH109  a string for JSON
+        }
+        self._worker: WorkerProcess | None = None
+        self._idle_until = 0.0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._worker is not None:
+            self._worker.close(grace=0.0 if kind else 10.0)
+            self._worker = None
+
+    def open(self) -> dict[str, Any]:
+        """Start a worker and wait until its device is open.
+
+        Raises:
+            UnknownDevice, Absent, Broken: the device cannot be had; the worker is gone.
+            ConfigError: the implementation cannot be loaded.
+        """
+        stage = "opening"
+        self._worker = WorkerProcess(self._config)
+        deadline = time.monotonic() + self._start_s
+        try:
+            while True:
+                message, _ = self._worker.receive(deadline)
+                stage = message["event"]
+                if stage == "ready":
+                    return self.opened
+                if stage == "failed":
+                    self._fail(message["kind"], message["detail"])
+                if stage == "loading":
+                    self.opened = message["opened"]
+        except Died as death:
+            self._fail("implementation" if stage == "loading" else "broken", str(death))
+        except TimedOut:
+            self._fail(
+                "implementation" if stage == "loading" else "broken",
+                f"nothing within {self._start_s:g} s of {'importing it' if stage == 'loading' else 'opening it'}",
+            )
+        finally:
+            if stage != "ready":
+                self._worker.close()
+                self._worker = None
+        raise AssertionError("unreachable")
+
+    def _fail(self, kind: str, detail: str) -> None:
+        device = self.subject.device
+        if kind == "unknown":
+            raise UnknownDevice(detail, device=device)
+        if kind == "absent":
+            raise Absent(detail, device=device)
+        if kind == "implementation":
+            raise ConfigError(f"--impl {plain(self.subject.impl)} cannot be loaded: {detail}")
+        raise Broken(detail, device=device)
+
+    def observe(self, tasks: Sequence[Task]) -> Iterator[Observation]:
+        """Run the tasks in order and yield what each did; the next ones run while the caller judges.
+
+        A task whose worker hangs or dies is given that verdict, and a new worker goes on with the next. If no
+        new worker can be had, all that is left is CRASH, with the reason.
+        """
+        waiting = deque(enumerate(tasks))
+        in_flight: deque[tuple[int, Task]] = deque()
+        hangs: Counter[str] = Counter()
+        while waiting or in_flight:
+            try:
+                if self._worker is None:
+                    waiting.extendleft(reversed(in_flight))
+                    in_flight.clear()
+                    self.open()
+            except (UnknownDevice, Absent, Broken, ConfigError) as error:
+                for _, task in waiting:
+                    yield Observation(task, Status.CRASH, f"the device could not be opened again: {plain(error)}")
+                return
+            self._submit(waiting, in_flight, hangs)
+            if in_flight:
+                yield self._next(in_flight, hangs)
+            while waiting and not in_flight and hangs[waiting[0][1].case.name] >= HANGS:
+                _, task = waiting.popleft()
+                yield Observation(task, Status.SKIPPED, f"not tried again after {HANGS} hangs of {task.case.name}")
+
+    def _submit(
+        self, waiting: deque[tuple[int, Task]], in_flight: deque[tuple[int, Task]], hangs: Counter[str]
+    ) -> None:
+        assert self._worker is not None
+        while waiting and len(in_flight) < AHEAD and hangs[waiting[0][1].case.name] < HANGS:
+            number, task = waiting.popleft()
+            if not in_flight:
+                self._idle_until = time.monotonic()
+            self._worker.send(
+                {"command": "run", "id": number, "case": task.case.name, "params": dict(vars(task.params))}
+            )
+            in_flight.append((number, task))
+
+    def _next(self, in_flight: deque[tuple[int, Task]], hangs: Counter[str]) -> Observation:
+        assert self._worker is not None
+        number, task = in_flight[0]
+        limit = self._case_s or CASE_S[task.params.scale]
+        # The clock of a task starts when the worker could begin with it, not when the parent gets round to asking.
+        deadline = max(self._idle_until, self._worker.last_arrival) + limit
+        try:
+            message, outputs = self._worker.receive(deadline)
+            if message.get("event") != "observed" or message.get("id") != number:
+                raise Died("the worker sent a message that answers nothing")
+        except (Died, TimedOut) as end:
+            in_flight.popleft()
+            self._abandon()
+            if isinstance(end, Died):
+                return Observation(task, Status.CRASH, plain(end))
+            hangs[task.case.name] += 1
+            return Observation(task, Status.HANG, f"no result within {limit:g} s", seconds=limit)
+        in_flight.popleft()
+        if not message["healthy"]:
+            self._abandon()
+        return Observation(
+            task,
+            None if message["status"] is None else Status.parse(message["status"]),
+            plain(message["detail"]),
+            outputs,
+            message.get("hashes", {}),
+            message["seconds"],
+        )
+
+    def _abandon(self) -> None:
+        assert self._worker is not None
+        self._worker.close()
+        self._worker = None

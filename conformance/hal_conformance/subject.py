@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is under test: an implementation of the MoE operators on a device."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from hal.errors import ConfigError
+from hal_conformance.text import plain
+
+if TYPE_CHECKING:
+    from hal.backend import DeviceInfo
+
+PORTABLE = "torch"
+"""Name of the implementation that is always there: `hal.moe` in ordinary torch operators."""
+
+_SETTINGS = ("TORCH_", "PYTORCH_", "OMP_", "MKL_", "HAL_", "CUDA_", "CUBLAS_", "HIP_", "ROCBLAS_", "ASCEND_")
+"""Prefixes of environment variables that change numbers; no other variable is written into a recording."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One implementation on one device.
+
+    Attributes:
+        device: what `hal.open_device` takes.
+        impl: `torch`, or `module:object`.
+        named: whether a user named this device, so that its absence is an error.
+    """
+
+    device: str
+    impl: str = PORTABLE
+    named: bool = True
+
+    def __str__(self) -> str:
+        return self.device if self.impl == PORTABLE else f"{self.device} with {self.impl}"
+
+
+def choose(named: Sequence[str], impls: Sequence[str], found: Iterable[DeviceInfo]) -> list[Subject]:
+    """Return the subjects of a run, without repetitions.
+
+    Args:
+        named: the devices that a user named; `all` adds every listed device, simulated ones too. Empty: every
+            real device that is listed.
+        impls: implementations; empty: the portable one.
+        found: the devices that are listed here.
+
+    Raises:
+        ConfigError: an implementation is not written `module:object`.
+    """
+    for impl in impls:
+        module, colon, path = impl.partition(":")
+        if impl != PORTABLE and not (module and colon and path):
+            raise ConfigError(f"cannot read --impl {plain(impl)!r}", expected="module:object")
+    devices: dict[str, bool] = {name: True for name in named if name != "all"}
+    if not named or "all" in named:
+        for info in found:
+            if "all" in named or not info.simulated:
+                devices.setdefault(info.id, False)
+    return [
+        Subject(device, impl, is_named)
+        for device, is_named in devices.items()
+        for impl in dict.fromkeys(impls or (PORTABLE,))
+    ]
+
+
+def unmet(required: Iterable[str], judged: Iterable[str]) -> list[str]:
+    """Return the required globs that no judged device answers to."""
+    ids = list(judged)
+    return [glob for glob in required if not any(fnmatchcase(device, glob) for device in ids)]
+
+
+def load_attribute(reference: str) -> Any:
+    """Return what `module:object` names; the object may be dotted."""
+    module, _, path = reference.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found
+
+
+def load_implementation(reference: str, folder: str) -> Any:
+    """Return the implementation; a class is called without arguments.
+
+    `folder` is searched first while the module is imported, and last from then on: what is imported already
+    (torch, numpy, hal) cannot be shadowed by a file that happens to lie there.
+    """
+    if reference == PORTABLE:
+        return load_attribute("hal.moe.torch_ops:torch_ops")
+    for module in ("torch", "numpy", "hal.moe"):
+        importlib.import_module(module)
+    sys.path.insert(0, folder)
+    try:
+        found = load_attribute(reference)
+    finally:
+        sys.path.remove(folder)
+        sys.path.append(folder)
+    return found() if isinstance(found, type) else found
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """Return what identifies an opened device and explains its numbers, as JSON values."""
+    import torch
+
+    import hal
+
+    settings = {k: plain(v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS)}
+    versions = {
+        "hal": hal.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "host": platform.node(),
+        "threads": torch.get_num_threads(),
+    }
+    versions.update(device.versions())
+    return {
+        "info": device.info.as_json(),
+        "contract": device.contract.as_json(),
+        "versions": versions,
+        "environment": settings,
+        "changes": [plain(change) for change in device.changes],
+    }

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process in which one subject runs: it opens the device, runs cases, and sends back what they returned.
+
+It judges nothing. It may be killed at any moment, and whatever an implementation does to it (raise, hang, exit,
+flood its output, close its files) costs the case that was running and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import IO, TYPE_CHECKING, Any
+
+from hal_conformance import arrays as codec
+from hal_conformance import wire
+from hal_conformance.case import Params
+from hal_conformance.plan import Catalogue
+from hal_conformance.text import plain
+from hal_conformance.verdicts import Status
+
+if TYPE_CHECKING:
+    from hal_conformance.case import Arrays, Case
+
+MAX_OUTPUT = 4 << 30
+"""Bytes of outputs that one case may return; a wrong shape must not fill the memory of two processes."""
+
+
+class StructureError(Exception):
+    """An output or an input is not what the protocol of operators says."""
+
+
+def main() -> None:
+    """Serve one parent until it closes the connection. Never returns."""
+    commands, events = _private_streams()
+    try:
+        _Worker(commands, events).serve()
+    finally:
+        # Threads and exit handlers of an implementation must not keep this process alive.
+        os._exit(0)
+
+
+def _private_streams() -> tuple[IO[bytes], IO[bytes]]:
+    """Take the two pipes away from stdin and stdout, which then lead to nothing and to stderr."""
+    commands = os.fdopen(os.dup(0), "rb")
+    events = os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    events.write(wire.MAGIC)
+    events.flush()
+    return commands, events
+
+
+class _Worker:
+    def __init__(self, commands: IO[bytes], events: IO[bytes]) -> None:
+        self._events = events
+        self._pid = os.getpid()
+        self._commands: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, args=(commands,), daemon=True).start()
+        self._device: Any = None
+        self._ops: Any = None
+
+    def _listen(self, commands: IO[bytes]) -> None:
+        """Queue what the parent sends. When the parent is gone, so is this process, even amid a case."""
+        try:
+            while (message := wire.receive(commands)) is not None:
+                self._commands.put(message[0])
+        except (wire.WireError, OSError):
+            pass
+        if os.name == "posix" and os.getpgrp() == os.getpid():
+            os.killpg(0, signal.SIGKILL)  # with whatever processes the implementation started
+        os._exit(0)
+
+    def _send(self, header: dict[str, Any], arrays: Arrays | None = None) -> None:
+        if os.getpid() != self._pid:
+            os._exit(0)  # a copy that an implementation forked and let run on
+        wire.send(self._events, header, arrays)
+
+    def serve(self) -> None:
+        """Start up, then answer each command."""
+        config = self._commands.get()
+        if not self._start(config):
+            return
+        catalogue = Catalogue(config["catalogue"])
+        while True:
+            command = self._commands.get()
+            if command["command"] == "close":
+                self._device.close()
+                self._send({"event": "closed"})
+                return
+            params = Params(**command["params"])
+            self._send(*self._answer(command["id"], catalogue.by_name(command["case"]), params))
+
+    def _start(self, config: dict[str, Any]) -> bool:
+        """Open the device and load the implementation; tell the parent about either."""
+        from hal.errors import Absent, HalError, UnknownDevice
+        from hal_conformance import subject
+
+        self._send({"event": "opening"})
+        try:
+            self._device = subject.load_attribute(config["opener"])(config["device"])
+            opened = subject.describe(self._device)
+        except BaseException as error:  # noqa: BLE001  a driver may raise anything
+            kinds = {UnknownDevice: "unknown", Absent: "absent"}
+            kind = next((name for type_, name in kinds.items() if isinstance(error, type_)), "broken")
+            reason = getattr(error, "reason", None) or (str(error) if isinstance(error, HalError) else _last(error))
+            self._send({"event": "failed", "kind": kind, "detail": plain(reason)})
+            return False
+        self._send({"event": "loading", "opened": opened})
+        try:
+            self._ops = subject.load_implementation(config["impl"], config["folder"])
+        except BaseException as error:  # noqa: BLE001  importing an implementation may raise anything
+            self._send({"event": "failed", "kind": "implementation", "detail": plain(_last(error))})
+            return False
+        self._send({"event": "ready"})
+        return True
+
+    def _answer(self, number: int, case: Case, params: Params) -> tuple[dict[str, Any], Arrays]:
+        answer: dict[str, Any] = {"event": "observed", "id": number, "status": None, "detail": "", "healthy": True}
+        outputs: Arrays = {}
+        started = time.perf_counter()
+        try:
+            inputs = case.inputs(params)
+            answer["hashes"] = codec.digests(inputs)
+            started = time.perf_counter()
+            reason = self._unsupported(case, params.dtype)
+            if reason:
+                answer.update(status=Status.UNSUPPORTED.value, detail=plain(reason))
+            else:
+                outputs = self._run(case, inputs, params)
+        except BaseException as error:  # noqa: BLE001  this is where foreign code ends up
+            answer.update(self._excuse(error))
+        answer["seconds"] = time.perf_counter() - started
+        return answer, outputs
+
+    def _unsupported(self, case: Case, dtype: str) -> str:
+        missing = [name for name in case.needs if not callable(getattr(self._ops, name, None))]
+        if missing:
+            return f"the implementation has no {', '.join(missing)}"
+        import torch
+
+        support = self._device.support("matmul", getattr(torch, dtype))
+        return "" if support else f"{dtype}: {support.reason}"
+
+    def _run(self, case: Case, inputs: Arrays, params: Params) -> Arrays:
+        import torch
+
+        device = torch.empty(0, device=self._device.torch_device).device
+        tensors = {name: codec.to_torch(array, device) for name, array in inputs.items()}
+        given = dict(tensors)
+        returned = case.run(self._ops, given, params)
+        self._device.synchronize()
+        outputs = _check(returned, device)
+        for name, tensor in tensors.items():
+            if codec.to_bytes(codec.from_torch(tensor)) != codec.to_bytes(inputs[name]):
+                raise StructureError(f"the implementation wrote into its input {name}")
+        return outputs
+
+    def _excuse(self, error: BaseException) -> dict[str, Any]:
+        """Turn what a case raised into a verdict, and find out whether the device survived it."""
+        from hal.errors import Unsupported
+
+        if isinstance(error, Unsupported):
+            return {"status": Status.UNSUPPORTED.value, "detail": plain(error.reason)}
+        if isinstance(error, StructureError):
+            return {"status": Status.FAIL_STRUCTURE.value, "detail": plain(error)}
+        return {"status": Status.CRASH.value, "detail": plain(f"raised {_last(error)}"), "healthy": self._healthy()}
+
+    def _healthy(self) -> bool:
+        """Tell whether the device still computes: some errors poison a process for good."""
+        try:
+            import torch
+
+            self._device.synchronize()
+            return bool((torch.ones(2, device=self._device.torch_device) * 2).sum().item() == 4)
+        except BaseException:  # noqa: BLE001  the answer is no, whatever it raises
+            return False
+
+
+def _check(returned: Any, device: Any) -> Arrays:
+    """Return the outputs as arrays.
+
+    Raises:
+        StructureError: something else than dense tensors on the device came back.
+    """
+    import torch
+
+    if not isinstance(returned, dict) or not all(isinstance(name, str) for name in returned):
+        raise StructureError(f"returned a {type(returned).__name__} where named tensors were expected")
+    for name, tensor in returned.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise StructureError(f"{name} is a {type(tensor).__name__}, not a tensor")
+        if tensor.device != device:
+            raise StructureError(f"{name} is on {tensor.device}, not on {device}")
+        if tensor.layout != torch.strided:
+            raise StructureError(f"{name} has the layout {tensor.layout}, not torch.strided")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in returned.values())
+    if size > MAX_OUTPUT:
+        raise StructureError(f"returned {size} bytes, more than the {MAX_OUTPUT} that a case may return")
+    try:
+        return {name: codec.from_torch(tensor) for name, tensor in returned.items()}
+    except TypeError as error:
+        raise StructureError(str(error)) from error
+
+
+def _last(error: BaseException) -> str:
+    """Return the last line of a traceback and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno} in {frames[-1].name})" if frames else ""  # noqa: PTH119
+    return f"{type(error).__name__}: {plain(error)}{where}"
+
+
+def run_from_command_line() -> None:
+    """Entry of a spawned process; see `process.BOOT`."""
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.argv[1:] = []
+    main()

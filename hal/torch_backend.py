@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generic base: any device that torch can address, in about 30 lines.
+
+A plug-in derives from `TorchBackend`, says which torch device type it is, which package registers it and how it
+recognises its hardware. Everything else goes through `torch.get_device_module`, the interface that torch asks of
+every device: a statistic that the module lacks is None, and a facet that it lacks raises `UnsupportedOperation`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from hal.backend import Backend, Claim, DeviceInfo, Discovery, Specificity
+from hal.changes import Changes, Switch
+from hal.collectives import Collectives
+from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
+from hal.device import Facets
+from hal.errors import Absent, Broken, UnsupportedOperation, UnsupportedPrecision
+from hal.memory import Memory, MemoryStats
+from hal.precision import Fp32Mode, Precision
+from hal.random import Random
+from hal.streams import TorchStreams
+from hal.support_table import SupportTable
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchBackend(Backend):
+    """A backend over one torch device type. Override what differs; `present` must be answered."""
+
+    torch_type: ClassVar[str]
+    """What `torch.device()` takes, such as `flagos`."""
+    package: ClassVar[str | None] = None
+    """The Python package whose import registers the device type; None if torch has it built in."""
+    library: ClassVar[str] = "gloo"
+    """The collective library's name, for people."""
+    distributed_name: ClassVar[str | None] = None
+    """The name by which torch.distributed knows it; by default the library's."""
+    contract: ClassVar[Contract] = Contract(
+        matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
+        evidence="assumed: float32 accumulation that may truncate; probe the device to declare more",
+    )  # fmt: skip
+
+    # What a plug-in answers ------------------------------------------------------------------------------------
+
+    def present(self) -> tuple[int | None, tuple[str, ...]]:
+        """Return how many devices are here, None if that cannot be known cheaply, and what showed it.
+
+        Must not import the vendor's package. Zero means that there are none.
+
+        Raises:
+            Absent, Broken: with the reason.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.present() must say how this hardware is recognised")
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """Return what is cheaply known of one device: any of `name`, `arch`, `total_memory`, `evidence`."""
+        return {}
+
+    def specificity(self) -> Specificity:
+        """How closely this backend's claims fit."""
+        return Specificity.PLATFORM
+
+    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
+        """Return the memory facet."""
+        return TorchMemory(info.id, device, module)
+
+    def make_precision(
+        self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
+    ) -> Precision:
+        """Return the precision facet."""
+        return TorchPrecision(info.id, device, changes, support)
+
+    def emulated(self, operator: str, dtype: torch.dtype) -> str | None:
+        """Return how an operator is emulated on this device, from a cited table, or None."""
+        return None
+
+    # The rest --------------------------------------------------------------------------------------------------
+
+    @final
+    def discover(self) -> Discovery:
+        """See `Backend.discover`."""
+        count, evidence = self.present()
+        if count == 0:
+            raise Absent("; ".join(evidence) or "no device of this type", device=self.name)
+        claims = []
+        for index in range(1 if count is None else count):
+            known = {"name": None, "arch": None, "total_memory": None, **self.describe(index)}
+            claims.append(
+                Claim(
+                    DeviceInfo(
+                        id=f"{self.name}:{index}",
+                        backend=self.name,
+                        vendor=self.vendor,
+                        torch_device=f"{self.torch_type}:{index}",
+                        evidence=evidence + tuple(known.pop("evidence", ())),
+                        **known,
+                    ),
+                    self.specificity(),
+                )
+            )
+        return Discovery(tuple(claims), tuple(self.left()))
+
+    def left(self) -> Sequence[str]:
+        """Return the devices that this backend saw and left to others, each with the reason."""
+        return ()
+
+    @final
+    def open(self, info: DeviceInfo, changes: Changes) -> Facets:
+        """See `Backend.open`."""
+        import torch
+
+        if self.package is not None:
+            try:
+                importlib.import_module(self.package)
+            except Exception as error:
+                raise Broken(
+                    f"importing {self.package} raised {type(error).__name__}: {error}", device=info.id,
+                    hint=f"`python -c 'import torch, {self.package}'` shows the same without hal",
+                ) from error  # fmt: skip
+        device = torch.device(info.torch_device)
+        module = torch.get_device_module(device)
+        if getattr(module, "_is_in_bad_fork", lambda: False)():
+            raise Broken(
+                "this process was forked from one that had already opened the device", device=info.id,
+                hint="start workers with the 'spawn' method",
+            )  # fmt: skip
+        if not module.is_available():
+            raise Absent(f"torch.{self.torch_type}.is_available() is False", device=info.id)
+        count = module.device_count()
+        if device.index is not None and device.index >= count:
+            raise Absent(f"there are only {count} devices", device=info.id)
+        torch.zeros(1, device=device)  # the driver is initialised here; a failure must not wait for first use
+        support = SupportTable(device, info.id, self.emulated)
+        return Facets(
+            torch_device=device,
+            memory=self.make_memory(info, device, module),
+            precision=self.make_precision(info, device, module, changes, support),
+            collectives=Collectives(info.id, device, self.library, self.distributed_name or self.library),
+            random=TorchRandom(info.id, device, module),
+            streams=TorchStreams(device, module),
+            support=support,
+            contract=self.contract,
+        )
+
+
+class TorchMemory(Memory):
+    """Memory through the device module's caching allocator."""
+
+    def __init__(self, device_id: str, device: torch.device, module: Any) -> None:
+        import torch
+
+        super().__init__(device_id)
+        self._device = device
+        self._module = module
+        # `memory_allocated` of the modules answers 0 for a key that is missing; the dictionary tells the two apart.
+        self._raw = getattr(module, "memory_stats", None) or getattr(torch.accelerator, "memory_stats", None)
+        self._driver = getattr(module, "mem_get_info", None)
+        self._source = f"torch.{device.type}.memory_stats"
+
+    def allocated(self) -> int | None:
+        """See `Memory.allocated`."""
+        return None if self._raw is None else self._raw(self._device).get("allocated_bytes.all.current")
+
+    def stats(self) -> MemoryStats:
+        """See `Memory.stats`."""
+        numbers: dict[str, int] = {}
+        sources: dict[str, str] = {}
+        if self._raw is not None:
+            raw = self._raw(self._device)
+            for field, key in _STATISTICS:
+                if key in raw:
+                    numbers[field] = raw[key]
+                    sources[field] = self._source
+        if self._driver is not None:
+            numbers["free"], numbers["total"] = self._driver(self._device)
+            sources["free"] = sources["total"] = f"torch.{self._device.type}.mem_get_info"
+        return MemoryStats(**numbers, sources=sources)
+
+    def reset_peak(self) -> None:
+        """See `Memory.reset_peak`."""
+        self._call("reset_peak_memory_stats", self._device)
+
+    def empty_cache(self) -> None:
+        """See `Memory.empty_cache`."""
+        self._call("empty_cache")
+
+    def _limit(self, nbytes: int | None) -> None:
+        if self._driver is None:
+            raise UnsupportedOperation("does not tell its total memory", device=self.device_id, what="memory.limit")
+        total = self._driver(self._device)[1]
+        share = 1.0 if nbytes is None else min(1.0, nbytes / total)
+        self._call("set_per_process_memory_fraction", share, self._device)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """See `Memory.snapshot`."""
+        return list(self._call("memory_snapshot"))
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Memory.pin`."""
+        return tensor.pin_memory()
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        function = getattr(self._module, name, None)
+        if function is None:
+            raise UnsupportedOperation(
+                f"torch.{self._device.type} has no {name}", device=self.device_id, what=f"memory.{name}"
+            )
+        return function(*arguments)
+
+
+_STATISTICS = (
+    ("allocated", "allocated_bytes.all.current"),
+    ("reserved", "reserved_bytes.all.current"),
+    ("peak_allocated", "allocated_bytes.all.peak"),
+    ("peak_reserved", "reserved_bytes.all.peak"),
+)
+
+
+class TorchPrecision(Precision):
+    """Precision of a device whose vendor's switches are unknown: only what it does by itself can be confirmed."""
+
+    def _fp32_switches(self, mode: Fp32Mode) -> Sequence[tuple[Switch, object]]:
+        if mode != "ieee":
+            raise UnsupportedPrecision(
+                f"this backend knows no switch for float32 mode {mode!r}", device=self.device_id, what=mode
+            )
+        return ()
+
+
+@final
+class TorchRandom(Random):
+    """The device module's own generator."""
+
+    def __init__(self, device_id: str, device: torch.device, module: Any) -> None:
+        super().__init__(device_id, device)
+        self._module = module
+
+    def _seed(self, seed: int) -> None:
+        import torch
+
+        # `manual_seed` of a module seeds its current device, which may be another one.
+        generators = getattr(self._module, "default_generators", None)
+        if generators is not None and self.torch_device.index is not None and len(generators):
+            generators[self.torch_device.index].manual_seed(seed)
+            return
+        with torch.get_device_module(self.torch_device).device(self.torch_device):
+            self._module.manual_seed(seed)
+
+    def _get_state(self) -> torch.Tensor:
+        state: torch.Tensor = self._module.get_rng_state(self.torch_device)
+        return state.cpu()
+
+    def _set_state(self, state: torch.Tensor) -> None:
+        self._module.set_rng_state(state, self.torch_device)

@@ -27,7 +27,9 @@ def _fail(error: BaseException, status: str = "broken") -> None:
     report(
         status=status,
         reason=str(error),
-        detail="" if status == "absent" else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
+        detail=""
+        if status == "absent"
+        else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
     )
 
 
@@ -56,7 +58,9 @@ def main(name: str) -> None:
             import torch
 
             report(stage=f"computing on {first.id}")
-            twos = torch.ones(64, 64, device=device.torch_device) @ torch.full((64, 64), 2.0, device=device.torch_device)
+            twos = torch.ones(64, 64, device=device.torch_device) @ torch.full(
+                (64, 64), 2.0, device=device.torch_device
+            )
             device.synchronize()
             total = float(twos.cpu().sum())
             if total != 64 * 64 * 128:

@@ -56,9 +56,9 @@ class DeviceInfo:
 class Specificity(IntEnum):
     """How closely a claim fits. Several chips answer to one torch device type; the most specific claim wins."""
 
-    TORCH_TYPE = 0   # any device that torch addresses under this type
-    PLATFORM = 10    # the software platform was recognised: version string, driver, device file
-    PRODUCT = 20     # this product was recognised: name, SDK
+    TORCH_TYPE = 0  # any device that torch addresses under this type
+    PLATFORM = 10  # the software platform was recognised: version string, driver, device file
+    PRODUCT = 20  # this product was recognised: name, SDK
 
 
 @dataclass(frozen=True)

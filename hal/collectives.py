@@ -247,4 +247,6 @@ def _typed_errors(operation: str, rank: int | None) -> Iterator[None]:
         text = str(error)
         # The libraries share no exception type for this; all of them say so in words.
         kind = CollectiveTimeout if "timed out" in text.lower() or "timeout" in text.lower() else CollectiveError
-        raise kind(text.strip().splitlines()[0] if text.strip() else "failed", operation=operation, rank=rank) from error
+        raise kind(
+            text.strip().splitlines()[0] if text.strip() else "failed", operation=operation, rank=rank
+        ) from error

@@ -52,9 +52,7 @@ class Device:
         changes: what opening and using it changed in this process; `close()` puts all of it back.
     """
 
-    def __init__(
-        self, info: DeviceInfo, because: str, backend: Backend, facets: Facets, changes: Changes
-    ) -> None:
+    def __init__(self, info: DeviceInfo, because: str, backend: Backend, facets: Facets, changes: Changes) -> None:
         self.info = info
         self.because = because
         self.torch_device = facets.torch_device

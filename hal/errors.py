@@ -113,7 +113,12 @@ class OutOfMemoryError(DeviceError, MemoryError):
     """
 
     def __init__(
-        self, message: str, *, device: str, requested: int | None = None, stats: MemoryStats | None = None,
+        self,
+        message: str,
+        *,
+        device: str,
+        requested: int | None = None,
+        stats: MemoryStats | None = None,
         hint: str = "a smaller batch, activation checkpointing, or memory.empty_cache()",
     ) -> None:
         super().__init__(message, device=device, hint=hint)
@@ -152,7 +157,13 @@ class CollectiveError(HalError):
     """
 
     def __init__(
-        self, message: str, *, operation: str, rank: int | None = None, expected: str = "", hint: str = "",
+        self,
+        message: str,
+        *,
+        operation: str,
+        rank: int | None = None,
+        expected: str = "",
+        hint: str = "",
     ) -> None:
         where = operation if rank is None else f"{operation} on rank {rank}"
         super().__init__(f"{where}: {message}", expected=expected, hint=hint)

@@ -67,7 +67,9 @@ def explain(*, timeout_s: float = TIMEOUT_S) -> list[Explanation]:
     with ThreadPoolExecutor(max_workers=max(1, min(len(admitted), os.cpu_count() or 1))) as pool:
         answers = list(pool.map(lambda plugin: _ask(plugin, timeout_s), admitted))
     surveys = [
-        Survey(a.backend, a.owners, Discovery(tuple(Claim(i, s) for i, s in zip(a.devices, specific, strict=True))), None)
+        Survey(
+            a.backend, a.owners, Discovery(tuple(Claim(i, s) for i, s in zip(a.devices, specific, strict=True))), None
+        )
         for a, specific in answers
     ]
     lost = settle(surveys)[1]

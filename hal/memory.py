@@ -131,7 +131,9 @@ class Memory(abc.ABC):
             UnsupportedOperation: the device has no such limit.
         """
         if nbytes is not None and nbytes <= 0:
-            raise ConfigError(f"{self.device_id}: a memory limit of {nbytes} bytes", expected="a positive number, or None")
+            raise ConfigError(
+                f"{self.device_id}: a memory limit of {nbytes} bytes", expected="a positive number, or None"
+            )
         self._limit(nbytes)
 
     def _limit(self, nbytes: int | None) -> None:

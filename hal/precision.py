@@ -69,9 +69,7 @@ class Precision(abc.ABC):
         support: the device's table of operators.
     """
 
-    def __init__(
-        self, device_id: str, torch_device: torch.device, changes: Changes, support: SupportTable
-    ) -> None:
+    def __init__(self, device_id: str, torch_device: torch.device, changes: Changes, support: SupportTable) -> None:
         self.device_id = device_id
         self.torch_device = torch_device
         self._changes = changes
@@ -120,9 +118,7 @@ class Precision(abc.ABC):
             try:
                 return torch.autocast(self.torch_device.type, dtype=dtype, enabled=enabled)
             except (RuntimeError, UserWarning) as error:
-                raise UnsupportedDtype(
-                    f"autocast refuses {dtype}", device=self.device_id, what=str(dtype)
-                ) from error
+                raise UnsupportedDtype(f"autocast refuses {dtype}", device=self.device_id, what=str(dtype)) from error
 
     # float32 mode ----------------------------------------------------------------------------------------------
 
@@ -256,4 +252,3 @@ def attribute_switch(owner: Any, attribute: str, name: str) -> Switch:
         setattr(owner, attribute, value)
 
     return Switch(name, lambda: getattr(owner, attribute), write)
-

@@ -219,4 +219,4 @@ class TensorCounter:
                         counter.add(leaf)
                 return result
 
-        return Counting()
+        return Counting()  # type: ignore[no-untyped-call]

@@ -37,7 +37,9 @@ class CpuPrecision(Precision):
         # the measurement decides whether it does anything.
         return [
             (
-                attribute_switch(getattr(mkldnn, part), "fp32_precision", f"torch.backends.mkldnn.{part}.fp32_precision"),
+                attribute_switch(
+                    getattr(mkldnn, part), "fp32_precision", f"torch.backends.mkldnn.{part}.fp32_precision"
+                ),
                 mode,
             )
             for part in ("matmul", "conv", "rnn")

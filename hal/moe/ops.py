@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N815  (fields carry their shapes)
+"""The MoE operators as an interface: what the conformance suite checks and what a layer is built from.
+
+Legend: T tokens, D model dim, F expert hidden dim, E routed experts, K choices per token, S shared experts'
+total hidden width, R routed rows (T * K, or fewer where a capacity drops some). A *slot* is a (token, choice)
+pair as the flat index t * K + k.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hal.moe.model_spec import MoEModelSpec
+    from hal.moe.router_spec import RouterSpec
+
+
+class Routing(NamedTuple):
+    """What a router decided.
+
+    Attributes:
+        logits_TE: in the gate's dtype.
+        scores_TE: float32 (float64 for float64 logits).
+        experts_TK: int64, by descending selection score, ties to the lower expert index.
+        weights_TK: in the spec's `weight_dtype`, of the experts in that order.
+    """
+
+    logits_TE: Tensor
+    scores_TE: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+
+
+class Dispatch(NamedTuple):
+    """Tokens, copied once per choice and sorted by expert, then by slot.
+
+    Attributes:
+        x_RD: the rows.
+        slot_R: int64, the slot that each row answers.
+        counts_E: int64, rows of each expert.
+    """
+
+    x_RD: Tensor
+    slot_R: Tensor
+    counts_E: Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """The routed experts' matrices: gate, up and down projection."""
+
+    w1_EFD: Tensor
+    w3_EFD: Tensor
+    w2_EDF: Tensor
+
+
+class SharedWeights(NamedTuple):
+    """The shared experts' matrices, as one expert of width S: gate, up and down projection."""
+
+    w1_SD: Tensor
+    w3_SD: Tensor
+    w2_DS: Tensor
+
+
+class LayerWeights(NamedTuple):
+    """All weights of one MoE layer; `shared` may be a plain tuple of three."""
+
+    gate_ED: Tensor
+    bias_E: Tensor | None
+    experts: ExpertWeights
+    shared: SharedWeights | tuple[Tensor, Tensor, Tensor] | None = None
+    shared_gate_D: Tensor | None = None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer returns.
+
+    Neither loss is multiplied by its coefficient: the caller adds `spec.balance_coefficient * aux_loss` and
+    `spec.z_coefficient * z_loss` where these are not None.
+    """
+
+    y_TD: Tensor
+    routing: Routing
+    aux_loss: Tensor
+    z_loss: Tensor
+
+
+class MoEOps(Protocol):
+    """The operators. All are differentiable; nothing here draws random numbers or keeps state.
+
+    Every method raises `hal.errors.ShapeError` for shapes and dtypes that do not fit together. An
+    implementation under test may have only some of the methods.
+    """
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:
+        """Choose K experts for each token, and their weights.
+
+        Args:
+            x_TD: activations.
+            gate_ED: the router's matrix.
+            spec: the router's equations.
+            bias_E: added to the scores for the choice; given exactly if `spec.selection_bias`.
+            experts_TK: a routing to be replayed: these experts, in this order, with weights computed anew.
+        """
+        ...
+
+    def dispatch(
+        self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None,
+    ) -> Dispatch:
+        """Copy each token to its experts, rows sorted by expert, then by slot.
+
+        Args:
+            x_TD: activations.
+            experts_TK: the chosen experts.
+            num_experts: E.
+            capacity: most rows per expert; the slots that come last (token by token, choice by choice) are
+                dropped. None drops nothing.
+        """
+        ...
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """Return w2 (silu(w1 x) * (w3 x)) of each row's expert, [R, D].
+
+        The rows lie as `dispatch` leaves them. silu's argument, the two factors, their product and the result
+        are each stored in the dtype of `x_RD`.
+        """
+        ...
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """Add up each token's rows, weighted: [T, D] in the dtype of `y_RD`.
+
+        Products and sum are in float32 (float64 for float64 rows), over k = 0..K-1 in that order: the order
+        is part of the contract, since float addition is not associative. A slot without a row adds nothing.
+        """
+        ...
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """Return E / (K T) * sum_e count_e * mean_t p_te, where p is the scores divided by their sum over E.
+
+        A float32 scalar, 1 for perfectly even routing; the coefficient is not applied; counts carry no
+        gradient.
+        """
+        ...
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """Return mean_t logsumexp_e(logits_te)^2, a float32 scalar; the coefficient is not applied."""
+        ...
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:
+        """Route, dispatch, run the experts, combine, and add the shared experts' output."""
+        ...

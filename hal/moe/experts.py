@@ -180,7 +180,8 @@ def _why_not_grouped(device: str, dtype: torch.dtype) -> str | None:
             grad = values[: 8 * 8].view(8, 8).to(dtype)
             got = _grouped_linear(x, w, ends)
             got_grads = torch.autograd.grad(got, (x, w), grad)
-            want = torch.cat([F.linear(a, b) for a, b in zip(x.split_with_sizes(counts), w.unbind(), strict=True)])
+            parts = zip(x.split_with_sizes(counts), w.unbind(), strict=True)
+            want = torch.cat([F.linear(a, b) for a, b in parts])
             want_grads = torch.autograd.grad(want, (x, w), grad)
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         return f"torch's grouped product does not work on {device} in {dtype}: {str(error).splitlines()[0]}"

@@ -57,12 +57,15 @@ def from_bytes(data: bytes | memoryview, tag: str, shape: tuple[int, ...]) -> Ar
 
     Raises:
         KeyError: no such tag.
-        ValueError: the number of bytes does not fit the shape.
+        ValueError: the number of bytes does not fit the shape, or a bool is neither 0 nor 1.
     """
     dtype = TAGS[tag]
-    # frombuffer knows neither ml_dtypes in every numpy, nor empty buffers: go through bytes of their own.
+    # frombuffer knows neither ml_dtypes in every numpy, nor empty buffers: go through bytes.
     raw = np.frombuffer(data, np.uint8) if len(data) else np.zeros(0, np.uint8)
-    return raw.view(dtype).reshape(shape)
+    if tag == "bool" and raw.max(initial=0) > 1:
+        raise ValueError("a bool that is neither 0 nor 1")
+    array = raw.view(dtype).reshape(shape)
+    return array if array.flags.aligned else array.copy()
 
 
 def digest(array: Array) -> str:

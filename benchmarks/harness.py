@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Side-by-side measurements: A and B in turn in one run, medians and ratios, the machine described.
+
+A shared machine drifts by a factor of two within minutes, so that two figures from two runs say nothing. Here every
+round measures all subjects once, in an order that rotates, and a ratio is the median of the ratios round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One thing to measure.
+
+    Attributes:
+        name: for the table.
+        run: does it once and returns the cost, in `unit`.
+        baseline: name of the subject that it is compared with, or None.
+        target: what is promised, as text; "" if nothing is.
+    """
+
+    name: str
+    run: Callable[[], float]
+    baseline: str | None = None
+    target: str = ""
+
+
+def command(*arguments: str) -> Callable[[], float]:
+    """Return a measurement of a whole process: wall seconds, its output thrown away."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        return time.perf_counter() - start
+
+    return run
+
+
+def loop(body: Callable[[], object], calls: int = 2000) -> Callable[[], float]:
+    """Return a measurement of one call in this process: microseconds, the mean of a loop of `calls`."""
+
+    def run() -> float:
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            body()
+        return (time.perf_counter_ns() - start) / calls / 1e3
+
+    return run
+
+
+def measure(subjects: Sequence[Subject], rounds: int, unit: str) -> list[dict[str, object]]:
+    """Measure every subject once a round, after one round that does not count, and return a row each."""
+    samples: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+    for number in range(rounds + 1):
+        turn = number % len(subjects)
+        for subject in [*subjects[turn:], *subjects[:turn]]:
+            cost = subject.run()
+            if number:
+                samples[subject.name].append(cost)
+    rows: list[dict[str, object]] = []
+    for subject in subjects:
+        mine = samples[subject.name]
+        row: dict[str, object] = {
+            "name": subject.name, "unit": unit, "rounds": rounds,
+            "median": statistics.median(mine), "min": min(mine), "max": max(mine), "target": subject.target,
+        }  # fmt: skip
+        if subject.baseline is not None:
+            other = samples[subject.baseline]
+            row["baseline"] = subject.baseline
+            row["ratio"] = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+            row["difference"] = statistics.median(a - b for a, b in zip(mine, other, strict=True))
+        rows.append(row)
+    return rows
+
+
+def machine() -> dict[str, object]:
+    """Describe where the figures come from."""
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "load": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "numpy", "click", "moe-hal")},
+    }
+
+
+def markdown(title: str, about: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
+    """Return the table as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())  # type: ignore[attr-defined]
+    lines = [
+        f"# {title}",
+        "",
+        f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}",
+        "",
+        "| what | median | min | max | unit | against | ratio | difference | promised |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        difference = f"{row['difference']:.3f}" if "difference" in row else ""
+        lines.append(
+            f"| {row['name']} | {row['median']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {row['unit']} "
+            f"| {row.get('baseline', '')} | {ratio} | {difference} | {row['target']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(name: str, title: str, groups: Sequence[tuple[str, Sequence[Subject]]]) -> None:
+    """Command line of one benchmark: measure all groups and write JSON and Markdown under `results/`."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    about = machine()
+    rows = [row for unit, subjects in groups for row in measure(subjects, options.rounds, unit)]
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"schema": "hal.benchmark/1", "name": name, "machine": about, "rows": rows}
+    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    text = markdown(title, about, rows)
+    (options.out / f"{name}.md").write_text(text)
+    sys.stdout.write(text)

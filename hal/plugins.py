@@ -33,6 +33,11 @@ class Plugin:
     entry_points: tuple[metadata.EntryPoint, ...]
     owners: tuple[str, ...]
 
+    def claimants(self) -> str:
+        """Return everyone who registers the name, with what each would load."""
+        pairs = zip(self.owners, self.entry_points, strict=True)
+        return " and by ".join(f"{owner} ({entry_point.value})" for owner, entry_point in pairs)
+
 
 _lock = threading.RLock()
 _loaded: dict[tuple[str, str], Backend] = {}
@@ -45,13 +50,14 @@ def registered() -> tuple[Plugin, ...]:
     with _lock:
         path = tuple(sys.path)
         if _found is None or _found[0] != path:
-            _found = (path, _scan())
+            _found = (path, scan(BACKENDS))
         return _found[1]
 
 
-def _scan() -> tuple[Plugin, ...]:
+def scan(group: str) -> tuple[Plugin, ...]:
+    """Return what every installed distribution registers in an entry-point group, without loading anything."""
     by_name: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
-    for entry_point in metadata.entry_points(group=BACKENDS):
+    for entry_point in metadata.entry_points(group=group):
         dist = entry_point.dist
         owner = f"{dist.name} {dist.version}" if dist is not None else "unknown"
         # One distribution may be seen twice, through an editable install and its build folder.
@@ -71,7 +77,7 @@ def allowed() -> tuple[Plugin, ...]:
     setting = os.environ.get("HAL_BACKENDS")
     if setting is None:
         return plugins
-    names = [name.strip() for name in setting.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in setting.split(",") if name.strip()))
     known = {plugin.name: plugin for plugin in plugins}
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -93,9 +99,8 @@ def load(plugin: Plugin) -> Backend:
         Broken: importing it raised; the original exception is the cause.
     """
     if len(plugin.entry_points) > 1:
-        owners = [f"{owner} ({e.value})" for owner, e in zip(plugin.owners, plugin.entry_points, strict=True)]
         raise DuplicateBackend(
-            f"backend {plugin.name!r} is registered by {' and by '.join(owners)}",
+            f"backend {plugin.name!r} is registered by {plugin.claimants()}",
             hint="uninstall one of them; neither is used while both are there",
         )
     entry_point, owner = plugin.entry_points[0], plugin.owners[0]

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `hal` command: finds the commands, turns errors into messages and exit statuses.
+
+Exit status: 0, or what the command defines; 2 for wrong usage or an unreadable setting; 3 for a device or plug-in
+that is unknown, absent or broken; 1 for another refusal; 70 for a fault of hal itself. Results go to stdout,
+messages to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import IO, Any
+
+import click
+
+import hal
+from hal.cli.commands import CommandGroup
+from hal.errors import Absent, Broken, ConfigError, HalError, PluginError, UnknownDevice
+from hal.registry import AUTOLOAD
+
+EXIT_FINDINGS = 1
+EXIT_USAGE = 2
+EXIT_DEVICE = 3
+EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h; no command uses it for anything else
+
+
+@dataclass
+class Invocation:
+    """What commands want to know of the call; the object of click's context.
+
+    Attributes:
+        debug: show tracebacks.
+        autoload: TORCH_DEVICE_BACKEND_AUTOLOAD as the user has it, before it is turned off here.
+    """
+
+    debug: bool
+    autoload: str | None
+
+
+class Failure(click.ClickException):
+    """An error as the user sees it: on stderr, without a traceback."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.exit_code = status
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Write the message to stderr."""
+        click.echo(f"hal: {self.message}", err=True, file=file)
+
+
+def exit_status(error: HalError) -> int:
+    """Return the exit status that stands for an error."""
+    if isinstance(error, (Absent, Broken, UnknownDevice, PluginError)):
+        return EXIT_DEVICE
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FINDINGS
+
+
+class Main(CommandGroup):
+    """The top-level group: the one place where errors are caught."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except HalError as error:
+            if _debug(ctx):
+                traceback.print_exc()
+            raise Failure(str(error), exit_status(error)) from error
+        except Exception as error:
+            if _debug(ctx):
+                traceback.print_exc()
+            raise Failure(
+                f"a fault in hal or one of its plug-ins: {type(error).__name__}: {error}\n"
+                "  try: the same with `hal --debug ...`, which shows where",
+                EXIT_INTERNAL,
+            ) from error
+
+
+def _debug(ctx: click.Context) -> bool:
+    return isinstance(ctx.obj, Invocation) and ctx.obj.debug
+
+
+def _restore_autoload(value: str | None) -> None:
+    if value is None:
+        os.environ.pop(AUTOLOAD, None)
+    else:
+        os.environ[AUTOLOAD] = value
+
+
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(hal.__version__, prog_name="hal")
+@click.option("--debug", is_flag=True, envvar="HAL_DEBUG", help="Show tracebacks. [env: HAL_DEBUG]")
+@click.pass_context
+def main(ctx: click.Context, debug: bool) -> None:
+    """Train Mixture-of-Experts models on any accelerator, and prove that the numbers agree."""
+    before = os.environ.get(AUTOLOAD)
+    ctx.obj = Invocation(debug=debug, autoload=before)
+    # One broken plug-in in torch's own group makes `import torch` fail; hal loads the vendor's package itself.
+    os.environ[AUTOLOAD] = "0"
+    ctx.call_on_close(lambda: _restore_autoload(before))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

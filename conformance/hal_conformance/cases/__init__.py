@@ -4,8 +4,16 @@
 from __future__ import annotations
 
 from hal_conformance.case import Case
+from hal_conformance.cases import combine, dispatch, experts, layer, losses, router
 
-ALL: tuple[Case, ...] = ()
+ALL: tuple[Case, ...] = (
+    *router.CASES,
+    *dispatch.CASES,
+    *experts.CASES,
+    *combine.CASES,
+    *losses.CASES,
+    *layer.CASES,
+)
 
 
 def by_name(name: str) -> Case:

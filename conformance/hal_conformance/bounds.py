@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an honest device may be from the exact result: derived from the inner length and the contract.
+
+Every operator yields a `Bounded`: the float64 value, a bound that an honest implementation exceeds only with the
+probability that `budget` grants, and a variance above that of every order of summation which the contract
+admits. The rounding errors are taken as independent, of mean zero and at most half an ulp (so that their variance
+is at most hu^2 / 3), except where the contract says "truncate". Absolute constants (K u S and the like) need no
+assumption at all.
+
+Legend: K inner length, u unit roundoff, S = sum |a b|, Q = sum (a b)^2, hu half an ulp, L and lambda from `budget`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hal.contract import Arithmetic
+from hal_conformance.budget import Level
+from hal_conformance.case import F64, Array
+
+U32 = 2.0**-24
+"""Unit roundoff of float32, in which all element-wise arithmetic is done."""
+
+EXP = 4.0 * U32
+"""Relative error of a device's exp: at most 2 ulp (CUDA, ROCm and SLEEF document 1 to 2); 2 ulp are 4 u."""
+
+TINY32 = 2.0**-126
+"""Smallest normal float32: below it results may be flushed to zero."""
+
+SIGNIFICANDS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
+MIN_EXPONENTS = {"float64": -1022, "float32": -126, "bfloat16": -126, "float16": -14}
+
+
+def half_ulp(value: Array, dtype: str) -> F64:
+    """Return half the distance between neighbours of `dtype` at `value`: the largest error of rounding to nearest."""
+    magnitude = np.abs(np.asarray(value, np.float64))
+    _, exponent = np.frexp(np.where(np.isfinite(magnitude), magnitude, 1.0))
+    exponent = np.where(magnitude == 0.0, MIN_EXPONENTS[dtype] + 1, exponent)
+    exponent = np.maximum(exponent - 1, MIN_EXPONENTS[dtype])
+    return np.ldexp(1.0, exponent - SIGNIFICANDS[dtype])
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """An exact result and how far an honest device may be from it.
+
+    Attributes:
+        value: float64.
+        bound: largest admitted |error|.
+        var: a variance above that of every admitted error.
+    """
+
+    value: F64
+    bound: F64
+    var: F64
+
+    @classmethod
+    def exact(cls, value: Array) -> Bounded:
+        """Return a value that is known without error: an input, or what the device itself returned."""
+        wide = np.asarray(value, np.float64)
+        return cls(wide, np.zeros_like(wide), np.zeros_like(wide))
+
+    @classmethod
+    def deterministic(cls, value: F64, bound: F64) -> Bounded:
+        """Return a value with a bound that holds always; the error is taken as uniform within it."""
+        return cls(value, bound, bound**2 / 3.0)
+
+    def stored(self, dtype: str) -> Bounded:
+        """Round to a storage dtype: half an ulp of the largest admitted value, not of the exact one."""
+        half = half_ulp(np.abs(self.value) + self.bound, dtype)
+        return Bounded(self.value, self.bound + half, self.var + half**2 / 3.0)
+
+
+def bounded_by_variance(value: F64, var: F64, level: Level) -> Bounded:
+    """Bound a chain of stages by lambda standard deviations.
+
+    The error is, to first order, a sum of many independent rounding errors weighted by squared Jacobians, each
+    sub-Gaussian; so is the sum, and lambda = sqrt(2 L) deviations have odds exp(-L).
+    """
+    return Bounded(value, level.deviations * np.sqrt(var), var)
+
+
+def matmul_variance(value: F64, squares: F64, inner: int, rule: Arithmetic) -> F64:
+    """Return a variance above that of a sum of `inner` products in any order.
+
+    Adding in order, the partial sum S_k is (k/K) y plus a bridge of variance Q k/K (1 - k/K), if the order is
+    exchangeable with the data. Each addition adds a rounding error of variance at most u^2 S_k^2 / 3, so that the
+    sum over k is u^2/3 K (y^2/3 + Q/6); trees add less. 5/24 instead of 1/6 leaves room for blockings that
+    restart the walk. The products themselves, if rounded, add u^2/3 Q.
+
+    Truncation loses on average half a unit of each partial sum, all with one sign: the squared sum of K losses is
+    at most K times the sum of squares.
+
+    Reduced inputs (`input_bits`) change each product by two errors of at most r = 2^-bits: 2 r^2/3 Q.
+    """
+    u = rule.unit_roundoff
+    walk = inner * (5.0 / 24.0 * squares + value**2 / 3.0)
+    if rule.rounding == "truncate":
+        var = u**2 * inner * (walk + squares)
+    else:
+        var = u**2 / 3.0 * (walk + squares)
+    if rule.input_bits is not None:
+        r = 2.0**-rule.input_bits
+        var = var + 2.0 / 3.0 * r**2 * squares + 4.0 * r**2 * value**2
+    return np.asarray(var)
+
+
+def matmul_bound(value: F64, squares: F64, absolute: F64 | None, inner: int, rule: Arithmetic, level: Level) -> F64:
+    """Return the bound of a sum of `inner` products in any order.
+
+    Rounding to nearest: given the path, the error is sub-Gaussian with variance u^2/3 sum S_k^2.
+      - From (k/K) y: deviation u |y| sqrt(K) / 3, so lambda/3 u sqrt(K) |y|.
+      - From the bridge B: E exp(t^2/2 c^2 int B^2) = sqrt(x / sin x), x = t c, c = u sqrt(K Q / 3), which stays finite
+        up to x = pi; so the tail is exp(-pi e / c), and e = L c / pi = (L / (pi sqrt 3)) u sqrt(K Q).
+      - From the products: lambda/sqrt(3) u sqrt(Q).
+    Truncating: at most 1 unit is lost of every |S_k|: the linear part sums to K |y| / 2, the bridge stays below
+    sqrt(L/2) sqrt(Q) = lambda/2 sqrt(Q) (Kolmogorov), and a group is cut at its largest product, at most sqrt(Q).
+    Always: at most K + 1 roundings of partial sums that never exceed S (Higham 2002, section 3.1).
+    Reduced inputs: lambda r sqrt(2 Q / 3), and 2 r |y| for units that cut inputs instead of rounding them.
+
+    The order must be exchangeable with the data: the suite permutes K by seed.
+    """
+    u, lam = rule.unit_roundoff, level.deviations
+    root = np.sqrt(squares)
+    if rule.rounding == "truncate":
+        bound = u * inner * (0.5 * np.abs(value) + (0.5 * lam + 1.0) * root)
+    else:
+        walk = np.sqrt(inner) * (level.bridge * root + lam / 3.0 * np.abs(value))
+        bound = u * (walk + lam / np.sqrt(3.0) * root)
+    if absolute is not None:
+        bound = np.minimum(bound, (inner + 1) * u * absolute)
+    if rule.input_bits is not None:
+        r = 2.0**-rule.input_bits
+        bound = bound + lam * r * np.sqrt(2.0 / 3.0) * root + 2.0 * r * np.abs(value)
+    return np.asarray(bound)
+
+
+def matmul(a: F64, b: F64, rule: Arithmetic, level: Level) -> Bounded:
+    """Multiply exact [M, K] by exact [K, N] on a device that follows `rule`; not yet stored."""
+    inner = a.shape[-1]
+    value, squares = a @ b, (a * a) @ (b * b)
+    # The cap binds only for short sums: S >= sqrt(Q), and c_Q sqrt(K) < K beyond K = c_Q^2, about 60.
+    absolute = np.abs(a) @ np.abs(b) if inner <= 128 else None
+    return Bounded(
+        value,
+        matmul_bound(value, squares, absolute, inner, rule, level),
+        matmul_variance(value, squares, inner, rule),
+    )
+
+
+def positive_sum(total: F64, terms: F64, axis: int, level: Level) -> F64:
+    """Return the relative error of adding positive terms in float32, in any order.
+
+    At most (n - 1) u. Partial sums grow linearly, so rounding to nearest gives lambda/sqrt(3) u sqrt(n) for
+    independent errors. They are not independent once terms fall below half an ulp of the running sum, when each is
+    dropped whole: stagnation, the sum of min(t, u s) over terms t < 8 u s, relative to the total s.
+    """
+    n = terms.shape[axis]
+    safe = np.where(total > 0, total, 1.0)
+    scaled = terms / np.expand_dims(safe, axis)
+    stagnation = np.where(scaled < 8 * U32, np.minimum(scaled, U32), 0.0).sum(axis)
+    return np.asarray(np.minimum(n * U32, level.deviations / np.sqrt(3.0) * np.sqrt(n) * U32 + stagnation))
+
+
+def softmax(logits: F64, level: Level) -> Bounded:
+    """Softmax over the last axis in float32 of exact logits; not yet stored.
+
+    Each exp(x - max) has relative error eps = 4 u + 3 u d, d = max - x: 2 ulp of exp, and u d from rounding the
+    difference (twice, for units that scale by log2 e first). p inherits its own eps, the p-weighted eps of the sum,
+    the error of the summation, and a division (2 u for approximate ones). All first order; deterministic but for
+    the summation.
+    """
+    top = logits.max(-1, keepdims=True)
+    d = top - logits
+    e = np.exp(-d)
+    total = e.sum(-1, keepdims=True)
+    p = e / total
+    eps = EXP + 3.0 * U32 * d
+    summed = positive_sum(total[..., 0], e, -1, level)[..., None]
+    bound = p * (eps + (p * eps).sum(-1, keepdims=True) + summed + 2.0 * U32) + TINY32
+    return Bounded.deterministic(p, bound)
+
+
+def sigmoid(x: F64) -> Bounded:
+    """1 / (1 + exp(-x)) in float32 of exact x; not yet stored.
+
+    The error of exp, (2 |x| + 4) u, enters with weight 1 - s; addition, division and the store add 3 u. The form
+    1/2 + 1/2 tanh(x/2) is worse by 4e5 for negative x and not admitted.
+    """
+    s = 1.0 / (1.0 + np.exp(-x))
+    return Bounded.deterministic(s, s * U32 * ((1.0 - s) * (2.0 * np.abs(x) + 4.0) + 3.0) + TINY32)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cases share: presets, shapes by scale, and judging that never raises.
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hal.contract import Arithmetic, Contract
+from hal.moe.model_spec import MoEModelSpec
+from hal.moe.presets import PRESETS, preset
+from hal.moe.router_spec import RouterSpec
+from hal_conformance import inputs as make
+from hal_conformance.case import DTYPES, F64, Array, Params
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one instance."""
+
+    tokens: int
+    width: int
+    hidden: int
+
+
+_SCALED = {"tiny": Shape(32, 64, 32), "small": Shape(96, 128, 64)}
+FULL_TOKENS = 1024
+
+
+def shape(p: Params) -> Shape:
+    """Return the sizes of an instance: as published at "full", otherwise fixed small ones; never the router's."""
+    if p.scale in _SCALED:
+        return _SCALED[p.scale]
+    model = preset(p.preset)
+    return Shape(FULL_TOKENS, model.hidden_size, model.expert_hidden_size)
+
+
+def model_of(p: Params) -> MoEModelSpec:
+    """Return the preset with the widths of this instance."""
+    s = shape(p)
+    return preset(p.preset) if p.scale == "full" else preset(p.preset).scaled(hidden=s.width, expert_hidden=s.hidden)
+
+
+def gate_storage(spec: RouterSpec, p: Params) -> str:
+    """Return the dtype in which the gate's weights and logits are stored."""
+    return "float32" if spec.gate_dtype == "float32" else p.dtype
+
+
+def weight_storage(spec: RouterSpec, p: Params) -> str:
+    """Return the dtype of the routing weights."""
+    return "float32" if spec.weight_dtype == "float32" else p.dtype
+
+
+def arithmetic(contract: Contract, dtype: str) -> Arithmetic:
+    """Return how products of a storage dtype are computed, float32 arithmetic where the contract is silent."""
+    return contract.matmul.get(dtype, Arithmetic())
+
+
+def wide(array: Array) -> F64:
+    """Return an array in float64."""
+    return np.asarray(array, np.float64)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A case over every preset and dtype; subclasses narrow it where it cannot differ."""
+
+    name: str
+    family: str
+    needs: tuple[str, ...]
+    what: str
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return tuple(PRESETS)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return DTYPES
+
+
+class ByCounts(Base):
+    """A case that depends on E and K only: one preset stands for all of the same numbers."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        seen: dict[tuple[int, int], str] = {}
+        for name, model in PRESETS.items():
+            seen.setdefault((model.router.num_experts, model.router.top_k), name)
+        return tuple(seen.values())
+
+
+def router_arrays(p: Params, stream: str) -> dict[str, Array]:
+    """Return x_TD, gate_ED and, where the router has one, bias_E.
+
+    The bias is of the size of the gaps between scores, so that it changes about a tenth of the choices.
+    """
+    spec, s = preset(p.preset).router, shape(p)
+    arrays = {
+        "x_TD": make.store(make.activations(p.seed, f"{stream}/x", s.tokens, s.width), p.dtype),
+        "gate_ED": make.store(make.gate(p.seed, f"{stream}/gate", spec.num_experts, s.width), gate_storage(spec, p)),
+    }
+    if spec.selection_bias:
+        arrays["bias_E"] = make.store(make.normal(p.seed, f"{stream}/bias", spec.num_experts) / 64.0, "float32")
+    return arrays

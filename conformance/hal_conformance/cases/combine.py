@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Combine: the weighted sum of a token's rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Arithmetic, Contract
+from hal.moe.presets import preset
+from hal_conformance import inputs as make
+from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
+from hal_conformance.budget import level
+from hal_conformance.case import Arrays, Params
+from hal_conformance.cases.base import ByCounts, shape, weight_storage, wide
+from hal_conformance.cases.dispatch import sent
+from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.oracle import combine, gather_rows
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Random(ByCounts):
+    """Rows and weights as they occur."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        spec, s = preset(p.preset).router, shape(p)
+        experts = make.choices(p.seed, "combine", s.tokens, spec.num_experts, spec.top_k)
+        slot_R, _ = sent(experts, spec.num_experts)
+        raw = make.words(p.seed, "combine/w", s.tokens, spec.top_k) / 2.0**32 + 1.0 / 64
+        return {
+            "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), s.width), p.dtype),
+            "weights_TK": make.store(raw / spec.top_k * spec.scaling_factor, weight_storage(spec, p)),
+            "slot_R": slot_R,
+        }
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        y = ops.combine(tensors["y_RD"], tensors["weights_TK"], tensors["slot_R"], tensors["weights_TK"].shape[0])
+        return {"y_TD": y}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        weights, y = wide(inputs["weights_TK"]), inputs["y_RD"]
+        wrong = structure(outputs, {"y_TD": ((len(weights), y.shape[1]), p.dtype)})
+        if wrong is not None:
+            return wrong
+        rows = gather_rows(wide(y), inputs["slot_R"], *weights.shape)
+        return merge([judge("y", outputs["y_TD"], combine(rows, weights, p.dtype), bias=p.dtype != "float32")])
+
+
+class Exact(Random):
+    """Powers of two times integers, whose sum needs at most the bits of the dtype."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: partial sums of hundreds cancel to less than 8, so that a low accumulator shows."""
+        arrays = super().inputs(p)
+        tokens, top_k = arrays["weights_TK"].shape
+        width = arrays["y_RD"].shape[1]
+        # Values in pairs: v and small - v, with v in multiples of 2 up to 254 (exact in bfloat16).
+        rows = np.zeros((tokens, top_k, width))
+        for first in range(0, top_k - 1, 2):
+            big = 2 * make.integers(p.seed, f"combine/big{first}", -127, 127, tokens, width)
+            rows[:, first] = big
+            rows[:, first + 1] = -big + make.integers(p.seed, f"combine/small{first}", -1, 1, tokens, width) * (
+                np.abs(big) <= 126
+            )
+        arrays["y_RD"] = make.store(rows.reshape(tokens * top_k, width)[arrays["slot_R"]], p.dtype)
+        arrays["weights_TK"] = np.full((tokens, top_k), 0.5, arrays["weights_TK"].dtype)
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        weights, y = wide(inputs["weights_TK"]), inputs["y_RD"]
+        wrong = structure(outputs, {"y_TD": ((len(weights), y.shape[1]), p.dtype)})
+        if wrong is not None:
+            return wrong
+        rows = gather_rows(wide(y), inputs["slot_R"], *weights.shape)
+        return merge([exact("y", outputs["y_TD"], make.store((rows * weights[:, :, None]).sum(1), p.dtype))])
+
+
+class Backward(Random):
+    """Gradients of rows and weights."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        tokens, width = len(arrays["weights_TK"]), arrays["y_RD"].shape[1]
+        arrays["dy_TD"] = make.store(make.normal(p.seed, "combine/dy", tokens, width), p.dtype)
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        y, weights = (tensors[name].clone().requires_grad_() for name in ("y_RD", "weights_TK"))
+        ops.combine(y, weights, tensors["slot_R"], weights.shape[0]).backward(tensors["dy_TD"])
+        assert y.grad is not None
+        assert weights.grad is not None
+        return {"dy_RD": y.grad, "dweights_TK": weights.grad}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        weights, y, slots = wide(inputs["weights_TK"]), inputs["y_RD"], inputs["slot_R"]
+        storage = weight_storage(preset(p.preset).router, p)
+        wrong = structure(outputs, {"dy_RD": (y.shape, p.dtype), "dweights_TK": (weights.shape, storage)})
+        if wrong is not None:
+            return wrong
+        top_k = weights.shape[1]
+        up = wide(inputs["dy_TD"])[slots // top_k]
+        dy = up * weights.reshape(-1)[slots, None]
+        one_product = Bounded.deterministic(dy, U32 * np.abs(dy)).stored(p.dtype)
+        # A sum over D of products in float32; at least as good as float32 units, whatever the dtype of storage.
+        terms = up * wide(y)
+        value, squares, width = terms.sum(1), (terms**2).sum(1), terms.shape[1]
+        rule, at = Arithmetic(), level(value.size)
+        bound = matmul_bound(value, squares, np.abs(terms).sum(1), width, rule, at)
+        sums = Bounded(value, bound, matmul_variance(value, squares, width, rule)).stored(storage)
+        back = np.zeros(weights.size, np.int64)
+        back[slots] = np.arange(len(slots))
+        by_slot = Bounded(sums.value[back], sums.bound[back], sums.var[back])
+        return merge(
+            [
+                judge("dy", outputs["dy_RD"], one_product),
+                judge("dweights", outputs["dweights_TK"].reshape(-1), by_slot),
+            ]
+        )
+
+
+CASES = (
+    Exact(
+        "combine.exact", "combine", ("combine",),
+        "Integers of up to 254 that cancel in pairs, weights of one half: exact in float32 in any order, and compared bit by "
+        "bit; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
+    ),
+    Random(
+        "combine.random", "combine", ("combine",),
+        "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias.",
+    ),
+    Backward(
+        "combine.backward", "combine", ("combine",),
+        "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul).",
+    ),
+)  # fmt: skip

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dispatch: pure data movement, judged bit by bit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal.moe.presets import preset
+from hal_conformance import inputs as make
+from hal_conformance.case import I64, Array, Arrays, Params
+from hal_conformance.cases.base import ByCounts, shape, wide
+from hal_conformance.detectors import discrete, exact, judge, merge, structure
+from hal_conformance.oracle import combine, gather_rows
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+
+def sent(experts_TK: I64, num_experts: int, capacity: int | None = None) -> tuple[I64, I64]:
+    """Return (slot_R, counts_E): slots by expert, then by slot, at most `capacity` for each."""
+    flat = experts_TK.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    counts = np.bincount(flat, minlength=num_experts).astype(np.int64)
+    if capacity is not None:
+        place = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
+        order = order[place < capacity]
+        counts = np.minimum(counts, capacity)
+    return order.astype(np.int64), counts
+
+
+class DispatchCase(ByCounts):
+    """Rows, slots and counts of one dispatch."""
+
+    def capacity(self, p: Params) -> int | None:
+        """Return the most rows of an expert."""
+        return None
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        spec, s = preset(p.preset).router, shape(p)
+        return {
+            "x_TD": make.store(make.activations(p.seed, "dispatch/x", s.tokens, s.width), p.dtype),
+            "experts_TK": make.choices(p.seed, "dispatch", s.tokens, spec.num_experts, spec.top_k),
+        }
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        spec = preset(p.preset).router
+        out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], spec.num_experts, capacity=self.capacity(p))
+        return dict(out._asdict())
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        spec = preset(p.preset).router
+        x = inputs["x_TD"]
+        slot_R, counts_E = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
+        wrong = structure(
+            outputs,
+            {
+                "counts_E": ((spec.num_experts,), "int64"),
+                "slot_R": ((len(slot_R),), "int64"),
+                "x_RD": ((len(slot_R), x.shape[1]), p.dtype),
+            },
+        )
+        if wrong is not None:
+            return wrong
+        return merge(
+            [
+                discrete("counts", outputs["counts_E"], counts_E),
+                discrete("slots", outputs["slot_R"], slot_R),
+                exact("rows", outputs["x_RD"], x[slot_R // spec.top_k]),
+            ]
+        )
+
+
+class Capacity(DispatchCase):
+    """A capacity that the busier experts exceed."""
+
+    def capacity(self, p: Params) -> int | None:
+        """See `DispatchCase.capacity`: the mean load, rounded up."""
+        spec = preset(p.preset).router
+        return -(-shape(p).tokens * spec.top_k // spec.num_experts)
+
+
+class OneExpert(DispatchCase):
+    """Every token on one expert first, and the others empty where K leaves them so."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        spec = preset(p.preset).router
+        arrays = super().inputs(p)
+        last = np.arange(spec.num_experts - spec.top_k, spec.num_experts)
+        arrays["experts_TK"] = np.tile(last[::-1], (len(arrays["x_TD"]), 1)).astype(np.int64)
+        return arrays
+
+
+class NoTokens(DispatchCase):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array[:0] for name, array in super().inputs(p).items()}
+
+
+class Backward(DispatchCase):
+    """The gradient of a token is the sum over its rows."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        rows = arrays["experts_TK"].size
+        arrays["dx_RD"] = make.store(make.normal(p.seed, "dispatch/dx", rows, arrays["x_TD"].shape[1]), p.dtype)
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        x = tensors["x_TD"].clone().requires_grad_()
+        out = ops.dispatch(x, tensors["experts_TK"], preset(p.preset).router.num_experts)
+        out.x_RD.backward(tensors["dx_RD"])
+        assert x.grad is not None
+        return {"dx_TD": x.grad}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        spec = preset(p.preset).router
+        x: Array = inputs["x_TD"]
+        wrong = structure(outputs, {"dx_TD": (x.shape, p.dtype)})
+        if wrong is not None:
+            return wrong
+        slot_R, _ = sent(inputs["experts_TK"], spec.num_experts)
+        rows = gather_rows(wide(inputs["dx_RD"]), slot_R, len(x), spec.top_k)
+        return merge([judge("dx", outputs["dx_TD"], combine(rows, np.ones(rows.shape[:2]), p.dtype))])
+
+
+_WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
+CASES = (
+    DispatchCase("dispatch.permutation", "dispatch", ("dispatch",), _WHAT + "One hot, one empty and one single expert."),
+    Capacity("dispatch.capacity", "dispatch", ("dispatch",), _WHAT + "At the mean load as capacity, later slots are dropped."),
+    OneExpert("dispatch.one_expert", "dispatch", ("dispatch",), _WHAT + "All tokens on the same K experts, the rest empty."),
+    NoTokens("dispatch.no_tokens", "dispatch", ("dispatch",), _WHAT + "No tokens: empty rows, counts of zero."),
+    Backward(
+        "dispatch.backward", "dispatch", ("dispatch",),
+        "The gradient of a token: the sum over its K rows, in float32. Bound: K u sum |dx|, and half an ulp of storage.",
+    ),
+)  # fmt: skip

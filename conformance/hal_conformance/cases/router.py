@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router: logits, scores, the chosen set, weights, tie order, degenerate rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal.moe.presets import preset
+from hal.moe.router_spec import RouterSpec
+from hal_conformance import inputs as make
+from hal_conformance.bounds import U32, Bounded, matmul, sigmoid, softmax
+from hal_conformance.budget import Level, level
+from hal_conformance.case import F64, I64, Array, Arrays, Params
+from hal_conformance.cases.base import (
+    Base, arithmetic, gate_storage, router_arrays, shape, weight_storage, wide,
+)  # fmt: skip
+from hal_conformance.detectors import Finding, discrete, judge, merge, structure
+from hal_conformance.margins import certify, judge_choice
+from hal_conformance.verdicts import Judgement, Status
+
+if TYPE_CHECKING:
+    import torch
+
+
+def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shapes and dtypes of a `Routing`."""
+    return {
+        "logits_TE": ((tokens, spec.num_experts), gate_storage(spec, p)),
+        "scores_TE": ((tokens, spec.num_experts), "float32"),
+        "experts_TK": ((tokens, spec.top_k), "int64"),
+        "weights_TK": ((tokens, spec.top_k), weight_storage(spec, p)),
+    }
+
+
+def scores_of(logits_TE: Array, spec: RouterSpec, at: Level) -> Bounded:
+    """Return the scores of the device's own logits."""
+    exact = wide(logits_TE)
+    return (softmax(exact, at) if spec.score == "softmax" else sigmoid(exact)).stored("float32")
+
+
+def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str) -> Bounded:
+    """Return the weights of chosen experts.
+
+    A weight inherits its score's relative error e_j. Normalising adds the score-weighted error of the sum, K - 1
+    roundings of additions, one of the epsilon's and two of a division; the factor adds one: K + 4 in all.
+    """
+    rows = np.arange(len(experts_TK))[:, None]
+    s, b = scores.value[rows, experts_TK], scores.bound[rows, experts_TK]
+    if not spec.normalize:
+        value, bound = s * spec.scaling_factor, (b + 2.0 * U32 * s) * spec.scaling_factor
+    else:
+        total = s.sum(1, keepdims=True) + spec.normalize_epsilon
+        value = s / total * spec.scaling_factor
+        relative = b / s + b.sum(1, keepdims=True) / total + (spec.top_k + 4) * U32
+        bound = value * relative
+    return Bounded.deterministic(value, bound).stored(storage)
+
+
+class RouterCase(Base):
+    """A case whose inputs are activations and a gate as they occur."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return router_arrays(p, "router")
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        spec = preset(p.preset).router
+        routing = ops.route(tensors["x_TD"], tensors["gate_ED"], spec, tensors.get("bias_E"))
+        return dict(routing._asdict())
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        spec = preset(p.preset).router
+        wrong = structure(outputs, expected_structure(spec, p, len(inputs["x_TD"])))
+        if wrong is not None:
+            return wrong
+        return merge(self.findings(inputs, outputs, p, spec, contract))
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """Return what the detectors say."""
+        raise NotImplementedError
+
+
+class Logits(RouterCase):
+    """The gate's product."""
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        storage = gate_storage(spec, p)
+        got = outputs["logits_TE"]
+        exact = matmul(wide(inputs["x_TD"]), wide(inputs["gate_ED"]).T, arithmetic(contract, storage), level(got.size))
+        return [judge("logits", got, exact.stored(storage), bias=storage != "float32")]
+
+
+class Scores(RouterCase):
+    """softmax or sigmoid of the device's own logits."""
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        got = outputs["scores_TE"]
+        return [judge("scores", got, scores_of(outputs["logits_TE"], spec, level(got.size)))]
+
+
+class TopkSet(RouterCase):
+    """The chosen set, certified by margin."""
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        scores = scores_of(outputs["logits_TE"], spec, level(outputs["logits_TE"].size))
+        bias = wide(inputs["bias_E"]) if spec.selection_bias else None
+        return [judge_choice(outputs["experts_TK"], certify(scores, bias, spec))]
+
+
+class Weights(RouterCase):
+    """The weights of the device's own choice."""
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        experts_TK = outputs["experts_TK"]
+        if experts_TK.size and (experts_TK.min() < 0 or experts_TK.max() >= spec.num_experts):
+            return [Finding(Status.FAIL_DISCRETE, detail="an expert is out of range")]
+        scores = scores_of(outputs["logits_TE"], spec, level(outputs["logits_TE"].size))
+        return [judge("weights", outputs["weights_TK"], weights_of(scores, experts_TK, spec, weight_storage(spec, p)))]
+
+
+# Logits 0..3 only: their sigmoids have no two equal sums of pairs, so that groups tie only where their pairs do.
+TIED_LOGITS = 4
+
+
+class TieOrder(RouterCase):
+    """Exact ties go to the lower index."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: one-hot tokens and integer weights, so that every logit is exact and most tie."""
+        spec, s = preset(p.preset).router, shape(p)
+        hot = np.zeros((s.tokens, s.width))
+        hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
+        gate = make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, spec.num_experts, s.width)
+        arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate, gate_storage(spec, p))}
+        if spec.selection_bias:
+            arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
+        return arrays
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        exact = wide(inputs["x_TD"]) @ wide(inputs["gate_ED"]).T
+        return [
+            discrete("logits", outputs["logits_TE"], exact),
+            discrete("experts", outputs["experts_TK"], lowest_first(exact, spec)),
+        ]
+
+
+def lowest_first(logits_TE: F64, spec: RouterSpec) -> I64:
+    """Return the K best experts of integer logits, ties to the lower index, groups likewise."""
+    # Scores rise with the logits, so the logits rank; only a group's sum of two needs the scores themselves.
+    rank = logits_TE.copy()
+    if spec.top_groups < spec.num_groups:
+        grouped = rank.reshape(len(rank), spec.num_groups, spec.group_size)
+        if spec.group_score == "max":
+            group = grouped.max(-1)
+        else:
+            table = 1.0 / (1.0 + np.exp(-np.arange(TIED_LOGITS, dtype=np.float64)))
+            group = np.sort(table[grouped.astype(np.int64)], -1)[..., -2:].sum(-1)
+        kept = np.argsort(-group, 1, kind="stable")[:, : spec.top_groups]
+        mask = np.ones((len(rank), spec.num_groups), bool)
+        mask[np.arange(len(rank))[:, None], kept] = False
+        rank[np.repeat(mask, spec.group_size, axis=1)] = -np.inf
+    return np.argsort(-rank, 1, kind="stable")[:, : spec.top_k].astype(np.int64)
+
+
+class Degenerate(RouterCase):
+    """NaN, infinity, all equal, and logits in the thousands."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: tokens 0 to 4 are NaN, infinite, zero and huge; the rest are ordinary."""
+        arrays = router_arrays(p, "degenerate")
+        x = arrays["x_TD"].copy()
+        x[0, 3] = np.nan
+        x[1, 5] = np.inf
+        x[2] = 0
+        x[3] = x[3] * np.asarray(64, x.dtype)
+        x[4] = -x[3]
+        arrays["x_TD"] = x
+        if "bias_E" in arrays:
+            arrays["bias_E"] = np.zeros_like(arrays["bias_E"])
+        return arrays
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        experts_TK, weights = outputs["experts_TK"], wide(outputs["weights_TK"])
+        everyone = np.ones((len(experts_TK), spec.num_experts), bool)
+        from hal_conformance.margins import Certainty
+
+        found = [judge_choice(experts_TK, Certainty(~everyone, everyone))]
+        if found[0].status.colour == "red":
+            return found
+        found[0] = Finding(Status.PASS)  # in range and distinct is all that is asked of a NaN
+        finite = np.isfinite(weights[2:]).all(1)
+        if not finite.all():
+            bad = int(np.flatnonzero(~finite)[0]) + 2
+            found.append(Finding(Status.FAIL_NONFINITE, detail=f"token {bad} is finite and its weights are not"))
+        ordinary = np.arange(5, len(experts_TK))
+        scores = scores_of(outputs["logits_TE"][ordinary], spec, level(outputs["logits_TE"].size))
+        bias = wide(inputs["bias_E"]) if spec.selection_bias else None
+        found.append(judge_choice(experts_TK[ordinary], certify(scores, bias, spec), "ordinary tokens' experts"))
+        zeros = np.zeros((1, spec.num_experts))
+        found.append(discrete("experts of the zero token", experts_TK[2:3], lowest_first(zeros, spec)))
+        return found
+
+
+LOGITS = Logits(
+    "router.logits", "router", ("route",),
+    "The gate's product, against float64. Bound: the random-walk bound of a sum of D products in any order, plus half "
+    "an ulp of the gate's dtype (bounds.matmul). Also the RMS ratio and, where the logits are rounded, the bias.",
+)  # fmt: skip
+SCORES = Scores(
+    "router.scores", "router", ("route",),
+    "Softmax or sigmoid of the device's own logits. Bound: 2 ulp of exp, the rounding of x - max, the summation with "
+    "its stagnation term, a division (bounds.softmax, bounds.sigmoid).",
+)  # fmt: skip
+TOPK_SET = TopkSet(
+    "router.topk_set", "router", ("route",),
+    "The chosen experts, from the device's own logits. Where the gap between scores exceeds their bound, at the level of "
+    "groups too, the set must be the oracle's; elsewhere any member within the bound is right: PASS-AMBIGUOUS.",
+)  # fmt: skip
+WEIGHTS = Weights(
+    "router.weights", "router", ("route",),
+    "The weights of the device's own choice: gathered, normalised and scaled as the router's equations say, never from "
+    "biased scores. Bound: the scores' relative errors and K + 4 roundings.",
+)  # fmt: skip
+TIE_ORDER = TieOrder(
+    "router.tie_order", "router", ("route",),
+    "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by descending "
+    "score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are what happens "
+    "otherwise).",
+)  # fmt: skip
+DEGENERATE = Degenerate(
+    "router.degenerate", "router", ("route",),
+    "A NaN, an infinite, a zero and two huge tokens among ordinary ones: experts are distinct and in range for all, weights "
+    "finite for finite tokens, the zero token's ties go to the lower index, and the ordinary tokens are routed as ever "
+    "(torch-xpu-ops#4839, vllm PR#39391).",
+)  # fmt: skip
+
+CASES = (LOGITS, SCORES, TOPK_SET, WEIGHTS, TIE_ORDER, DEGENERATE)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated inputs: the same bits on every host, from an integer counter generator.
+
+Only integer operations, single float additions, multiplications, divisions and square roots are used, which
+IEEE 754 rounds in one way only. Never a float sum over an axis: numpy's order of summation depends on the
+host's vector width.
+
+Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import ml_dtypes
+import numpy as np
+
+from hal.philox import bits
+from hal_conformance.case import F64, I64, Array
+
+NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float64": np.dtype(np.float64),
+    "int64": np.dtype(np.int64),
+}
+
+BYTE_SUM_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four uniform bytes
+
+
+def digest(array: Array) -> str:
+    """Return the SHA-256 of dtype, shape and little-endian bytes of an array."""
+    kind = f"{array.dtype.name}{list(array.shape)}".encode()
+    contiguous = np.ascontiguousarray(array)
+    if contiguous.dtype.byteorder == ">":
+        contiguous = contiguous.astype(contiguous.dtype.newbyteorder("<"))
+    return hashlib.sha256(kind + contiguous.tobytes()).hexdigest()
+
+
+def words(seed: int, stream: str, *shape: int) -> I64:
+    """Return uniform integers in [0, 2**32)."""
+    return bits(seed, stream, math.prod(shape)).astype(np.int64).reshape(shape)
+
+
+def integers(seed: int, stream: str, low: int, high: int, *shape: int) -> I64:
+    """Return uniform integers in [low, high]; the modulo's bias is below 1e-6 for the ranges used here."""
+    return low + words(seed, stream, *shape) % (high - low + 1)
+
+
+def permutation(seed: int, stream: str, n: int) -> I64:
+    """Return a random order of 0..n-1."""
+    return np.argsort(words(seed, stream, n), kind="stable")
+
+
+def normal(seed: int, stream: str, *shape: int) -> F64:
+    """Return nearly normal numbers, mean 0, variance 1: sums of four bytes (exact), cut at 3.5 deviations.
+
+    A quarter of the cost of true normals, and the cut keeps float16 products finite. The heavy tails that matter
+    are put into `activations` on purpose.
+    """
+    word = bits(seed, stream, math.prod(shape))
+    total = np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)
+    summed = total[:, 0].astype(np.int64) + total[:, 1] + total[:, 2] + total[:, 3]
+    return ((summed - 510).astype(np.float64) / BYTE_SUM_DEVIATION).reshape(shape)
+
+
+def store(values: Array, dtype: str) -> Array:
+    """Round to a storage dtype, to nearest, ties to even."""
+    return (
+        np.asarray(values, np.float64).astype(NUMPY_DTYPES[dtype])
+        if dtype != "bfloat16"
+        else np.asarray(values, np.float32).astype(NUMPY_DTYPES[dtype])
+    )
+
+
+def outlier_channels(width: int) -> int:
+    """How many of `width` channels are outliers: about one in 256, as in trained transformers, at least one."""
+    return max(1, width // 256)
+
+
+def activations(seed: int, stream: str, tokens: int, width: int) -> F64:
+    """Return [T, D] activations as they occur in a trained transformer, before rounding to a dtype.
+
+    Most elements are normal times a heavy-tailed factor 1/sqrt(u), 1 to 8 (Student's t with two degrees of freedom,
+    cut). A few channels, at places that the seed chooses, hold 20 to 60 times that with nearly the same
+    value in every token.
+
+    Source: Dettmers et al. 2022 (arXiv:2208.07339), Sun et al. 2024 (arXiv:2402.17762).
+    """
+    u = (words(seed, f"{stream}/tail", tokens, width) + 2**26) / 2.0**32
+    x = normal(seed, f"{stream}/body", tokens, width) / np.sqrt(u)
+    count = outlier_channels(width)
+    channels = permutation(seed, f"{stream}/places", width)[:count]
+    size = integers(seed, f"{stream}/sizes", 20, 60, count) * (1 - 2 * integers(seed, f"{stream}/signs", 0, 1, count))
+    x[:, channels] = size * (1.0 + normal(seed, f"{stream}/wobble", tokens, count) / 16.0)
+    return np.asarray(x)
+
+
+def typical_norm(width: int) -> float:
+    """Expected Euclidean norm of a row of `activations`: E[1/u] = ln(2**6) for the body, 42**2 for an outlier."""
+    return math.sqrt(width * math.log(64.0) + outlier_channels(width) * 42.0**2)
+
+
+def gate(seed: int, stream: str, experts: int, width: int) -> F64:
+    """Return [E, D] router weights whose margins look like a trained router's.
+
+    Rows share a common part and a part per cluster of four, so that a token's likely experts are similar; every
+    eighth row nearly repeats the one before (relative distance 2**-13), so that some tokens are near-tied. Logits
+    have a standard deviation of about 2.
+    """
+    own = normal(seed, f"{stream}/own", experts, width)
+    cluster = normal(seed, f"{stream}/cluster", -(-experts // 4), width)
+    common = normal(seed, f"{stream}/common", 1, width)
+    rows = 0.5 * common + 0.7 * np.repeat(cluster, 4, axis=0)[:experts] + 0.7 * own
+    near = np.arange(7, experts, 8)
+    rows[near] = rows[near - 1] * (1.0 + normal(seed, f"{stream}/near", len(near), width) * 2.0**-13)
+    order = permutation(seed, f"{stream}/order", experts)
+    return np.asarray(rows[order] * (2.0 / typical_norm(width)))
+
+
+def weights(seed: int, stream: str, *shape: int) -> F64:
+    """Return normal weights with variance 1 / (size of the last axis)."""
+    return normal(seed, stream, *shape) / math.sqrt(shape[-1])
+
+
+def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I64:
+    """Return [T, K] distinct experts for every token, with the uneven load of a trained router.
+
+    A quarter of the experts is four times as likely as the rest; expert `hot` is in every second token, expert
+    `cold` in none, expert `single` in one token only (where E and K leave room for it).
+    """
+    word = words(seed, f"{stream}/draw", tokens, experts)
+    order = permutation(seed, f"{stream}/roles", experts)
+    word[:, order[: max(1, experts // 4)]] //= 4
+    word[::2, order[0]] = -2
+    if experts > top_k:
+        word[:, order[-1]] = 2**40
+    if experts > top_k + 1 and tokens:
+        word[:, order[-2]] = 2**39
+        word[-1, order[-2]] = -1
+    return np.argsort(word, axis=1, kind="stable")[:, :top_k].astype(np.int64)
+
+
+def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
+    """Return [E] row counts that sum to about `rows`: 0, 1, 2, 3, ... so that many residues of 16 occur, permuted.
+
+    Kernels lose tails at particular residues of an expert's row count, so every residue is wanted.
+    """
+    mean = max(1, rows // experts)
+    counts = np.arange(experts) % (2 * mean + 1)
+    if experts < 16:  # too few experts for every residue: take 0, 1, 17 and what the seed says
+        counts = integers(seed, f"{stream}/few", 0, 2 * mean, experts)
+        counts[:3] = (0, 1, 17)[: min(3, experts)]
+    return np.asarray(counts[permutation(seed, f"{stream}/order", experts)], np.int64)

@@ -39,7 +39,7 @@ def half_ulp(value: Array, dtype: str) -> F64:
     _, exponent = np.frexp(np.where(np.isfinite(magnitude), magnitude, 1.0))
     exponent = np.where(magnitude == 0.0, MIN_EXPONENTS[dtype] + 1, exponent)
     exponent = np.maximum(exponent - 1, MIN_EXPONENTS[dtype])
-    return np.ldexp(1.0, exponent - SIGNIFICANDS[dtype])
+    return np.asarray(np.ldexp(1.0, exponent - SIGNIFICANDS[dtype]))
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,7 @@ def matmul_variance(value: F64, squares: F64, inner: int, rule: Arithmetic) -> F
     """
     u = rule.unit_roundoff
     walk = inner * (5.0 / 24.0 * squares + value**2 / 3.0)
-    if rule.rounding == "truncate":
-        var = u**2 * inner * (walk + squares)
-    else:
-        var = u**2 / 3.0 * (walk + squares)
+    var = (u**2 * inner if rule.rounding == "truncate" else u**2 / 3.0) * (walk + squares)
     if rule.input_bits is not None:
         r = 2.0**-rule.input_bits
         var = var + 2.0 / 3.0 * r**2 * squares + 4.0 * r**2 * value**2

@@ -60,10 +60,14 @@ class Case(Protocol):
         needs: the `MoEOps` methods that `run` calls.
     """
 
-    name: str
-    family: str
-    what: str
-    needs: tuple[str, ...]
+    @property
+    def name(self) -> str: ...  # noqa: D102  documented above
+    @property
+    def family(self) -> str: ...  # noqa: D102
+    @property
+    def what(self) -> str: ...  # noqa: D102
+    @property
+    def needs(self) -> tuple[str, ...]: ...  # noqa: D102
 
     def presets(self) -> tuple[str, ...]:
         """Return the presets for which the case can differ."""

@@ -134,9 +134,10 @@ def experts_backward(
         # Both paths share the errors of dh and g.
         dx[rows] = d1 + d3
         var_dx[rows] = _store(dx[rows], 2.0 * (_store(d1, v1, dtype) + _store(d3, v3, dtype)), dtype)
-        for name, (left, v_left, right, v_right) in {
+        terms: dict[str, tuple[F64, F64 | float, F64, F64 | float]] = {
             "1": (dg, v_dg, x, 0.0), "3": (du, v_du, x, 0.0), "2": (up, var_up, i.h, i.var_h),
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, (left, v_left, right, v_right) in terms.items():
             v_left_t = v_left.T if isinstance(v_left, np.ndarray) else v_left
             value, var = product(left.T, v_left_t, right, v_right, rule)
             grads[name][0][e], grads[name][1][e] = value, _store(value, var, dtype)

@@ -132,7 +132,8 @@ class Backward(Random):
 CASES = (
     Exact(
         "combine.exact", "combine", ("combine",),
-        "Integers of up to 254 that cancel in pairs, weights of one half: exact in float32 in any order, and compared bit by "
+        "Integers of up to 254 that cancel in pairs, weights of one half: exact in float32 in any order, and "
+        "compared bit by "
         "bit; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
     ),
     Random(

@@ -137,13 +137,16 @@ class Backward(DispatchCase):
 
 
 _WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
+_NEEDS = ("dispatch",)
 CASES = (
-    DispatchCase("dispatch.permutation", "dispatch", ("dispatch",), _WHAT + "One hot, one empty and one single expert."),
-    Capacity("dispatch.capacity", "dispatch", ("dispatch",), _WHAT + "At the mean load as capacity, later slots are dropped."),
-    OneExpert("dispatch.one_expert", "dispatch", ("dispatch",), _WHAT + "All tokens on the same K experts, the rest empty."),
-    NoTokens("dispatch.no_tokens", "dispatch", ("dispatch",), _WHAT + "No tokens: empty rows, counts of zero."),
+    DispatchCase("dispatch.permutation", "dispatch", _NEEDS, _WHAT + "One hot, one empty and one single expert."),
+    Capacity("dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."),
+    OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
+    NoTokens("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
     Backward(
-        "dispatch.backward", "dispatch", ("dispatch",),
-        "The gradient of a token: the sum over its K rows, in float32. Bound: K u sum |dx|, and half an ulp of storage.",
+        "dispatch.backward",
+        "dispatch",
+        _NEEDS,
+        "The gradient of a token: the sum over its K rows, in float32. Bound: K u sum |dx| and half an ulp.",
     ),
-)  # fmt: skip
+)

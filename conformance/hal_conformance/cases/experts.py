@@ -2,7 +2,8 @@
 """The experts: grouped SwiGLU, on exact designs and on data as it occurs, forward and backward.
 
 Each exact design is blind to something, so all are run (research in the documentation): small integers show lost and
-swapped rows and the rounding of the output; cancelling integers show accumulators of too few bits; one-hot rows show every
+swapped rows and the rounding of the output; cancelling integers show accumulators of too few bits; one-hot rows
+show every
 bit of every weight, and inputs cut to TF32.
 """
 
@@ -95,7 +96,8 @@ class Integers(ExactExperts):
         """See `Case.inputs`.
 
         x holds 1 in a channel that alone feeds the gate, 32 of it, and integers up to 3 elsewhere. u sums at most 28
-        products of up to 9, at most 252: exact in bfloat16. h = 32 u. y sums four of those times at most 2: at most 64,512,
+        products of up to 9, at most 252: exact in bfloat16. h = 32 u. y sums four of those times at most 2: at
+        most 64,512,
         below float16's largest, in multiples of 32, so every partial sum is exact in float32.
         """
         spec, s = preset(p.preset).router, shape(p)
@@ -120,8 +122,10 @@ class Cancelling(Integers):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`.
 
-        Channels come in pairs with equal weights: v and d - v, v up to 126 in size, d in -1, 0, 1. A sum over 24 pairs has
-        partial sums of hundreds and a result of at most 24; an accumulator of 8 or 11 bits loses the d's. In the second product
+        Channels come in pairs with equal weights: v and d - v, v up to 126 in size, d in -1, 0, 1. A sum over 24
+        pairs has
+        partial sums of hundreds and a result of at most 24; an accumulator of 8 or 11 bits loses the d's. In the
+        second product
         the same is done with pairs of equal hidden units and weights w and 1 - w.
         """
         arrays = super().inputs(p)
@@ -159,7 +163,8 @@ class OneHot(ExactExperts):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`.
 
-        Row r of an expert is one-hot at channel j(r), plus 1 in the gate's channel. w2 has a single 1 in each row, so that
+        Row r of an expert is one-hot at channel j(r), plus 1 in the gate's channel. w2 has a single 1 in each
+        row, so that
         y[d] = 32 w3[f(d), j]: every bit of w3 shows, and an input cut to fewer bits.
         """
         spec, s = preset(p.preset).router, shape(p)
@@ -264,27 +269,32 @@ class Backward(Random):
 
 INTEGERS = Integers(
     "experts.integers", "experts", ("experts",),
-    "Integers whose every partial sum is exact in float32; the gate's channel makes silu the identity. Lost, doubled or swapped "
+    "Integers whose every partial sum is exact in float32; the gate's channel makes silu the identity. Lost, "
+    "doubled or swapped "
     "rows, low accumulators and truncated stores show, bit by bit.",
 )  # fmt: skip
 CANCELLING = Cancelling(
     "experts.cancelling", "experts", ("experts",),
-    "Integers with partial sums of hundreds and small results, in both products: an accumulator of 8 or 11 bits is wrong, "
+    "Integers with partial sums of hundreds and small results, in both products: an accumulator of 8 or 11 bits "
+    "is wrong, "
     "bit by bit.",
 )  # fmt: skip
 ONE_HOT = OneHot(
     "experts.one_hot", "experts", ("experts",),
-    "One-hot rows: the output is the up projection's weights times 32, every bit of them; weights of the wrong expert, flipped "
+    "One-hot rows: the output is the up projection's weights times 32, every bit of them; weights of the wrong "
+    "expert, flipped "
     "bits and inputs cut to TF32 show.",
 )  # fmt: skip
 RANDOM = Random(
     "experts.random", "experts", ("experts",),
-    "Heavy tails and outlier channels. Bound: lambda deviations of the chain g, u, silu, h, y, each of which may be stored in "
+    "Heavy tails and outlier channels. Bound: lambda deviations of the chain g, u, silu, h, y, each of which may "
+    "be stored in "
     "the dtype, plus half an ulp (oracle.experts). RMS with one independent error a row.",
 )  # fmt: skip
 BACKWARD = Backward(
     "experts.backward", "experts", ("experts",),
-    "Gradients of inputs and of the three weights, chained in the same way (oracle.experts_backward); exactly zero for an "
+    "Gradients of inputs and of the three weights, chained in the same way (oracle.experts_backward); exactly "
+    "zero for an "
     "expert without rows (MSLK PR#158, pytorch PR#174314).",
 )  # fmt: skip
 CASES = (INTEGERS, CANCELLING, ONE_HOT, RANDOM, BACKWARD)

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N815  (fields carry their shapes)
 """A whole layer, forward and backward, with the device's own routing and with a replayed one.
 
-The routing is judged first; everything after it is conditional on the device's own choice, logits and weights, since two
-right devices may choose differently where the margin is open. The rest is a black box: variances are chained through it.
+The routing is judged first; everything after it is conditional on the device's own choice, logits and weights,
+since two
+right devices may choose differently where the margin is open. The rest is a black box: variances are chained
+through it.
 
 Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices, R routed rows, S shared width.
 """
@@ -21,7 +24,14 @@ from hal_conformance.bounds import U32, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Arrays, Params
 from hal_conformance.cases.base import (
-    Base, arithmetic, gate_storage, model_of, router_arrays, shape, weight_storage, wide,
+    Base,
+    arithmetic,
+    gate_storage,
+    model_of,
+    router_arrays,
+    shape,
+    weight_storage,
+    wide,
 )  # fmt: skip
 from hal_conformance.cases.dispatch import sent
 from hal_conformance.cases.experts import WEIGHTS, chained
@@ -216,7 +226,8 @@ class Inside:
     def _dlogits(self, outputs: Arrays, dy: F64, p: Params, spec: RouterSpec) -> tuple[F64, F64]:
         """Return the logits' gradient and its variance.
 
-        Each step is linear in the gradient above it, with coefficients made of scores: the variance of the one, plus the
+        Each step is linear in the gradient above it, with coefficients made of scores: the variance of the one,
+        plus the
         coefficients' relative error squared times the sum of absolute terms squared, since differences cancel.
         """
         terms = self.o_TKD * dy[:, None, :]
@@ -302,7 +313,8 @@ def _layer(name: str, *, replayed: bool, backward: bool) -> Layer:
     what = "y and the gradients of x, the gate and the experts" if backward else "y"
     return Layer(
         f"layer.{name}", "layer", ("layer",),
-        f"A whole layer with {how}: logits, weights, {what}. Bound: chained variances, lambda deviations and half an ulp.",
+        f"A whole layer with {how}: logits, weights, {what}. Bound: chained variances, lambda "
+        "deviations and half an ulp.",
         replayed=replayed, backward=backward,
     )  # fmt: skip
 

@@ -54,8 +54,10 @@ class Aux(Base):
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`.
 
-        Value: every term is positive, so relative errors add: normalising (a sum over E, a division), the mean over T, the
-        product, the sum over E. Gradient: c_e / T for softmax; through the normalisation (c_e - sum_j c_j p_j) / (T S), whose
+        Value: every term is positive, so relative errors add: normalising (a sum over E, a division), the mean
+        over T, the
+        product, the sum over E. Gradient: c_e / T for softmax; through the normalisation (c_e - sum_j c_j p_j) /
+        (T S), whose
         rounding errors are relative to c_e + sum_j c_j p_j because the difference cancels.
         """
         spec = preset(p.preset).router
@@ -114,8 +116,10 @@ class Z(Base):
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`.
 
-        L = m + log sum exp(x - m) has the absolute error e = the p-weighted relative errors of exp, the summation's, 2 ulp of log,
-        and a rounding of L. L^2 has 2 |L| e + u L^2; the mean adds a sum of positive terms. The gradient 2 L p / T has e / |L|,
+        L = m + log sum exp(x - m) has the absolute error e = the p-weighted relative errors of exp, the
+        summation's, 2 ulp of log,
+        and a rounding of L. L^2 has 2 |L| e + u L^2; the mean adds a sum of positive terms. The gradient 2 L p /
+        T has e / |L|,
         p's own error twice over (its own and the sum's), and four roundings.
         """
         x = wide(inputs["logits_TE"])

@@ -15,7 +15,13 @@ from hal_conformance.bounds import U32, Bounded, matmul, sigmoid, softmax
 from hal_conformance.budget import Level, level
 from hal_conformance.case import F64, I64, Array, Arrays, Params
 from hal_conformance.cases.base import (
-    Base, arithmetic, gate_storage, router_arrays, shape, weight_storage, wide,
+    Base,
+    arithmetic,
+    gate_storage,
+    router_arrays,
+    shape,
+    weight_storage,
+    wide,
 )  # fmt: skip
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import certify, judge_choice
@@ -238,7 +244,8 @@ SCORES = Scores(
 )  # fmt: skip
 TOPK_SET = TopkSet(
     "router.topk_set", "router", ("route",),
-    "The chosen experts, from the device's own logits. Where the gap between scores exceeds their bound, at the level of "
+    "The chosen experts, from the device's own logits. Where the gap between scores exceeds their bound, at the "
+    "level of "
     "groups too, the set must be the oracle's; elsewhere any member within the bound is right: PASS-AMBIGUOUS.",
 )  # fmt: skip
 WEIGHTS = Weights(
@@ -248,13 +255,15 @@ WEIGHTS = Weights(
 )  # fmt: skip
 TIE_ORDER = TieOrder(
     "router.tie_order", "router", ("route",),
-    "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by descending "
+    "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by "
+    "descending "
     "score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are what happens "
     "otherwise).",
 )  # fmt: skip
 DEGENERATE = Degenerate(
     "router.degenerate", "router", ("route",),
-    "A NaN, an infinite, a zero and two huge tokens among ordinary ones: experts are distinct and in range for all, weights "
+    "A NaN, an infinite, a zero and two huge tokens among ordinary ones: experts are distinct and in range for "
+    "all, weights "
     "finite for finite tokens, the zero token's ties go to the lower index, and the ordinary tokens are routed as ever "
     "(torch-xpu-ops#4839, vllm PR#39391).",
 )  # fmt: skip

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The child process of `hal.explain`: imports, lists, opens and uses one backend, and reports each step at once.
 
-Run as `python -m hal._child NAME`. Each report is one line on stdout that starts with `hal-report `.
+`hal.explain` runs `main(NAME)`. Each report is one line on stdout that starts with `hal-report `.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from hal.registry import open_device, survey
 
 def report(**facts: Any) -> None:
     """Report facts now: the next step may kill this process."""
-    sys.stdout.write("hal-report " + json.dumps(facts) + "\n")
+    # A plug-in may have printed half a line before.
+    sys.stdout.write("\nhal-report " + json.dumps(facts) + "\n")
     sys.stdout.flush()
 
 
@@ -26,7 +27,7 @@ def _fail(error: BaseException, status: str = "broken") -> None:
     cause = error.__cause__ or error
     report(
         status=status,
-        reason=str(error),
+        reason=str(error) if isinstance(error, HalError) else f"{type(error).__name__}: {error}",
         detail=""
         if status == "absent"
         else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
@@ -34,7 +35,14 @@ def _fail(error: BaseException, status: str = "broken") -> None:
 
 
 def main(name: str) -> None:
-    """Examine one backend."""
+    """Examine one backend, and report even what nobody foresaw."""
+    try:
+        _examine(name)
+    except (Exception, SystemExit) as error:  # noqa: BLE001  this is what the parent wants to know
+        _fail(error)
+
+
+def _examine(name: str) -> None:
     plugin = next(p for p in plugins.allowed() if p.name == name)
     answer = survey(plugin)
     if answer.error is not None:
@@ -67,12 +75,9 @@ def main(name: str) -> None:
                 report(status="broken", reason=f"{first.id} computed {total} where {64 * 64 * 128} is exact")
                 return
     except HalError as error:
-        _fail(error)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  this is what the parent wants to know
+        # A device that was listed and then refuses as absent is no failure of the backend.
+        _fail(error, "absent" if isinstance(error, Absent) else "broken")
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         _fail(error)
     else:
         report(status="found", reason=f"{len(claims)} found, {first.id} opened and computed")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hal import plugins
+from hal._process import run_python
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
 from hal.registry import AUTOLOAD, Survey, settle
 
 TIMEOUT_S = 120.0
 """Generous: a cold import of torch and a first initialisation of a driver take tens of seconds."""
+MARK = "hal-report "
+"""What a line of the child begins with; see `hal._child`."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,18 @@ class Explanation:
                 "devices": [info.as_json() for info in self.devices]}  # fmt: skip
 
 
-def explain(*, timeout_s: float = TIMEOUT_S) -> list[Explanation]:
+def explain(*, timeout_s: float = TIMEOUT_S, admitted: Sequence[plugins.Plugin] | None = None) -> list[Explanation]:
     """Tell for every admitted backend whether it was found, is absent or is broken, and why.
 
     Args:
         timeout_s: how long one backend may take to import, list, open and compute.
+        admitted: whom to ask; by default everyone whom HAL_BACKENDS admits.
 
     Raises:
         ConfigError: HAL_BACKENDS cannot be read.
     """
-    admitted = plugins.allowed()
+    if admitted is None:
+        admitted = plugins.allowed()
     with ThreadPoolExecutor(max_workers=max(1, min(len(admitted), os.cpu_count() or 1))) as pool:
         answers = list(pool.map(lambda plugin: _ask(plugin, timeout_s), admitted))
     surveys = [
@@ -90,39 +93,27 @@ def _without(answer: Explanation, lost: dict[str, str]) -> Explanation:
 def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Specificity]]:
     """Run `hal._child` for one plug-in and read what it reported before it ended, however it ended."""
     environment = {**os.environ, AUTOLOAD: "0", "HAL_BACKENDS": plugin.name}
-    command = [sys.executable, "-m", "hal._child", plugin.name]
-    try:
-        done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, timeout=timeout_s, check=False
-        )
-        code, output, errors = done.returncode, done.stdout, done.stderr
-        ending = "" if code == 0 else _ending(code)
-    except subprocess.TimeoutExpired as expired:
-        output, errors = expired.stdout or b"", expired.stderr or b""
-        ending = f"did not answer within {timeout_s:g} s"
-    reports: dict[str, object] = {"stage": "importing it"}
-    for line in output.decode(errors="replace").splitlines():
+    ending = run_python(
+        "from hal._child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s
+    )
+    reports: dict[str, Any] = {"stage": "importing it"}
+    for line in ending.output.splitlines():
         # A plug-in may print; only lines with the mark are the child's own.
-        if line.startswith("hal-report "):
-            reports.update(json.loads(line.removeprefix("hal-report ")))
-    devices = [DeviceInfo(**{**d, "evidence": tuple(d["evidence"])}) for d in reports.get("devices", [])]  # type: ignore[attr-defined]
-    status, reason = reports.get("status"), str(reports.get("reason", ""))
-    detail = str(reports.get("detail", ""))
+        if line.startswith(MARK):
+            try:
+                reports.update(json.loads(line.removeprefix(MARK)))
+            except ValueError:  # a line that a dying child did not finish
+                continue
+    devices = [DeviceInfo(**{**d, "evidence": tuple(d["evidence"])}) for d in reports.get("devices", [])]
+    specific = [Specificity(s) for s in reports.get("specificity", [])]
+    status: Any = None
+    status, reason, detail = reports.get("status"), reports.get("reason", ""), reports.get("detail", "")
     if status is None:
-        status, reason = "broken", f"{reports['stage']}: the process {ending or 'ended without an answer'}"
-        detail = errors.decode(errors="replace")[-4000:]
-    specific = [Specificity(s) for s in reports.get("specificity", [])]  # type: ignore[attr-defined]
+        status = "broken"
+        reason = f"{reports['stage']}: the process {ending.fault or 'ended without an answer'}"
+        detail = ending.errors[-4000:]
     answer = Explanation(
-        plugin.name, plugin.owners, status, reason, tuple(devices),  # type: ignore[arg-type]
-        tuple(reports.get("left", ())), tuple(reports.get("advice", ())), detail,  # type: ignore[arg-type]
+        plugin.name, plugin.owners, status, reason, tuple(devices),
+        tuple(reports.get("left", ())), tuple(reports.get("advice", ())), detail,
     )  # fmt: skip
     return answer, specific
-
-
-def _ending(code: int) -> str:
-    if code < 0:
-        try:
-            return f"was killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"was killed by signal {-code}"
-    return f"ended with status {code}"

@@ -52,6 +52,7 @@ def survey(plugin: plugins.Plugin) -> Survey:
         found = plugins.load(plugin).discover()
         if not isinstance(found, Discovery):
             raise TypeError(f"discover() returned a {type(found).__name__}, not a hal.Discovery")
+        _check_claims(found, plugin.name)
     except HalError as error:
         return Survey(plugin.name, plugin.owners, nothing, error)
     except (Exception, SystemExit) as error:  # noqa: BLE001  one bad plug-in must not end the listing
@@ -59,6 +60,18 @@ def survey(plugin: plugins.Plugin) -> Survey:
         broken.__cause__ = error
         return Survey(plugin.name, plugin.owners, nothing, broken)
     return Survey(plugin.name, plugin.owners, found, None)
+
+
+def _check_claims(discovery: Discovery, name: str) -> None:
+    ids = []
+    for claim in discovery.claims:
+        info = claim.info
+        if not isinstance(info, DeviceInfo) or info.backend != name or info.id.partition(":")[0] != name:
+            raise TypeError(f"discover() claims {info!r}, whose id and backend must begin with {name!r}")
+        ids.append(info.id)
+    twice = sorted({id for id in ids if ids.count(id) > 1})
+    if twice:
+        raise ValueError(f"discover() claims {', '.join(twice)} more than once")
 
 
 def settle(surveys: list[Survey]) -> tuple[list[DeviceInfo], dict[str, str]]:

@@ -71,7 +71,8 @@ def _tell_the_rest(surveys: list[Survey], lost: dict[str, str]) -> None:
         if isinstance(answer.error, Absent):
             click.secho(f"{answer.name}: absent: {answer.error.reason}", err=True, dim=True)
         elif answer.error is not None:
-            click.secho(f"{answer.name}: BROKEN: {str(answer.error).removeprefix(answer.name + ': ')}", err=True, fg="red")
+            reason = str(answer.error).removeprefix(f"{answer.name}: ")
+            click.secho(f"{answer.name}: BROKEN: {reason}", err=True, fg="red")
         for note in answer.discovery.left:
             click.secho(f"{answer.name}: left to others: {note}", err=True, dim=True)
     for device, reason in lost.items():

@@ -45,7 +45,7 @@ class Failure(click.ClickException):
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
-        self.exit_code = status
+        self.exit_code = status  # type: ignore[misc]  # click documents it as an attribute
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write the message to stderr."""

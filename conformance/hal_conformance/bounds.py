@@ -180,11 +180,17 @@ def softmax(logits: F64, level: Level) -> Bounded:
     return Bounded.deterministic(p, bound)
 
 
+def logistic(x: F64) -> F64:
+    """1 / (1 + exp(-x)) in float64, without overflow."""
+    e = np.exp(-np.abs(x))
+    return np.asarray(np.where(x >= 0, 1.0, e) / (1.0 + e))
+
+
 def sigmoid(x: F64) -> Bounded:
     """1 / (1 + exp(-x)) in float32 of exact x; not yet stored.
 
     The error of exp, (2 |x| + 4) u, enters with weight 1 - s; addition, division and the store add 3 u. The form
     1/2 + 1/2 tanh(x/2) is worse by 4e5 for negative x and not admitted.
     """
-    s = 1.0 / (1.0 + np.exp(-x))
+    s = logistic(x)
     return Bounded.deterministic(s, s * U32 * ((1.0 - s) * (2.0 * np.abs(x) + 4.0) + 3.0) + TINY32)

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal.contract import Arithmetic
-from hal_conformance.bounds import U32, Bounded, half_ulp, matmul_variance
+from hal_conformance.bounds import U32, Bounded, half_ulp, logistic, matmul_variance
 from hal_conformance.case import F64, I64
 
 
-def _store(value: F64, var: F64, dtype: str) -> F64:
+def store_variance(value: F64, var: F64, dtype: str) -> F64:
     """Return the variance after rounding to storage: uniform within half an ulp, at the next larger binade's edge."""
     return np.asarray(var + half_ulp(np.abs(value) + 4.0 * np.sqrt(var), dtype) ** 2 / 3.0)
 
@@ -58,21 +58,16 @@ def hidden(x: F64, w1_FD: F64, w3_FD: F64, dtype: str, rule: Arithmetic) -> Hidd
     """
     g, var_g = product(x, 0.0, w1_FD.T, 0.0, rule)
     u, var_u = product(x, 0.0, w3_FD.T, 0.0, rule)
-    var_g, var_u = _store(g, var_g, dtype), _store(u, var_u, dtype)
-    sigma = _sigmoid(g)
+    var_g, var_u = store_variance(g, var_g, dtype), store_variance(u, var_u, dtype)
+    sigma = logistic(g)
     s = g * sigma
     slope = sigma * (1.0 + g * (1.0 - sigma))
     own = np.abs(s) * U32 * ((1.0 - sigma) * (2.0 * np.abs(g) + 4.0) + 5.0)
     # |silu''| <= 1/2: the second-order term of an error of variance v adds at most (1/2 * v)^2.
-    var_s = _store(s, slope**2 * var_g + 0.25 * var_g**2 + own**2 / 3.0, dtype)
+    var_s = store_variance(s, slope**2 * var_g + 0.25 * var_g**2 + own**2 / 3.0, dtype)
     h = s * u
-    var_h = _store(h, u**2 * var_s + s**2 * var_u + var_s * var_u + (U32 * h) ** 2 / 3.0, dtype)
+    var_h = store_variance(h, u**2 * var_s + s**2 * var_u + var_s * var_u + (U32 * h) ** 2 / 3.0, dtype)
     return Hidden(g, var_g, u, var_u, s, var_s, h, var_h, sigma)
-
-
-def _sigmoid(x: F64) -> F64:
-    e = np.exp(-np.abs(x))
-    return np.asarray(np.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e)))
 
 
 def spans(counts_E: I64) -> list[tuple[int, slice]]:
@@ -87,7 +82,7 @@ def experts(x_RD: F64, counts_E: I64, w1: F64, w3: F64, w2: F64, dtype: str, rul
     for e, rows in spans(counts_E):
         inside = hidden(x_RD[rows], w1[e], w3[e], dtype, rule)
         y[rows], v = product(inside.h, inside.var_h, w2[e].T, 0.0, rule)
-        var[rows] = _store(y[rows], v, dtype)
+        var[rows] = store_variance(y[rows], v, dtype)
     return y, var
 
 
@@ -116,11 +111,11 @@ def experts_backward(
         x, up, var_up = x_RD[rows], dy[rows], 0.0 if var_dy is None else var_dy[rows]
         i = hidden(x, w1[e], w3[e], dtype, rule)
         dh, v_dh = product(up, var_up, w2[e], 0.0, rule)
-        v_dh = _store(dh, v_dh, dtype)
+        v_dh = store_variance(dh, v_dh, dtype)
         du = dh * i.s
-        v_du = _store(du, i.s**2 * v_dh + dh**2 * i.var_s + v_dh * i.var_s + (U32 * du) ** 2, dtype)
+        v_du = store_variance(du, i.s**2 * v_dh + dh**2 * i.var_s + v_dh * i.var_s + (U32 * du) ** 2, dtype)
         ds = dh * i.u
-        v_ds = _store(ds, i.u**2 * v_dh + dh**2 * i.var_u + v_dh * i.var_u + (U32 * ds) ** 2, dtype)
+        v_ds = store_variance(ds, i.u**2 * v_dh + dh**2 * i.var_u + v_dh * i.var_u + (U32 * ds) ** 2, dtype)
         slope = i.sigma * (1.0 + i.g * (1.0 - i.sigma))
         dg = ds * slope
         # d slope / dg is at most 1/2. Own arithmetic: research form of SwiGLU's dg, relative to ds, not to dg,
@@ -128,19 +123,21 @@ def experts_backward(
         a, q = np.abs(i.g), 1.0 - i.sigma
         inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (i.sigma * (2 * a + 4) + 4) + 3 + a * i.sigma
         own = np.abs(ds) * U32 * i.sigma * inner
-        v_dg = _store(dg, slope**2 * v_ds + 0.25 * ds**2 * i.var_g + own**2 / 3.0, dtype)
+        v_dg = store_variance(dg, slope**2 * v_ds + 0.25 * ds**2 * i.var_g + own**2 / 3.0, dtype)
         d1, v1 = product(dg, v_dg, w1[e], 0.0, rule)
         d3, v3 = product(du, v_du, w3[e], 0.0, rule)
         # Both paths share the errors of dh and g.
         dx[rows] = d1 + d3
-        var_dx[rows] = _store(dx[rows], 2.0 * (_store(d1, v1, dtype) + _store(d3, v3, dtype)), dtype)
+        var_dx[rows] = store_variance(
+            dx[rows], 2.0 * (store_variance(d1, v1, dtype) + store_variance(d3, v3, dtype)), dtype
+        )
         terms: dict[str, tuple[F64, F64 | float, F64, F64 | float]] = {
             "1": (dg, v_dg, x, 0.0), "3": (du, v_du, x, 0.0), "2": (up, var_up, i.h, i.var_h),
         }  # fmt: skip
         for name, (left, v_left, right, v_right) in terms.items():
             v_left_t = v_left.T if isinstance(v_left, np.ndarray) else v_left
             value, var = product(left.T, v_left_t, right, v_right, rule)
-            grads[name][0][e], grads[name][1][e] = value, _store(value, var, dtype)
+            grads[name][0][e], grads[name][1][e] = value, store_variance(value, var, dtype)
     return ExpertGradients(dx, var_dx, *grads["1"], *grads["3"], *grads["2"])
 
 

@@ -57,18 +57,18 @@ class Exact(Random):
     """Powers of two times integers, whose sum needs at most the bits of the dtype."""
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`: partial sums of hundreds cancel to less than 8, so that a low accumulator shows."""
+        """See `Case.inputs`: partial sums of hundreds cancel to a few halves, so that a low accumulator shows.
+
+        The first half of the choices holds odd integers up to 127, whose halves sum up to hundreds with a fraction of
+        one half; the second half takes them away again but for -1, 0 or 1 each.
+        """
         arrays = super().inputs(p)
         tokens, top_k = arrays["weights_TK"].shape
-        width = arrays["y_RD"].shape[1]
-        # Values in pairs: v and small - v, with v in multiples of 2 up to 254 (exact in bfloat16).
+        width, half = arrays["y_RD"].shape[1], top_k // 2
+        big = 2 * make.integers(p.seed, "combine/big", 0, 63, tokens, half, width) + 1
         rows = np.zeros((tokens, top_k, width))
-        for first in range(0, top_k - 1, 2):
-            big = 2 * make.integers(p.seed, f"combine/big{first}", -127, 127, tokens, width)
-            rows[:, first] = big
-            rows[:, first + 1] = -big + make.integers(p.seed, f"combine/small{first}", -1, 1, tokens, width) * (
-                np.abs(big) <= 126
-            )
+        rows[:, :half] = big
+        rows[:, half : 2 * half] = make.integers(p.seed, "combine/small", -1, 1, tokens, half, width) - big
         arrays["y_RD"] = make.store(rows.reshape(tokens * top_k, width)[arrays["slot_R"]], p.dtype)
         arrays["weights_TK"] = np.full((tokens, top_k), 0.5, arrays["weights_TK"].dtype)
         return arrays
@@ -132,7 +132,7 @@ class Backward(Random):
 CASES = (
     Exact(
         "combine.exact", "combine", ("combine",),
-        "Integers of up to 254 that cancel in pairs, weights of one half: exact in float32 in any order, and "
+        "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, and "
         "compared bit by "
         "bit; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
     ),

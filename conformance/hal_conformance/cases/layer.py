@@ -20,7 +20,7 @@ import numpy as np
 from hal.contract import Arithmetic, Contract
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import U32, matmul
+from hal_conformance.bounds import U32, logistic, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Arrays, Params
 from hal_conformance.cases.base import (
@@ -38,7 +38,7 @@ from hal_conformance.cases.experts import WEIGHTS, chained
 from hal_conformance.cases.router import expected_structure, scores_of, weights_of
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import certify, judge_choice
-from hal_conformance.oracle import _sigmoid, _store, experts, experts_backward, gather_rows, product
+from hal_conformance.oracle import experts, experts_backward, gather_rows, product, store_variance
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -179,11 +179,11 @@ class Inside:
         w = weights[:, :, None]
         absolute = np.abs(w * o).sum(1)
         y, var = (w * o).sum(1), (w**2 * var_o).sum(1) + (2 * spec.top_k - 1) * (U32 * absolute) ** 2 / 3.0
-        var = _store(y, var, p.dtype)
+        var = store_variance(y, var, p.dtype)
         if SHARED[0] in inputs:
             extra, var_extra = _shared(inputs, x, p, rule)
             y = y + extra
-            var = _store(y, var + var_extra, p.dtype)
+            var = store_variance(y, var + var_extra, p.dtype)
         return cls(y, var, x, chosen, weights, slot_R, counts_E, o, var_o)
 
     def gradients(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
@@ -192,25 +192,25 @@ class Inside:
         dy = wide(inputs["dy_TD"])
         k = spec.top_k
         do = dy[self.slot_R // k] * self.weights_TK.reshape(-1)[self.slot_R, None]
-        var_do = _store(do, (U32 * do) ** 2 / 3.0, dtype)
+        var_do = store_variance(do, (U32 * do) ** 2 / 3.0, dtype)
         w1, w3, w2 = (wide(inputs[name]) for name in WEIGHTS)
         g = experts_backward(self.x[self.slot_R // k], self.counts_E, w1, w3, w2, do, dtype, rule, var_do)
         rows = gather_rows(g.dx, self.slot_R, len(self.x), k)
-        parts = [(rows.sum(1), _store(rows.sum(1), gather_rows(g.var_dx, self.slot_R, len(self.x), k).sum(1)
+        parts = [(rows.sum(1), store_variance(rows.sum(1), gather_rows(g.var_dx, self.slot_R, len(self.x), k).sum(1)
                   + (k * U32 * np.abs(rows).sum(1)) ** 2 / 3.0, dtype))]  # fmt: skip
         dlogits, var_dlogits = self._dlogits(outputs, dy, p, spec)
         gate_rule = arithmetic(contract, gate_storage(spec, p))
         dgate, var_dgate = product(dlogits.T, var_dlogits.T, self.x, 0.0, gate_rule)
-        var_dgate = _store(dgate, var_dgate, gate_storage(spec, p))
+        var_dgate = store_variance(dgate, var_dgate, gate_storage(spec, p))
         back, var_back = product(dlogits, var_dlogits, wide(inputs["gate_ED"]), 0.0, gate_rule)
-        parts.append((back, _store(back, _store(back, var_back, gate_storage(spec, p)), dtype)))
+        parts.append((back, store_variance(back, store_variance(back, var_back, gate_storage(spec, p)), dtype)))
         if SHARED[0] in inputs:
             parts += _shared_dx(inputs, self.x, dy, p, rule)
         dx = sum((value for value, _ in parts), np.zeros_like(self.x))
         # Parts share errors: (a + b + ...)^2 <= n (a^2 + b^2 + ...). Each addition of two gradients is stored.
         var_dx = len(parts) * sum((var for _, var in parts), np.zeros_like(self.x))
         for _ in parts[1:]:
-            var_dx = _store(dx, var_dx, dtype)
+            var_dx = store_variance(dx, var_dx, dtype)
         pairs = {
             "dx_TD": (dx, var_dx, dtype), "dgate_ED": (dgate, var_dgate, gate_storage(spec, p)),
             "dw1_EFD": (g.dw1, g.var_dw1, dtype), "dw3_EFD": (g.dw3, g.var_dw3, dtype),
@@ -235,7 +235,7 @@ class Inside:
         dw = terms.sum(2)
         var_dw = (dy[:, None, :] ** 2 * self.var_o_TKD).sum(2)
         var_dw = var_dw + U32**2 / 3 * width * (5 / 24 * (terms**2).sum(2) + dw**2 / 3)
-        var_dw = _store(dw, var_dw, weight_storage(spec, p))
+        var_dw = store_variance(dw, var_dw, weight_storage(spec, p))
         scores = scores_of(outputs["logits_TE"], spec, level(outputs["logits_TE"].size))
         at = np.arange(len(dw))[:, None]
         s, error = scores.value[at, self.experts_TK], scores.bound[at, self.experts_TK]
@@ -259,7 +259,7 @@ class Inside:
         else:
             dlogits = full * q * (1 - q)
             var = (q * (1 - q)) ** 2 * var_full + (full * (2 * scores.bound + 4 * U32 * q)) ** 2
-        return dlogits, _store(dlogits, var, gate_storage(spec, p))
+        return dlogits, store_variance(dlogits, var, gate_storage(spec, p))
 
 
 def _shared(inputs: Arrays, x: F64, p: Params, rule: Arithmetic) -> tuple[F64, F64]:
@@ -270,16 +270,16 @@ def _shared(inputs: Arrays, x: F64, p: Params, rule: Arithmetic) -> tuple[F64, F
         return y, var
     s, var_s, _, _ = _gate(inputs, x, p, rule)
     value = s * y
-    return value, _store(value, s**2 * var + y**2 * var_s + var * var_s + (U32 * value) ** 2, p.dtype)
+    return value, store_variance(value, s**2 * var + y**2 * var_s + var * var_s + (U32 * value) ** 2, p.dtype)
 
 
 def _gate(inputs: Arrays, x: F64, p: Params, rule: Arithmetic) -> tuple[F64, F64, F64, F64]:
     """Return the shared gate's sigmoid with its variance, and its logit with its own, [T, 1] each."""
     t, var_t = product(x, 0.0, wide(inputs["shared_gate_D"])[:, None], 0.0, rule)
-    var_t = _store(t, var_t, p.dtype)
-    s = _sigmoid(t)
+    var_t = store_variance(t, var_t, p.dtype)
+    s = logistic(t)
     own = s * U32 * ((1 - s) * (2 * np.abs(t) + 4) + 3)
-    return s, _store(s, (s * (1 - s)) ** 2 * var_t + own**2 / 3, p.dtype), t, var_t
+    return s, store_variance(s, (s * (1 - s)) ** 2 * var_t + own**2 / 3, p.dtype), t, var_t
 
 
 def _shared_dx(inputs: Arrays, x: F64, dy: F64, p: Params, rule: Arithmetic) -> list[tuple[F64, F64]]:
@@ -291,21 +291,21 @@ def _shared_dx(inputs: Arrays, x: F64, dy: F64, p: Params, rule: Arithmetic) -> 
         return [(g.dx, g.var_dx)]
     s, var_s, _, _ = _gate(inputs, x, p, rule)
     up = dy * s
-    var_up = _store(up, dy**2 * var_s + (U32 * up) ** 2, p.dtype)
+    var_up = store_variance(up, dy**2 * var_s + (U32 * up) ** 2, p.dtype)
     g = experts_backward(x, counts, w1, w3, w2, up, p.dtype, rule, var_up)
     y, var_y = experts(x, counts, w1, w3, w2, p.dtype, rule)
     terms = y * dy  # each product may be stored before the sum over D
     ds = terms.sum(1, keepdims=True)
     squares = (terms**2).sum(1, keepdims=True)
     own = U32**2 / 3 * x.shape[1] * (5 / 24 * squares + ds**2 / 3)
-    stored = _store(terms, (U32 * terms) ** 2, p.dtype).sum(1, keepdims=True)
-    var_ds = _store(ds, (dy**2 * var_y).sum(1, keepdims=True) + own + stored, p.dtype)
+    stored = store_variance(terms, (U32 * terms) ** 2, p.dtype).sum(1, keepdims=True)
+    var_ds = store_variance(ds, (dy**2 * var_y).sum(1, keepdims=True) + own + stored, p.dtype)
     slope = s * (1 - s)
     dt = ds * slope
     # d slope / d s = 1 - 2 s, at most 1.
-    var_dt = _store(dt, slope**2 * var_ds + ds**2 * var_s + (4 * U32 * dt) ** 2, p.dtype)
+    var_dt = store_variance(dt, slope**2 * var_ds + ds**2 * var_s + (4 * U32 * dt) ** 2, p.dtype)
     back, var_back = product(dt, var_dt, wide(inputs["shared_gate_D"])[None, :], 0.0, rule)
-    return [(g.dx, g.var_dx), (back, _store(back, var_back, p.dtype))]
+    return [(g.dx, g.var_dx), (back, store_variance(back, var_back, p.dtype))]
 
 
 def _layer(name: str, *, replayed: bool, backward: bool) -> Layer:

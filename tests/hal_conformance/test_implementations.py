@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Honest implementations are green whatever their order of summation; wrong ones are caught, and by which case."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+import subjects_under_test as subjects
+import torch
+
+from hal.contract import Contract
+from hal_conformance.case import Params
+from hal_conformance.cases import ALL, by_name
+from hal_conformance.verdicts import Status
+
+# One with groups, bias and sigmoid; one with two choices; one with a shared gate and weights in the model's dtype.
+PRESETS = ("ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
+
+
+def to_torch(array):
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.ascontiguousarray(array).copy())
+
+
+def to_numpy(tensor):
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def judge(case, ops, preset, dtype, seed=0):
+    params = Params(preset, dtype, "tiny", seed)
+    inputs = case.inputs(params)
+    outputs = case.run(ops, {name: to_torch(array) for name, array in inputs.items()}, params)
+    arrays = {name: to_numpy(tensor) for name, tensor in outputs.items()}
+    return case.judge(inputs, arrays, params, Contract())
+
+
+def verdicts(ops, cases=ALL, presets=PRESETS, seed=0):
+    return {
+        (case.name, preset, dtype): judge(case, ops, preset, dtype, seed)
+        for case in cases
+        for preset in presets
+        if preset in case.presets()
+        for dtype in case.dtypes()
+    }
+
+
+@pytest.mark.parametrize("name", subjects.HONEST)
+def test_an_honest_implementation_is_green_in_every_case(name):
+    found = verdicts(subjects.HONEST[name], seed=1)
+    assert len(found) > 150
+    assert {key: v for key, v in found.items() if v.status.colour != "green"} == {}
+
+
+CAUGHT_BY = {
+    "drops_a_token": ("experts.integers", "FAIL-NUMERIC"),
+    "swaps_two_rows": ("experts.one_hot", "FAIL-NUMERIC"),
+    "leaks_bias": ("router.weights", "FAIL-NUMERIC"),
+    "skips_renormalisation": ("router.weights", "FAIL-NUMERIC"),
+    "combines_in_bfloat16": ("combine.random", "FAIL-NUMERIC"),
+    "accumulates_in_bfloat16": ("experts.cancelling", "FAIL-NUMERIC"),
+    "wrong_tie_order": ("router.tie_order", "FAIL-DISCRETE"),
+    "truncates_stores": ("experts.random", "DEGRADED"),
+    "loses_tail_row": ("experts.integers", "FAIL-NUMERIC"),
+    "reduced_inputs": ("experts.one_hot", "FAIL-NUMERIC"),
+    "scales_one_expert": ("experts.random", "FAIL-NUMERIC"),
+    "loses_a_gradient": ("experts.backward", "FAIL-NUMERIC"),
+    "aux_without_k": ("losses.aux", "FAIL-NUMERIC"),
+}
+
+
+@pytest.mark.parametrize("name", subjects.WRONG)
+def test_a_wrong_implementation_is_caught_by_the_case_that_is_meant_for_it(name):
+    case, status = CAUGHT_BY[name]
+    found = verdicts(subjects.WRONG[name], [by_name(case)])
+    assert status in {verdict.status.value for verdict in found.values()}, found
+
+
+def test_a_low_accumulator_in_combine_is_seen_bit_by_bit_too():
+    verdict = judge(by_name("combine.exact"), subjects.WRONG["combines_in_bfloat16"], "ling-2.0-mini", "bfloat16")
+    assert verdict.status is Status.FAIL_NUMERIC
+    assert verdict.detectors["exact"] > 0
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_every_case_is_green_on_the_cpu_for_every_preset_and_dtype(case, seed):
+    found = verdicts(subjects.HONEST["honest"], [case], case.presets(), seed)
+    assert {key: v for key, v in found.items() if v.status.colour != "green"} == {}
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
+    params = Params(case.presets()[0], case.dtypes()[0], "tiny", 0)
+    inputs = case.inputs(params)
+    honest = case.run(subjects.HONEST["honest"], {n: to_torch(a) for n, a in inputs.items()}, params)
+    good = {name: to_numpy(tensor) for name, tensor in honest.items()}
+    for name, array in good.items():
+        if name in ("aux_loss", "z_loss"):
+            continue
+        poisoned = np.full_like(array, -7) if array.dtype == np.int64 else np.full_like(array, np.nan)
+        for bad in (None, array[None], array.astype(np.complex64), poisoned):
+            if bad is poisoned and array.size == 0:
+                continue
+            outputs = {k: v for k, v in good.items() if k != name} | ({} if bad is None else {name: bad})
+            if name == "scores_TE" and bad is poisoned and case.name != "router.scores":
+                continue  # only router.scores looks at their values
+            if case.name.startswith("router.") and bad is poisoned and name not in RELEVANT.get(case.name, ()):
+                continue
+            verdict = case.judge(inputs, outputs, params, Contract())
+            assert verdict.status.colour == "red", (name, bad if bad is None else bad.dtype, verdict)
+
+
+RELEVANT = {
+    "router.logits": ("logits_TE",),
+    "router.scores": ("scores_TE",),
+    "router.topk_set": ("experts_TK",),
+    "router.weights": ("weights_TK", "experts_TK"),
+    "router.tie_order": ("logits_TE", "experts_TK"),
+    "router.degenerate": ("experts_TK", "weights_TK"),
+}
+
+
+@pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
+def test_inputs_are_a_pure_function_of_their_parameters(case):
+    params = Params(case.presets()[-1], case.dtypes()[-1], "tiny", 5)
+    first, second = case.inputs(params), case.inputs(params)
+    assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
+    other = case.inputs(Params(params.preset, params.dtype, "tiny", 6))
+    if all(array.size for array in first.values()) and case.name != "dispatch.no_tokens":
+        assert any(first[k].tobytes() != other[k].tobytes() for k in first), "the seed does nothing"

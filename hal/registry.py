@@ -181,11 +181,17 @@ def plan_environment(backend: str, plan: AllocatorPlan, environ: Mapping[str, st
         UnknownDevice: no such backend.
         ConfigError: the plan contradicts what is set, or the allocator has no such setting.
     """
-    loaded = plugins.load(_plugin(backend))
+    loaded = plugins.load(find_plugin(backend))
     return dict(loaded.allocator_environment(plan, os.environ if environ is None else environ))
 
 
-def _plugin(name: str) -> plugins.Plugin:
+def find_plugin(name: str) -> plugins.Plugin:
+    """Return the admitted backend of this name.
+
+    Raises:
+        UnknownDevice: it is not registered, or HAL_BACKENDS does not admit it.
+        ConfigError: HAL_BACKENDS cannot be read.
+    """
     admitted = plugins.allowed()
     for plugin in admitted:
         if plugin.name == name:
@@ -201,7 +207,7 @@ def _plugin(name: str) -> plugins.Plugin:
 
 def _find(name: str) -> DeviceInfo:
     backend_name, _, index = name.partition(":")
-    plugin = _plugin(backend_name)
+    plugin = find_plugin(backend_name)
     own = survey(plugin)
     if own.error is not None:
         if isinstance(own.error, DeviceError):

@@ -3,7 +3,7 @@
 
 project = "moe-hal"
 author = "the moe-hal developers"
-copyright = "2026, the moe-hal developers"  # noqa: A001  Sphinx's own name
+copyright = "2026, the moe-hal developers"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = "moe-hal"

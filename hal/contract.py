@@ -33,7 +33,7 @@ class Arithmetic:
 
     @property
     def unit_roundoff(self) -> float:
-        """Largest relative error of one accumulation: half a unit in the last place, or a whole one cut off."""
+        """The largest relative error of one accumulation, half a unit in the last place or a whole one cut off."""
         return 2.0 ** (-self.accumulator_bits if self.rounding == "nearest" else 1 - self.accumulator_bits)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error that hal raises, in one tree.
+"""Every error that hal raises, in one tree::
 
     HalError
     ├── ConfigError (ValueError)            a setting cannot be read, or two settings contradict each other

@@ -182,6 +182,9 @@ class Memory(abc.ABC):
 
         if isinstance(error, torch.OutOfMemoryError):
             return (requested_bytes(str(error)),)
+        # torch's host allocator, which also serves pinned memory, raises a plain RuntimeError.
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            return (requested_bytes(str(error)),)
         return None
 
 

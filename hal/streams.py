@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
-from hal.errors import ConfigError
+from hal.errors import ConfigError, UnsupportedOperation
 
 if TYPE_CHECKING:
     import torch
@@ -114,12 +114,16 @@ class TorchEvent(Event):
 
     def record(self, stream: Stream | None = None) -> None:
         """See `Event.record`."""
-        if stream is None:
-            self.raw.record()
-        elif isinstance(stream, TorchStream):
-            self.raw.record(stream.raw)
-        else:
+        if stream is not None and not isinstance(stream, TorchStream):
             raise ConfigError(f"a {type(stream).__name__} is of another device", expected="a stream of this device")
+        try:
+            self.raw.record() if stream is None else self.raw.record(stream.raw)
+        except RuntimeError as error:
+            # torch's guard of a device type that has no events says so only here, and only in words.
+            if "support events" not in str(error):
+                raise
+            device = str(self.raw.device)
+            raise UnsupportedOperation(str(error), device=device, what="event") from error
         self._recorded = True
 
     def synchronize(self) -> None:

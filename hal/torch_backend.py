@@ -39,6 +39,8 @@ class TorchBackend(Backend):
     """The collective library's name, for people."""
     distributed_name: ClassVar[str | None] = None
     """The name by which torch.distributed knows it; by default the library's."""
+    simulated: ClassVar[bool] = False
+    """True if the arithmetic is a model of hardware that is not there."""
     contract: ClassVar[Contract] = Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
         evidence="assumed: float32 accumulation that may truncate; probe the device to declare more",
@@ -74,6 +76,21 @@ class TorchBackend(Backend):
         """Return the precision facet."""
         return TorchPrecision(info.id, device, changes, support)
 
+    def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
+        """Return what this device promises about its arithmetic; by default the class's `contract`."""
+        return self.contract
+
+    def opened(self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes) -> None:
+        """Look at the device once its driver runs, and set what the contract needs, through `changes`.
+
+        Raises:
+            Absent: it turns out to be another vendor's.
+        """
+
+    def import_hint(self, error: Exception) -> str:
+        """Return what to try when importing the vendor's package raised `error`."""
+        return f"`python -c 'import torch, {self.package}'` shows the same without hal"
+
     def emulated(self, operator: str, dtype: torch.dtype) -> str | None:
         """Return how an operator is emulated on this device, from a cited table, or None."""
         return None
@@ -84,6 +101,9 @@ class TorchBackend(Backend):
     def discover(self) -> Discovery:
         """See `Backend.discover`."""
         count, evidence = self.present()
+        left = tuple(self.left())
+        if count == 0 and left:
+            return Discovery((), left)
         if count == 0:
             raise Absent("; ".join(evidence) or "no device of this type", device=self.name)
         claims = []
@@ -95,14 +115,16 @@ class TorchBackend(Backend):
                         id=f"{self.name}:{index}",
                         backend=self.name,
                         vendor=self.vendor,
-                        torch_device=f"{self.torch_type}:{index}",
+                        # Tensors on a CPU have no index, and `cpu:0` would equal no tensor's device.
+                        torch_device="cpu" if self.torch_type == "cpu" else f"{self.torch_type}:{index}",
+                        simulated=self.simulated,
                         evidence=evidence + tuple(known.pop("evidence", ())),
                         **known,
                     ),
                     self.specificity(),
                 )
             )
-        return Discovery(tuple(claims), tuple(self.left()))
+        return Discovery(tuple(claims), left)
 
     def left(self) -> Sequence[str]:
         """Return the devices that this backend saw and left to others, each with the reason."""
@@ -119,7 +141,7 @@ class TorchBackend(Backend):
             except Exception as error:
                 raise Broken(
                     f"importing {self.package} raised {type(error).__name__}: {error}", device=info.id,
-                    hint=f"`python -c 'import torch, {self.package}'` shows the same without hal",
+                    hint=self.import_hint(error),
                 ) from error  # fmt: skip
         device = torch.device(info.torch_device)
         module = torch.get_device_module(device)
@@ -134,6 +156,7 @@ class TorchBackend(Backend):
         if device.index is not None and device.index >= count:
             raise Absent(f"there are only {count} devices", device=info.id)
         torch.zeros(1, device=device)  # the driver is initialised here; a failure must not wait for first use
+        self.opened(info, device, module, changes)
         support = SupportTable(device, info.id, self.emulated)
         return Facets(
             torch_device=device,
@@ -143,7 +166,7 @@ class TorchBackend(Backend):
             random=TorchRandom(info.id, device, module),
             streams=TorchStreams(device, module),
             support=support,
-            contract=self.contract,
+            contract=self.make_contract(info, device, module),
         )
 
 
@@ -157,7 +180,9 @@ class TorchMemory(Memory):
         self._device = device
         self._module = module
         # `memory_allocated` of the modules answers 0 for a key that is missing; the dictionary tells the two apart.
-        self._raw = getattr(module, "memory_stats", None) or getattr(torch.accelerator, "memory_stats", None)
+        self._raw = getattr(module, "memory_stats", None)
+        if self._raw is None and torch.accelerator.current_accelerator() == torch.device(device.type):
+            self._raw = getattr(torch.accelerator, "memory_stats", None)
         self._driver = getattr(module, "mem_get_info", None)
         self._source = f"torch.{device.type}.memory_stats"
 
@@ -239,8 +264,18 @@ class TorchRandom(Random):
         super().__init__(device_id, device)
         self._module = module
 
+    def _function(self, name: str) -> Any:
+        function = getattr(self._module, name, None)
+        if function is None:
+            raise UnsupportedOperation(
+                f"torch.{self.torch_device.type} has no {name}", device=self.device_id, what=f"random.{name}"
+            )
+        return function
+
     def _seed(self, seed: int) -> None:
         import torch
+
+        manual_seed = self._function("manual_seed")
 
         # `manual_seed` of a module seeds its current device, which may be another one.
         generators = getattr(self._module, "default_generators", None)
@@ -248,11 +283,11 @@ class TorchRandom(Random):
             generators[self.torch_device.index].manual_seed(seed)
             return
         with torch.get_device_module(self.torch_device).device(self.torch_device):
-            self._module.manual_seed(seed)
+            manual_seed(seed)
 
     def _get_state(self) -> torch.Tensor:
-        state: torch.Tensor = self._module.get_rng_state(self.torch_device)
+        state: torch.Tensor = self._function("get_rng_state")(self.torch_device)
         return state.cpu()
 
     def _set_state(self, state: torch.Tensor) -> None:
-        self._module.set_rng_state(state, self.torch_device)
+        self._function("set_rng_state")(state, self.torch_device)

@@ -28,10 +28,10 @@ _ON_TYPE = {
     "imports": "from importlib.util import find_spec\n",
     "settings": '    package = "torch_$torch_type"  # whose import registers the device type\n'
     '    library = "gloo"  # its collective library\n',
-    "present": "        # Recognise the hardware without importing the package: by a device file, or the driver's.\n"
-    "        # None: how many there are is only known once it is open. Zero: none, with the reason.\n"
-    "        found = find_spec("torch_$torch_type") is not None\n"
-    "        return None if found else 0, (f\"{self.package} is {'installed' if found else 'not installed'}\",)",
+    "present": """        # Recognise the hardware without importing the package: by a device file, or the driver's.
+        # None: how many there are is only known once it is open. Zero: none, with the reason.
+        found = find_spec("torch_$torch_type") is not None
+        return None if found else 0, (f"{self.package} is {'installed' if found else 'not installed'}",)""",
 }
 
 

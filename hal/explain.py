@@ -6,6 +6,7 @@ A plug-in that hangs or kills its process costs its own child, nothing else. Not
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -98,12 +99,11 @@ def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Sp
     )
     reports: dict[str, Any] = {"stage": "importing it"}
     for line in ending.output.splitlines():
-        # A plug-in may print; only lines with the mark are the child's own.
+        # A plug-in may print; only lines with the mark are the child's own, and a dying child may not finish one.
         if line.startswith(MARK):
-            try:
-                reports.update(json.loads(line.removeprefix(MARK)))
-            except ValueError:  # a line that a dying child did not finish
-                continue
+            with contextlib.suppress(ValueError):
+                said = json.loads(line.removeprefix(MARK))
+                reports.update(said if isinstance(said, dict) else {})
     devices = [DeviceInfo(**{**d, "evidence": tuple(d["evidence"])}) for d in reports.get("devices", [])]
     specific = [Specificity(s) for s in reports.get("specificity", [])]
     status: Any = None

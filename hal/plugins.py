@@ -96,7 +96,7 @@ def load(plugin: Plugin) -> Backend:
         DuplicateBackend: two distributions register this name.
         IncompatiblePlugin: it was written for another major version of the interface.
         PluginError: the entry point does not lead to a backend of this name.
-        Broken: importing it raised; the original exception is the cause.
+        Broken: importing or making it raised; the original exception is the cause.
     """
     if len(plugin.entry_points) > 1:
         raise DuplicateBackend(
@@ -109,6 +109,8 @@ def load(plugin: Plugin) -> Backend:
         if key not in _loaded:
             try:
                 found = entry_point.load()
+                if isinstance(found, type) and issubclass(found, Backend):
+                    found = found()
             except (Exception, SystemExit) as error:  # whatever a plug-in does at import is its own fault alone
                 raise Broken(
                     f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}",
@@ -118,8 +120,7 @@ def load(plugin: Plugin) -> Backend:
         return _loaded[key]
 
 
-def _checked(found: object, name: str, where: str) -> Backend:
-    backend = found() if isinstance(found, type) and issubclass(found, Backend) else found
+def _checked(backend: object, name: str, where: str) -> Backend:
     if not isinstance(backend, Backend):
         raise PluginError(
             f"{where} is a {type(backend).__name__}", expected="an instance of hal.Backend, or the class itself"

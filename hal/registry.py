@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hal import plugins
 from hal.backend import Backend, Claim, DeviceInfo, Discovery
 from hal.changes import Changes
-from hal.device import Device
+from hal.device import Device, Facets
 from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice
 from hal.memory import AllocatorPlan
 
@@ -140,6 +140,8 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
     try:
         _before_torch(backend, changes, allocator)
         facets = backend.open(info, changes)
+        if not isinstance(facets, Facets):
+            raise TypeError(f"open() returned a {type(facets).__name__}, not hal.Facets")
     except HalError:
         changes.release()
         raise

@@ -81,6 +81,8 @@ def _run(plugin: plugins.Plugin, parts: tuple[str, ...], timeout_s: float) -> li
             said = json.loads(line.removeprefix(MARK))
         except ValueError:  # a line that a dying child did not finish
             continue
+        if not isinstance(said, dict):
+            continue
         if "refused" in said:
             raise (Absent if said["absent"] else Broken)(said["refused"], device=plugin.name)
         running = said.get("running", running)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+import hal
+from hal.backend import Claim, DeviceInfo, Discovery, Specificity
+from hal.registry import AUTOLOAD, Survey, settle
+
+
+@pytest.fixture
+def only(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return lambda *names: monkeypatch.setenv("HAL_BACKENDS", ",".join(names))
+
+
+def claims(backend: str, specificity: Specificity, *torch_devices: str, simulated: bool = False) -> Survey:
+    found = tuple(
+        Claim(DeviceInfo(f"{backend}:{i}", backend, "v", None, None, None, device, simulated), specificity)
+        for i, device in enumerate(torch_devices)
+    )
+    return Survey(backend, (), Discovery(found), None)
+
+
+def test_the_most_specific_claim_takes_each_device_by_itself() -> None:
+    general = claims("general", Specificity.PLATFORM, "cuda:0", "cuda:1")
+    special = claims("special", Specificity.PRODUCT, "cuda:1")
+    for order in ([general, special], [special, general]):
+        kept, lost = settle(order)
+        assert {info.id for info in kept} == {"general:0", "special:0"}
+        assert lost == {"general:1": "cuda:1 is special:0, a more specific claim"}
+
+
+def test_equal_claims_lose_both_and_name_each_other() -> None:
+    kept, lost = settle([claims("one", Specificity.PLATFORM, "cuda:0"), claims("two", Specificity.PLATFORM, "cuda:0")])
+    assert kept == []
+    assert "two:0" in lost["one:0"]
+    assert "one:0" in lost["two:0"]
+    assert "HAL_BACKENDS" in lost["one:0"]
+
+
+def test_a_simulated_device_contests_nothing() -> None:
+    surveys = [claims("cpu", Specificity.PLATFORM, "cpu"), claims("sim", Specificity.PRODUCT, "cpu", simulated=True)]
+    assert [info.id for info in settle(surveys)[0]] == ["cpu:0", "sim:0"]
+
+
+def test_an_unknown_device_names_the_known_ones() -> None:
+    with pytest.raises(hal.UnknownDevice, match=r"expected: .*cpu.*auto"):
+        hal.open_device("nope:3")
+
+
+def test_an_index_that_is_not_there_is_absent() -> None:
+    with pytest.raises(hal.Absent, match="one of: cpu"):
+        hal.open_device("cpu:7")
+
+
+def test_a_backend_that_the_allow_list_excludes_is_unknown_and_says_why(only: Any) -> None:
+    only("cuda")
+    with pytest.raises(hal.UnknownDevice, match="HAL_BACKENDS does not admit"):
+        hal.open_device("cpu")
+
+
+def test_the_variable_names_the_device_where_nobody_else_does(monkeypatch: pytest.MonkeyPatch, only: Any) -> None:
+    only("cpu")
+    monkeypatch.setenv("HAL_DEVICE", "cpu:0")
+    with hal.open_device() as device:
+        assert (device.info.id, device.because) == ("cpu", "HAL_DEVICE=cpu:0")
+    monkeypatch.setenv("HAL_DEVICE", "nope")
+    with pytest.raises(hal.UnknownDevice):
+        hal.open_device()
+    with hal.open_device("cpu") as device:
+        assert device.because == "asked for by name"
+
+
+def test_auto_says_what_it_chose_and_what_it_passed_over(
+    distributions: Any, only: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    distributions.backend("broken", "raise OSError('no driver')")
+    only("broken", "cpu")
+    with caplog.at_level(logging.WARNING, "hal"), hal.open_device("auto") as device:
+        assert device.info.id == "cpu"
+        assert device.because == "auto: no accelerator was found (broken: BROKEN)"
+    assert "no driver" in caplog.text
+
+
+def test_auto_prefers_an_accelerator(distributions: Any, only: Any) -> None:
+    distributions.stub("mychip")
+    only("cpu", "mychip")
+    with hal.open_device() as device:
+        assert device.info.id == "mychip:0"
+
+
+def test_auto_never_takes_a_simulated_device(distributions: Any, only: Any) -> None:
+    distributions.stub("mychip", torch_device="cpu", opens="raise AssertionError")
+    distributions.backend(
+        "sim", "from fake_dist_mychip import Stub\nfrom dataclasses import replace\n"
+        "from hal.backend import Claim, Discovery\n"
+        "class Sim(Stub):\n    name = 'sim'\n    def discover(self):\n"
+        "        info = super().discover().claims[0].info\n"
+        "        return Discovery((Claim(replace(info, id='sim:0', backend='sim', simulated=True)),))\n"
+        "backend = Sim()",
+    )  # fmt: skip
+    only("sim")
+    with pytest.raises(hal.Absent, match="no backend found a real device"):
+        hal.open_device("auto")
+
+
+def test_a_broken_backend_leaves_the_list_with_a_warning_and_is_raised_when_asked_for(
+    distributions: Any, only: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    distributions.backend("broken", "raise OSError('no driver')")
+    only("cpu", "broken")
+    with caplog.at_level(logging.WARNING, "hal"):
+        assert [info.id for info in hal.list_devices()] == ["cpu"]
+    assert "no driver" in caplog.text
+    with pytest.raises(hal.Broken, match="no driver") as caught:
+        hal.open_device("broken")
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "return None",
+        "return [1]",
+        "raise ZeroDivisionError('a bug')",
+        "raise SystemExit(1)",
+        "return Discovery((DeviceInfo('mychip:0', 'mychip', 'v', None, None, None, 'cpu'),))",
+        "return Discovery((Claim(DeviceInfo('cpu:0', 'cpu', 'v', None, None, None, 'cpu')),))",
+        "return Discovery((Claim(DeviceInfo('mychip', 'mychip', 'v', None, None, None, 'cpu')),) * 2)",
+    ],
+)
+def test_an_answer_that_is_no_discovery_makes_the_backend_broken_and_no_other(
+    distributions: Any, only: Any, answer: str
+) -> None:
+    distributions.stub("mychip")
+    distributions.backend(
+        "mychip2", "from hal.backend import *\nfrom hal.backend import Discovery, Claim, DeviceInfo\n"
+        "from fake_dist_mychip import Stub\n"
+        f"class Other(Stub):\n    name = 'mychip2'\n    def discover(self):\n        {answer}\nbackend = Other()",
+    )  # fmt: skip
+    only("mychip2", "cpu")
+    assert [info.id for info in hal.list_devices()] == ["cpu"]
+    with pytest.raises(hal.Broken):
+        hal.open_device("mychip2")
+
+
+@pytest.mark.parametrize("what", ["raise RuntimeError('no')", "raise SystemExit(2)", "raise KeyError('no')"])
+def test_whatever_open_raises_is_broken_with_its_cause_and_puts_everything_back(
+    distributions: Any, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MYCHIP_SETTING", "before")
+    distributions.stub("mychip", opens=f"changes.set_environment('MYCHIP_SETTING', 'after')\n{what}")
+    with pytest.raises(hal.Broken, match="mychip:0: opening it raised") as caught:
+        hal.open_device("mychip")
+    assert caught.value.__cause__ is not None
+    assert os.environ["MYCHIP_SETTING"] == "before"
+
+
+def test_an_interrupt_while_opening_passes_and_puts_everything_back(
+    distributions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MYCHIP_SETTING", "before")
+    distributions.stub("mychip", opens="changes.set_environment('MYCHIP_SETTING', 'x')\nraise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        hal.open_device("mychip")
+    assert os.environ["MYCHIP_SETTING"] == "before"
+
+
+def test_autoload_is_off_while_open_and_only_if_torch_is_not_imported() -> None:
+    code = f"""
+import os, hal
+os.environ["{AUTOLOAD}"] = "1"
+with hal.open_device("cpu") as device:
+    print([str(change) for change in device.changes], os.environ["{AUTOLOAD}"])
+print(os.environ["{AUTOLOAD}"])
+with hal.open_device("cpu") as device:
+    print(len(device.changes))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines() == [f"[\"environment variable {AUTOLOAD}: '1' -> '0'\"] 0", "1", "0"]
+
+
+def test_many_threads_open_one_device_and_all_get_one() -> None:
+    start = threading.Barrier(12)
+    opened: list[hal.Device] = []
+
+    def use() -> None:
+        start.wait()
+        opened.append(hal.open_device("cpu"))
+
+    threads = [threading.Thread(target=use) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({device.changes.owner for device in opened}) == 12
+    for device in opened:
+        device.close()
+
+
+def test_allocator_settings_that_come_after_torch_are_refused() -> None:
+    with pytest.raises(hal.ConfigError, match="torch is already imported"):
+        hal.open_device("cpu", allocator=hal.AllocatorPlan(expandable_segments=True))

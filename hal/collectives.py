@@ -69,7 +69,7 @@ class Collectives:
             raise ConfigError(f"{self.device_id}: rank={rank} and world_size={world_size}", expected="both, or neither")
         if dist.is_initialized():
             running = dist.get_backend()
-            # A group may serve several device types: "cpu:gloo,cuda:nccl". An undecided one takes the default.
+            # A group may serve several device types: "cpu:one,cuda:two". An undecided one takes the default.
             parts = {part.rpartition(":")[2] for part in running.split(",")}
             if running != "undefined" and self.torch_name not in parts:
                 raise CollectiveError(

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import hal
+
+
+def test_json_holds_the_facts_of_every_device(hal_command: Any) -> None:
+    done = hal_command("devices", "--json", HAL_BACKENDS="cpu")
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert report["schema"] == "hal.devices/1"
+    (cpu,) = report["devices"]
+    assert cpu["id"] == "cpu"
+    assert set(cpu) == set(hal.DeviceInfo.__dataclass_fields__)
+
+
+def test_the_table_in_a_pipe_is_plain_and_shows_what_is_unknown_as_a_dash(distributions: Any, hal_command: Any) -> None:
+    distributions.stub("mychip")
+    lines = hal_command("devices", HAL_BACKENDS="cpu,mychip").stdout.splitlines()
+    assert lines[0].split() == ["ID", "VENDOR", "NAME", "ARCH", "MEMORY", "TORCH", "KIND"]
+    assert lines[2].split() == ["mychip:0", "nobody", "-", "-", "-", "mychip:0", "real"]
+    assert "\x1b" not in "".join(lines)
+
+
+def test_a_broken_backend_is_told_on_stderr_and_the_rest_is_listed(distributions: Any, hal_command: Any) -> None:
+    distributions.backend("mychip", "raise OSError('no driver')")
+    done = hal_command("devices", "--json", HAL_BACKENDS="cpu,mychip")
+    assert done.returncode == 0
+    assert [device["id"] for device in json.loads(done.stdout)["devices"]] == ["cpu"]
+    assert "mychip: BROKEN" in done.stderr
+    assert "no driver" in done.stderr
+
+
+def test_a_device_that_two_claim_is_told_on_stderr(distributions: Any, hal_command: Any) -> None:
+    distributions.stub("one", torch_device="cuda:0")
+    distributions.stub("two", torch_device="cuda:0", specificity="PRODUCT")
+    done = hal_command("devices", HAL_BACKENDS="one,two")
+    assert "two:0" in done.stdout
+    assert "one:0" not in done.stdout
+    assert "one:0: not listed: cuda:0 is two:0" in done.stderr
+
+
+def test_a_name_from_a_driver_cannot_control_the_terminal() -> None:
+    from hal.cli.devices import row
+
+    info = hal.DeviceInfo("x:0", "x", "v", "evil\x1b[2J\nname", None, 2**31, "x:0")
+    assert row(info)[2] == "evil?[2J?name"
+    assert row(info)[4] == "2.0 GiB"
+
+
+def test_an_allow_list_that_cannot_be_read_is_wrong_usage(hal_command: Any) -> None:
+    done = hal_command("devices", HAL_BACKENDS="nope")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "HAL_BACKENDS='nope'" in done.stderr

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import hal
+
+
+def command(distributions: Any, name: str, code: str, *, dist: str | None = None, value: str = "run") -> None:
+    dist = dist or f"commands-{name}"
+    module = "fake_" + dist.replace("-", "_")
+    distributions.add(module, code, {"hal.commands": {name: f"{module}:{value}"}}, dist=dist)
+
+
+def raising(statement: str) -> str:
+    return f"import click\nfrom hal.errors import *\n@click.command(help='Does it.')\ndef run():\n    {statement}\n"
+
+
+def test_the_version_is_the_librarys(hal_command: Any) -> None:
+    done = hal_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"hal, version {hal.__version__}\n")
+
+
+def test_a_command_of_another_package_is_listed_and_runs(distributions: Any, hal_command: Any) -> None:
+    command(distributions, "mine", raising("click.echo('it ran')"))
+    assert "mine" in hal_command("--help").stdout
+    done = hal_command("mine")
+    assert (done.returncode, done.stdout) == (0, "it ran\n")
+
+
+def test_a_command_that_cannot_be_imported_is_listed_as_broken_and_stops_no_other(
+    distributions: Any, hal_command: Any
+) -> None:
+    command(distributions, "mine", "raise OSError('lost a library')")
+    listed = hal_command("--help")
+    assert listed.returncode == 0
+    assert "(broken)" in listed.stdout
+    assert "doctor" in listed.stdout
+    assert hal_command("backend", "--help").returncode == 0
+    for arguments in (("mine",), ("mine", "--help"), ("mine", "sub", "--option", "1")):
+        done = hal_command(*arguments)
+        assert done.returncode == 3
+        assert "lost a library" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+
+
+def test_a_command_that_is_no_click_command_is_broken(distributions: Any, hal_command: Any) -> None:
+    command(distributions, "mine", "run = 42")
+    done = hal_command("mine")
+    assert done.returncode == 3
+    assert "is a int" in done.stderr
+
+
+def test_two_owners_of_one_command_are_refused_and_named(distributions: Any, hal_command: Any) -> None:
+    for dist in ("first", "second"):
+        command(distributions, "mine", raising("click.echo('it ran')"), dist=dist)
+    done = hal_command("mine")
+    assert done.returncode == 3
+    assert "first 1.0" in done.stderr
+    assert "second 1.0" in done.stderr
+    assert "it ran" not in done.stdout
+
+
+def test_errors_become_messages_with_a_status_and_tracebacks_only_on_request(
+    distributions: Any, hal_command: Any
+) -> None:
+    cases = {
+        "raise Absent('no card', device='x')": 3,
+        "raise Broken('dead', device='x')": 3,
+        "raise UnknownDevice('who', device='x')": 3,
+        "raise DuplicateBackend('two')": 3,
+        "raise ConfigError('wrong', hint='right')": 2,
+        "raise UnsupportedDtype('no fp4', device='x', what='fp4')": 1,
+        "raise ZeroDivisionError('a bug')": 70,
+        "raise SystemExit(5)": 5,
+        "raise click.UsageError('how?')": 2,
+    }
+    for number, statement in enumerate(cases):
+        command(distributions, f"mine{number}", raising(statement))
+    for number, (statement, status) in enumerate(cases.items()):
+        done = hal_command(f"mine{number}")
+        assert done.returncode == status, statement
+        assert "Traceback" not in done.stderr
+        assert done.stdout == ""
+    assert "try: right" in hal_command("mine4").stderr
+    assert "Traceback" in hal_command("--debug", "mine0").stderr
+    assert "Traceback" in hal_command("mine6", HAL_DEBUG="1").stderr
+
+
+def test_commands_run_with_torchs_autoload_off(distributions: Any, hal_command: Any) -> None:
+    command(distributions, "mine", "import os\n" + raising("click.echo(os.environ['TORCH_DEVICE_BACKEND_AUTOLOAD'])"))
+    assert hal_command("mine", TORCH_DEVICE_BACKEND_AUTOLOAD="1").stdout == "0\n"
+
+
+def test_a_reader_that_goes_away_gets_no_traceback(distributions: Any) -> None:
+    command(distributions, "mine", raising("[click.echo('x' * 1000) for _ in range(1000)]"))
+    with subprocess.Popen(
+        [sys.executable, "-m", "hal.cli.main", "mine"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert errors == b""
+
+
+def test_an_unknown_command_is_wrong_usage(hal_command: Any) -> None:
+    done = hal_command("nope")
+    assert (done.returncode, "No such command" in done.stderr) == (2, True)

@@ -28,10 +28,11 @@ _ON_TYPE = {
     "imports": "from importlib.util import find_spec\n",
     "settings": '    package = "torch_$torch_type"  # whose import registers the device type\n'
     '    library = "gloo"  # its collective library\n',
-    "present": """        # Recognise the hardware without importing the package: by a device file, or the driver's.
-        # None: how many there are is only known once it is open. Zero: none, with the reason.
+    "present": """        # Recognise the hardware without importing the package: by a device file, say.
+        # None: how many there are is only known once it is open. Zero: there are none.
         found = find_spec("torch_$torch_type") is not None
-        return None if found else 0, (f"{self.package} is {'installed' if found else 'not installed'}",)""",
+        evidence = f"{self.package} is {'installed' if found else 'not installed'}"
+        return None if found else 0, (evidence,)''',
 }
 
 

@@ -16,25 +16,6 @@ import hal
 from hal import plugins
 from hal.errors import ConfigError
 
-_ON_HOST = {
-    "vendor": "host",
-    "imports": "",
-    # A rehearsal: the facets of torch.cpu stand in for those of a chip, and no real device is claimed.
-    "settings": "    simulated = True  # the CPU stands in for it: remove with the real torch_type\n",
-    "present": '        return 1, ("the host\'s CPU stands in",)',
-}
-_ON_TYPE = {
-    "vendor": "unknown",
-    "imports": "from importlib.util import find_spec\n",
-    "settings": '    package = "torch_$torch_type"  # whose import registers the device type\n'
-    '    library = "gloo"  # its collective library\n',
-    "present": """        # Recognise the hardware without importing the package: by a device file, say.
-        # None: how many there are is only known once it is open. Zero: there are none.
-        found = find_spec("torch_$torch_type") is not None
-        evidence = f"{self.package} is {'installed' if found else 'not installed'}"
-        return None if found else 0, (evidence,)''',
-}
-
 
 def write_package(name: str, folder: Path, torch_type: str) -> Path:
     """Write a complete plug-in package.
@@ -70,12 +51,10 @@ def write_package(name: str, folder: Path, torch_type: str) -> Path:
         "api_major": str(hal.PLUGIN_API[0]),
         "api_minor": str(hal.PLUGIN_API[1]),
     }
-    special = _ON_HOST if torch_type == "cpu" else _ON_TYPE
-    values |= {key: Template(text).substitute(values) for key, text in special.items()}
     files = {
         "pyproject.toml": "pyproject.toml.txt",
         "README.md": "README.md.txt",
-        f"{module}/__init__.py": "module.py.txt",
+        f"{module}/__init__.py": "rehearsal.py.txt" if torch_type == "cpu" else "module.py.txt",
         "tests/test_interface.py": "test.py.txt",
     }
     templates = resources.files("hal.scaffold") / "template"
@@ -84,9 +63,7 @@ def write_package(name: str, folder: Path, torch_type: str) -> Path:
         for path, template in files.items():
             (made / path).parent.mkdir(parents=True, exist_ok=True)
             text = Template((templates / template).read_text(encoding="utf-8")).substitute(values)
-            (made / path).write_text(
-                re.sub(r"\n{4,}", "\n\n\n", text).replace("\n\n\nfrom hal.", "\n\nfrom hal."), "utf-8"
-            )
+            (made / path).write_text(text, encoding="utf-8")
         (made / module / "py.typed").touch()
         try:
             made.rename(target)

@@ -44,6 +44,18 @@ class Switch:
     write: Callable[[Any], object]
 
 
+def environment_switch(name: str) -> Switch:
+    """Return the switch that is an environment variable of this process; None means that it is not set."""
+
+    def write(new: str | None) -> None:
+        if new is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = new
+
+    return Switch(f"environment variable {name}", lambda: os.environ.get(name), write)
+
+
 @dataclass
 class _Holding:
     switch: Switch
@@ -120,14 +132,7 @@ class Changes:
 
     def set_environment(self, name: str, value: str) -> None:
         """Set an environment variable and hold it until `release`. Raises as `set` does."""
-
-        def write(new: str | None) -> None:
-            if new is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = new
-
-        self.set(Switch(f"environment variable {name}", lambda: os.environ.get(name), write), value)
+        self.set(environment_switch(name), value)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -96,7 +96,7 @@ class MoEModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        """The number of parameters of one MoE layer, router, routed experts, shared experts and their gate; no selection
+        """The number of parameters of one MoE layer, with router, routed experts, shared experts and their gate; no selection
         bias."""
         routed = 3 * self.router.num_experts * self.hidden_size * self.expert_hidden_size
         shared = 3 * self.hidden_size * self.shared_hidden_size

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of Ascend NPUs: torch_npu has the same statistics as torch.cuda, and more ways to run out."""
+
+from __future__ import annotations
+
+import re
+from typing import final
+
+from hal.memory import requested_bytes
+from hal.torch_backend import TorchMemory
+
+# The allocator raises torch.OutOfMemoryError; the runtime's and the collectives' workspaces raise a plain
+# RuntimeError with
+# one of these codes: ACL_ERROR_RT_MEMORY_ALLOCATION (207001), ACL_ERROR_BAD_ALLOC (200000), HCCL's EL0004 and EI0007.
+_CODES = re.compile(r"NPU out of memory|\b207001\b|\b200000\b|\bEL0004\b|\bEI0007\b")
+
+
+@final
+class AscendMemory(TorchMemory):
+    """The caching allocator of torch_npu."""
+
+    def _out_of_memory(self, error: Exception) -> tuple[int | None] | None:
+        if isinstance(error, RuntimeError) and _CODES.search(str(error)):
+            return (requested_bytes(str(error)),)
+        return super()._out_of_memory(error)

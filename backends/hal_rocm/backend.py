@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AMD GPUs: the kernel driver's topology tells which are here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hal.backend import DeviceInfo
+from hal.changes import Changes
+from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
+from hal.errors import Absent
+from hal.memory import AllocatorPlan
+from hal.precision import Precision
+from hal.support_table import SupportTable
+from hal.torch_backend import TorchBackend
+from hal_cuda.allocator import allocator_environment
+from hal_cuda.build import torch_build
+from hal_cuda.machine import Machine, visible
+from hal_rocm.precision import RocmPrecision
+
+if TYPE_CHECKING:
+    import torch
+
+AMD = 0x1002
+"""PCI vendor number; Hygon's cards, which use the same driver, are 0x1d94."""
+
+
+class RocmBackend(TorchBackend):
+    """GPUs of AMD under a torch that was built for HIP."""
+
+    plugin_api = (1, 0)
+    name = "rocm"
+    vendor = "AMD"
+    torch_type = "cuda"
+    library = "RCCL"
+    distributed_name = "nccl"
+
+    def __init__(self, machine: Machine | None = None) -> None:
+        self.machine = machine or Machine()
+
+    def present(self) -> tuple[int | None, tuple[str, ...]]:
+        """See `TorchBackend.present`."""
+        build = torch_build()
+        if build is None:
+            raise Absent("torch is not installed", device=self.name)
+        if build.hip is None:
+            raise Absent(f"{build}", device=self.name, hint="a build of torch for ROCm")
+        if not self.machine.files("/dev/kfd"):
+            raise Absent(f"{build}, and there is no /dev/kfd", device=self.name)
+        return len(self._visible()), (str(build), "/dev/kfd", f"{len(self._nodes(AMD))} AMD nodes in the topology")
+
+    def left(self) -> Sequence[str]:
+        """See `TorchBackend.left`."""
+        others = [node for node in self._nodes(None) if node.get("vendor_id") != AMD]
+        return [f"a GPU of PCI vendor {node.get('vendor_id', 0):#x} in the topology is not AMD's" for node in others]
+
+    def _nodes(self, vendor: int | None) -> list[dict[str, int]]:
+        """Return the GPUs of the kernel driver's topology; a node without SIMDs is a CPU."""
+        nodes = []
+        for path in self.machine.files("/sys/class/kfd/kfd/topology/nodes/*/properties"):
+            lines = (self.machine.read(path) or "").splitlines()
+            node = {key: int(value) for key, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
+            if node.get("simd_count") and vendor in (None, node.get("vendor_id")):
+                nodes.append(node)
+        return nodes
+
+    def _visible(self) -> list[dict[str, int]]:
+        nodes = self._nodes(AMD)
+        # ROCR hides first; HIP numbers what is left. HIP reads CUDA's name where its own is not set.
+        for names in (("ROCR_VISIBLE_DEVICES",), ("HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")):
+            setting = next((v for v in map(self.machine.variable, names) if v is not None), None)
+            nodes = [nodes[index] for index in visible(setting, [None] * len(nodes))]
+        return nodes
+
+    def describe(self, index: int) -> dict[str, Any]:
+        """See `TorchBackend.describe`. 90402 is gfx942: major, minor and stepping, the last in hexadecimal."""
+        version = self._visible()[index].get("gfx_target_version", 0)
+        major, minor, step = version // 10000, version // 100 % 100, version % 100
+        return {"arch": f"gfx{major}{minor}{step:x}" if version else None}
+
+    def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
+        """See `TorchBackend.make_contract`."""
+        arch = module.get_device_properties(device).gcnArchName.partition(":")[0]
+        flushes = arch == "gfx90a"  # MI200: 16-bit matrix instructions flush subnormals, others do not
+        return Contract(
+            matmul=TRUNCATING_MATRIX_UNITS,
+            subnormals="flushed" if flushes else "preserved",
+            evidence=f"{arch}: groups of products with 24 bits, rounded down inside a group on CDNA3 "
+            "(arXiv:2511.10909); subnormals from PyTorch's numerical accuracy note",
+        )
+
+    def make_precision(
+        self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
+    ) -> Precision:
+        """See `TorchBackend.make_precision`."""
+        return RocmPrecision(info.id, device, changes, support)
+
+    def allocator_environment(self, plan: AllocatorPlan, environ: Mapping[str, str]) -> Mapping[str, str]:
+        """See `Backend.allocator_environment`."""
+        return allocator_environment(plan, environ, "PYTORCH_HIP_ALLOC_CONF", torch_build())
+
+    def versions(self) -> Mapping[str, str | None]:
+        """See `Backend.versions`."""
+        import torch
+
+        driver = self.machine.read("/sys/module/amdgpu/version")
+        return {"hip": torch.version.hip, "driver": driver.strip() if driver else None}
+
+
+backend = RocmBackend()

@@ -100,12 +100,12 @@ def labels(recordings: Sequence[Recording]) -> list[str]:
     return [f"{n}#{i + 1}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def compare(recordings: Sequence[Recording], tick: Callable[[int, int], None] | None = None) -> Comparison:
+def compare(recordings: Sequence[Recording], tick: Callable[[Task], None] | None = None) -> Comparison:
     """Judge recordings against the oracle and against each other.
 
     Args:
         recordings: at least one; all of one scale and seed.
-        tick: called with the number of tasks that are done, and of all.
+        tick: called with each task that is done.
 
     Raises:
         Unreadable: they were made from different inputs.
@@ -127,10 +127,10 @@ def compare(recordings: Sequence[Recording], tick: Callable[[int, int], None] | 
     for index, recording in enumerate(recordings):
         for entry in recording.entries:
             table.setdefault(entry.task, {})[index] = entry
-    for done, (task, entries) in enumerate(table.items()):
+    for task, entries in table.items():
         _compare_task(task, entries, recordings, names, found)
         if tick:
-            tick(done + 1, len(table))
+            tick(task)
     report.seconds = time.monotonic() - started
     return found
 

@@ -41,7 +41,8 @@ def _suites(report: Report, strict: bool) -> Iterator[str]:
         )
         for name, reason, failed in missing:
             kind = "error" if failed else "skipped"
-            yield f"<testcase classname=\"devices\" name={xml_attribute(name)}><{kind} message={xml_attribute(reason)}/></testcase>"
+            yield f'<testcase classname="devices" name={xml_attribute(name)}>'
+            yield f"<{kind} message={xml_attribute(reason)}/></testcase>"
         yield "</testsuite>"
     yield "</testsuites>"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal.errors import ConfigError
+from hal_conformance import arrays as codec
 from hal_conformance import bundle
 from hal_conformance.bundle import Unreadable
 from hal_conformance.case import DTYPES, SCALES
@@ -86,7 +87,7 @@ def write(
         for key, array in seen.outputs.items() if seen.status is None else ():
             name = f"{seen.task.name}/{seen.task.params.dtype}/{key}"
             tensors[name] = array
-            outputs[key] = [name, bundle.codec.tag_of(array)]
+            outputs[key] = [name, codec.tag_of(array)]
             total += array.nbytes
         if total > bundle.MAX_FILE - bundle.MAX_HEADER:
             raise ConfigError(

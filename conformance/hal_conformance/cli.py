@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal conformance`. Only click is imported here, so that `hal --help` stays quick."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from hal_conformance.plan import Selection, Task
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DASH = Path("-")
+
+
+@click.group()
+def conformance() -> None:
+    """Prove that MoE numerics agree across devices, or name what does not.
+
+    Exit status: 0 something was judged and nothing is red; 1 something is red, or nothing was judged; 2 wrong usage,
+    or a file that is unreadable or altered; 3 a named or required device is absent or broken.
+    """
+
+
+def _selection_options(function: F) -> F:
+    """Add the options that select cases."""
+    options = [
+        click.option("--case", "cases", multiple=True, metavar="GLOB", help="Only these; * and ? are special."),
+        click.option(
+            "--dtype", "dtypes", multiple=True, type=click.Choice(("float32", "bfloat16", "float16")), help="Only these."
+        ),
+        click.option(
+            "--scale", type=click.Choice(("tiny", "small", "full")), default="small", show_default=True,
+            help="Size of the shapes; full has the published ones.",
+        ),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every input."),
+        click.option(
+            "--timeout", type=click.FloatRange(min=0, min_open=True), envvar="HAL_CONFORMANCE_TIMEOUT",
+            metavar="SECONDS", help="For one case; by scale if not given.",
+        ),
+    ]  # fmt: skip
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def _errors_to_status(function: F) -> F:
+    """Turn our errors into one message on stderr and the exit status of the design."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        from hal.errors import DeviceError, HalError
+
+        try:
+            return function(*args, **kwargs)
+        except DeviceError as error:
+            _fail(str(error), 3)
+        except HalError as error:
+            _fail(str(error), 2)
+        except OSError as error:
+            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+        except KeyboardInterrupt:
+            _fail("interrupted; nothing was written", 130)
+
+    return wrapped  # type: ignore[return-value]
+
+
+def _fail(message: str, status: int) -> None:
+    from hal_conformance.text import plain
+
+    lines = [plain(line) for line in message.splitlines() if line.strip()]
+    click.echo("\n  ".join(["hal conformance: " + (lines[0] if lines else ""), *lines[1:]]), err=True)
+    sys.exit(status)
+
+
+def _tasks(selection: Selection) -> list[Task]:
+    from hal_conformance.plan import Catalogue, plan
+
+    return plan(selection, Catalogue().all())
+
+
+def _selection(cases: tuple[str, ...], dtypes: tuple[str, ...], scale: Any, seed: int) -> Selection:
+    from hal_conformance.plan import Selection
+
+    return Selection(cases, dtypes, scale, seed)
+
+
+def _write(outputs: dict[Path | None, Callable[[], bytes]]) -> bool:
+    """Write the files that were asked for; `-` is stdout. Tell whether stdout was used."""
+    from hal_conformance import atomic
+
+    used = False
+    for path, make in outputs.items():
+        if path == DASH:
+            click.get_binary_stream("stdout").write(make())
+            used = True
+        elif path is not None:
+            atomic.write(path, make())
+    return used
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    from hal.errors import ConfigError
+    from hal_conformance import atomic
+
+    given = [path for path in paths if path is not None]
+    for path in given:
+        if path != DASH:
+            atomic.check_writable(path)
+    if len(set(given)) < len(given):
+        raise ConfigError("two outputs go to the same file")
+
+
+_file = click.Path(path_type=Path, dir_okay=False)
+
+
+@conformance.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@_errors_to_status
+def list_(as_json: bool) -> None:
+    """List the cases."""
+    from hal_conformance import listing
+
+    listing.show_cases(as_json=as_json)
+
+
+@conformance.command()
+@click.argument("case")
+@_errors_to_status
+def explain(case: str) -> None:
+    """Say what CASE checks, and where its bound comes from."""
+    from hal_conformance import listing
+
+    listing.explain(case)
+
+
+@conformance.command()
+@click.option("--device", "devices", multiple=True, metavar="D", help="Such as cpu or cuda:0; all: simulated ones, too.")
+@click.option("--require", "required", multiple=True, metavar="GLOB", help="Exit 3 unless such a device was judged.")
+@click.option("--impl", "impls", multiple=True, metavar="M:O", help="An implementation of operators, module:object.")
+@_selection_options
+@click.option("--nproc", type=click.IntRange(min=1), default=1, show_default=True, help="Processes of a collective.")
+@click.option("--json", "json_file", type=_file, help="Write the results as JSON; - is stdout.")
+@click.option("--junit", "junit_file", type=_file, help="Write JUnit XML.")
+@click.option("--markdown", "markdown_file", type=_file, help="Write a Markdown summary.")
+@click.option("--strict", is_flag=True, help="Amber fails, too.")
+@_errors_to_status
+def run(
+    devices: tuple[str, ...], required: tuple[str, ...], impls: tuple[str, ...], cases: tuple[str, ...],
+    dtypes: tuple[str, ...], scale: str, seed: int, timeout: float | None, nproc: int, json_file: Path | None,
+    junit_file: Path | None, markdown_file: Path | None, strict: bool,
+) -> None:  # fmt: skip
+    """Run the suite on devices, or on an implementation of your own.
+
+    Without --device: every real device that opens here.
+    """
+    from hal.errors import ConfigError
+    from hal_conformance import suite, table
+    from hal_conformance.junit import junit
+    from hal_conformance.markdown import markdown
+    from hal_conformance.progress import Bar
+    from hal_conformance.results import to_json
+    from hal_conformance.subject import choose
+    from hal_conformance.text import plain
+
+    if nproc != 1:
+        raise ConfigError(f"--nproc {nproc}: this version has no collective cases", expected="--nproc 1")
+    _check_outputs(json_file, junit_file, markdown_file)
+    selection = _selection(cases, dtypes, scale, seed)
+    tasks = _tasks(selection)
+    found, silent = suite.listed() if not devices or "all" in devices else ([], [])
+    subjects = choose(devices, impls, found)
+    with Bar(len(tasks) * len(subjects)) as bar:
+        report = suite.run(
+            subjects, tasks, selection, required=required, case_s=timeout,
+            on_result=lambda subject, row: bar.advance(row.case, red=row.status.colour == "red"),
+            on_not_run=lambda entry: bar.advance(f"{entry.subject} {entry.kind}", by=len(tasks)),
+        )  # fmt: skip
+    report.not_run += silent
+    files: dict[Path | None, Callable[[], bytes]] = {
+        json_file: lambda: to_json(report.as_json()),
+        junit_file: lambda: junit(report, strict=strict),
+        markdown_file: lambda: markdown(report),
+    }
+    if not _write(files):
+        table.show(report, table.console())
+    for entry in report.not_run:
+        if entry.failed:
+            click.echo(f"hal conformance: {plain(f'{entry.subject}: {entry.kind}: {entry.reason}')}", err=True)
+    for glob in report.required_missing:
+        click.echo(f"hal conformance: {plain(glob)} is required, and no such device was judged", err=True)
+    sys.exit(report.exit_status(strict=strict))
+
+
+@conformance.command()
+@click.option("--device", required=True, metavar="D", help="The device to record.")
+@click.option("-o", "--output", required=True, type=_file, metavar="FILE", help="A safetensors file to write.")
+@click.option("--impl", default="torch", metavar="M:O", help="An implementation of operators, module:object.")
+@_selection_options
+@_errors_to_status
+def record(
+    device: str, output: Path, impl: str, cases: tuple[str, ...], dtypes: tuple[str, ...], scale: str, seed: int,
+    timeout: float | None,
+) -> None:  # fmt: skip
+    """Record what a device returns, to be judged elsewhere by `compare`."""
+    from hal.errors import ConfigError
+    from hal_conformance import atomic, suite
+    from hal_conformance.progress import Bar
+    from hal_conformance.subject import choose
+    from hal_conformance.text import plain
+
+    if device == "all" or output == DASH:
+        raise ConfigError("a recording has one device, and goes to a file")
+    atomic.check_writable(output)
+    selection = _selection(cases, dtypes, scale, seed)
+    tasks = _tasks(selection)
+    (subject,) = choose([device], [impl], [])
+    with Bar(len(tasks)) as bar:
+        data, seen = suite.record(
+            subject, tasks, selection, case_s=timeout, on_observation=lambda o: bar.advance(o.task.name)
+        )
+    atomic.write(output, data)
+    without = sum(o.status is not None for o in seen)
+    done = f"recorded {len(seen) - without} results of {plain(device)} ({without} without outputs)"
+    click.echo(f"{done}, {len(data)} bytes", err=True)
+    sys.exit(0 if len(seen) > without else 1)
+
+
+@conformance.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.option("--json", "json_file", type=_file, help="Write the comparison as JSON; - is stdout.")
+@click.option("--strict", is_flag=True, help="Amber fails, too.")
+@_errors_to_status
+def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> None:
+    """Judge recordings against the oracle and against each other; no device is needed."""
+    from hal_conformance import compare as comparing
+    from hal_conformance import comparison_table, recording
+    from hal_conformance.bundle import Unreadable
+    from hal_conformance.plan import Catalogue
+    from hal_conformance.progress import Bar
+    from hal_conformance.results import to_json, verdict_status
+    from hal_conformance.table import console
+
+    _check_outputs(json_file)
+    try:
+        recordings = [recording.read(path, Catalogue()) for path in files]
+        with Bar(max(len(r.entries) for r in recordings)) as bar:
+            found = comparing.compare(recordings, lambda task: bar.advance(task.name))
+    except Unreadable as error:
+        _fail(str(error), 2)
+    if not _write({json_file: lambda: to_json(found.as_json())}):
+        comparison_table.show(found, console())
+    sys.exit(verdict_status(found.report.results, strict=strict))

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal conformance list` and `explain`."""
+
+from __future__ import annotations
+
+import textwrap
+
+import click
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from hal.errors import ConfigError
+from hal_conformance.plan import Catalogue, closest
+from hal_conformance.results import suite_version, to_json
+from hal_conformance.table import WIDTH, console
+from hal_conformance.text import plain
+
+
+def show_cases(*, as_json: bool) -> None:
+    """Print every case on stdout."""
+    cases = Catalogue().all()
+    if as_json:
+        rows = [
+            {
+                "name": case.name, "family": case.family, "what": case.what, "needs": list(case.needs),
+                "presets": list(case.presets()), "dtypes": list(case.dtypes()),
+            }
+            for case in cases
+        ]  # fmt: skip
+        document = {"schema": "hal.conformance.cases/1", "suite": suite_version(), "cases": rows}
+        click.echo(to_json(document).decode(), nl=False)
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("case", "family", "presets", "dtypes", "needs"):
+        table.add_column(heading, justify="right" if heading == "presets" else "left")
+    for case in cases:
+        columns = (case.name, case.family, str(len(case.presets())), " ".join(case.dtypes()), " ".join(case.needs))
+        table.add_row(*map(Text, columns))
+    out = console()
+    out.print(table)
+    total = sum(len(case.presets()) * len(case.dtypes()) for case in cases)
+    out.print(Text(f"{len(cases)} cases, {total} results for each subject; suite {suite_version()}"))
+
+
+def explain(name: str) -> None:
+    """Print what a case checks, on stdout. The name may carry a preset.
+
+    Raises:
+        ConfigError: there is no such case.
+    """
+    catalogue = Catalogue()
+    base = name.partition("[")[0]
+    try:
+        case = catalogue.by_name(base)
+    except KeyError:
+        near = closest(base, catalogue.all())
+        hint = " or ".join(near) if near else "hal conformance list"
+        raise ConfigError(f"there is no case {plain(name, 80)!r}", hint=hint) from None
+    click.echo(f"{case.name} ({case.family})\n")
+    for paragraph in case.what.strip().split("\n\n"):
+        click.echo(textwrap.fill(" ".join(paragraph.split()), WIDTH) + "\n")
+    click.echo(textwrap.fill(f"calls:   {', '.join(case.needs)}", WIDTH))
+    click.echo(textwrap.fill(f"dtypes:  {', '.join(case.dtypes())}", WIDTH))
+    click.echo(textwrap.fill(f"presets: {', '.join(case.presets())}", WIDTH, subsequent_indent=" " * 9))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run the suite: every task on every subject, judged as the results come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from hal.contract import Contract
+from hal.errors import Absent, Broken, UnknownDevice
+from hal_conformance import recording
+from hal_conformance.judging import judge
+from hal_conformance.plan import Catalogue, Selection, Task
+from hal_conformance.results import NotRun, Report, Result, judged_devices
+from hal_conformance.runner import Runner
+from hal_conformance.subject import Subject, unmet
+
+if TYPE_CHECKING:
+    from hal.backend import DeviceInfo
+    from hal_conformance.runner import Observation
+
+OnResult = Callable[[Subject, Result], None]
+
+
+def run(
+    subjects: Sequence[Subject],
+    tasks: Sequence[Task],
+    selection: Selection,
+    *,
+    required: Sequence[str] = (),
+    catalogue: Catalogue | None = None,
+    opener: str = "hal:open_device",
+    case_s: float | None = None,
+    start_s: float | None = None,
+    on_result: OnResult | None = None,
+    on_not_run: Callable[[NotRun], None] | None = None,
+) -> Report:
+    """Run the tasks on each subject, one subject after the other.
+
+    Args:
+        subjects: what to run; one that cannot be opened is reported, and the others run.
+        tasks: from `plan.plan(selection, ...)`.
+        selection: for the report.
+        required: globs of devices of which at least one result must be judged.
+        catalogue: the cases, as the workers find them.
+        opener: `module:function` that opens a device by name in the worker.
+        case_s: seconds for one case; None: by scale.
+        start_s: seconds for a worker to start; None: the default.
+        on_result: called with each result as it is judged.
+        on_not_run: called with each subject that could not be opened, at that moment.
+
+    Raises:
+        ConfigError: an implementation cannot be loaded.
+    """
+    started = time.monotonic()
+    report = Report(selection.scale, selection.seed)
+    seen: set[tuple[str, str]] = set()
+    for subject in subjects:
+        with Runner(subject, catalogue, opener=opener, case_s=case_s, start_s=start_s) as runner:
+            try:
+                opened = runner.open()
+            except (UnknownDevice, Absent, Broken) as error:
+                kinds = {UnknownDevice: "unknown", Absent: "absent", Broken: "broken"}
+                entry = NotRun(str(subject), kinds[type(error)], error.reason, subject.named)
+                report.not_run.append(entry)
+                if on_not_run:
+                    on_not_run(entry)
+                continue
+            device = str(opened["info"]["id"])
+            if (device, subject.impl) in seen:
+                report.notes.append(f"{subject} is {device}, which had run already")
+                continue
+            seen.add((device, subject.impl))
+            report.subjects.append({"id": device, "impl": subject.impl, **opened})
+            contract = Contract.from_json(opened["contract"])
+            for observation in runner.observe(tasks):
+                row = judge(observation, contract, device, subject.impl)
+                report.results.append(row)
+                if on_result:
+                    on_result(subject, row)
+    report.required_missing = unmet(required, judged_devices(report.results))
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def record(
+    subject: Subject,
+    tasks: Sequence[Task],
+    selection: Selection,
+    *,
+    catalogue: Catalogue | None = None,
+    opener: str = "hal:open_device",
+    case_s: float | None = None,
+    on_observation: Callable[[Observation], None] | None = None,
+) -> tuple[bytes, list[Observation]]:
+    """Run the tasks on one subject and return a recording of what came back, unjudged, and the observations.
+
+    Raises:
+        UnknownDevice, Absent, Broken: the device cannot be had.
+        ConfigError: the implementation cannot be loaded, or the recording would be too large.
+    """
+    kept: list[Observation] = []
+    with Runner(subject, catalogue, opener=opener, case_s=case_s) as runner:
+        opened = runner.open()
+        for observation in runner.observe(tasks):
+            kept.append(observation)
+            if on_observation:
+                on_observation(observation)
+    return recording.write(subject, opened, selection, kept), kept
+
+
+def listed() -> tuple[list[DeviceInfo], list[NotRun]]:
+    """Return the devices that the backends list here, and the backends that list none, with their reasons."""
+    from hal import plugins, registry
+
+    surveys = [registry.survey(plugin) for plugin in plugins.allowed()]
+    silent: list[NotRun] = []
+    for answer in surveys:
+        if answer.error is not None:
+            kind = "absent" if isinstance(answer.error, Absent) else "broken"
+            silent.append(NotRun(answer.name, kind, getattr(answer.error, "reason", str(answer.error)), False))
+    return registry.settle(surveys)[0], silent

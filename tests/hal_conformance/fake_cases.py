@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small suite, a device and implementations, good and bad, for the tests of the running half.
+
+Workers import this module by name; the tests put its folder on the path.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+
+from hal.backend import DeviceInfo
+from hal.contract import Contract
+from hal.errors import Absent, Broken, UnknownDevice, UnsupportedOperation
+from hal.support import Support
+from hal_conformance.verdicts import Judgement, Status
+
+
+@dataclass(frozen=True)
+class Doubling:
+    """Calls `ops.double` on a few elements; the right answer is known exactly."""
+
+    name: str
+    family: str = "combine"
+    what: str = "Doubles numbers.\n\nThe bound is zero."
+    needs: tuple[str, ...] = ("double",)
+
+    def presets(self):
+        return ("a", "b")
+
+    def dtypes(self):
+        return ("float32", "bfloat16")
+
+    def inputs(self, p):
+        import ml_dtypes
+
+        dtype = {"float32": np.dtype("float32"), "bfloat16": np.dtype(ml_dtypes.bfloat16)}[p.dtype]
+        return {"x": (np.arange(6).reshape(2, 3) + p.seed).astype(dtype), "empty": np.zeros((0, 4), np.int64)}
+
+    def run(self, ops, tensors, p):
+        return ops.double(tensors["x"])
+
+    def judge(self, inputs, outputs, p, contract):
+        y = outputs.get("y")
+        if y is None or y.shape != (2, 3) or y.dtype != inputs["x"].dtype:
+            return Judgement(Status.FAIL_STRUCTURE, detail="not the y that was expected")
+        off = np.abs(y.astype(np.float64) - 2 * inputs["x"].astype(np.float64))
+        worst = float(off.max())
+        return Judgement(Status.EXACT if worst == 0 else Status.FAIL_NUMERIC, worst, {"bound": worst}, f"off by {worst}")
+
+
+@dataclass(frozen=True)
+class BadJudge(Doubling):
+    name: str = "broken.judge"
+
+    def judge(self, inputs, outputs, p, contract):
+        raise ZeroDivisionError("the judge fell\nover \x1b[31m")
+
+
+ALL = (Doubling("double.one"), Doubling("double.two", family="layer"))
+
+
+def by_name(name):
+    return {case.name: case for case in (*ALL, BadJudge())}[name]
+
+
+class Device:
+    def __init__(self, name):
+        import torch
+
+        self.info = DeviceInfo(name, "fake", "nobody", "[red]fake[/red] \x1b[2J", None, None, "cpu")
+        self.torch_device = torch.device("cpu")
+        self.contract = Contract()
+        self.changes = ()
+
+    def versions(self):
+        return {"driver": None}
+
+    def synchronize(self):
+        if poisoned:
+            raise RuntimeError("an earlier kernel failed")
+
+    def support(self, operator, dtype):
+        name = str(dtype)
+        if self.info.id == "fake:no-bf16" and name == "torch.bfloat16":
+            return Support("unsupported", "no such units")
+        return Support("native", "tried")
+
+    def close(self):
+        pass
+
+
+poisoned = False
+
+
+def open_device(name):
+    if name == "absent":
+        raise Absent("no such card", device=name)
+    if name == "broken":
+        raise Broken("the driver is dead", device=name)
+    if name == "unknown":
+        raise UnknownDevice("no such backend", device=name)
+    if name == "raises":
+        raise RuntimeError("vendor says no")
+    if name == "exits":
+        os._exit(7)
+    if name == "hangs":
+        time.sleep(600)
+    return Device(name)
+
+
+def _right(x):
+    return {"y": x * 2}
+
+
+good = SimpleNamespace(double=_right)
+wrong = SimpleNamespace(double=lambda x: {"y": x * 2 + 1})
+nothing = SimpleNamespace()
+
+
+class Constructed:
+    def double(self, x):
+        return _right(x)
+
+
+class Once:
+    """Misbehaves on the first float32 call of preset a, in each worker; `flag` says what it does."""
+
+    def __init__(self, misbehave):
+        self.misbehave = misbehave
+
+    def double(self, x):
+        if str(x.dtype) == "torch.float32":
+            answer = self.misbehave(x)
+            if answer is not None:
+                return answer
+        return _right(x)
+
+
+def _raise(x):
+    raise ValueError("first line\nlast line \x1b[2J")
+
+
+def _raise_unprintable(x):
+    class Odd(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    raise Odd
+
+
+def _flood(x):
+    for _ in range(64):
+        print("x" * 65536)
+        print("y" * 65536, file=sys.stderr)
+    os.write(1, b"z" * 1_000_000)
+
+
+def _delete_streams(x):
+    del sys.stdout, sys.stderr
+    os.close(1)
+
+
+def _poison(x):
+    global poisoned
+    poisoned = True
+    raise RuntimeError("illegal memory access")
+
+
+def _mutate(x):
+    x += 1
+    return {"y": (x - 1) * 2}
+
+
+def _fork(x):
+    os.fork()
+
+
+def _orphan(x):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "hal-test-orphan"])
+    time.sleep(600)
+
+
+def _meta(x):
+    return {"y": x.to("meta")}
+
+
+def _unsupported(x):
+    raise UnsupportedOperation("has no doubling", device="fake", what="double")
+
+
+def _thread(x):
+    threading.Thread(target=time.sleep, args=(600,)).start()
+
+
+def _write_to_wire(x):
+    for fd in range(3, 32):
+        try:
+            os.write(fd, b"garbage" * 100)
+        except OSError:
+            pass
+
+
+raises = Once(_raise)
+raises_unprintable = Once(_raise_unprintable)
+hangs = Once(lambda x: time.sleep(600))
+exits = Once(lambda x: os._exit(5))
+sys_exits = Once(lambda x: sys.exit(0))
+interrupts = Once(lambda x: (_ for _ in ()).throw(KeyboardInterrupt))
+killed = Once(lambda x: os.kill(os.getpid(), signal.SIGKILL))
+floods = Once(_flood)
+deletes_streams = Once(_delete_streams)
+poisons = Once(_poison)
+mutates = Once(_mutate)
+forks = Once(_fork)
+orphans = Once(_orphan)
+on_meta = Once(_meta)
+says_unsupported = Once(_unsupported)
+leaves_threads = Once(_thread)
+writes_to_wire = Once(_write_to_wire)
+wrong_shape = Once(lambda x: {"y": x[:1] * 2})
+wrong_dtype = Once(lambda x: {"y": (x * 2).double()})
+wrong_keys = Once(lambda x: {"z": x * 2})
+complex_dtype = Once(lambda x: {"y": x * 2j})
+sparse = Once(lambda x: {"y": (x * 2).to_sparse()})
+not_a_dict = Once(lambda x: x * 2)
+not_a_tensor = Once(lambda x: {"y": [1, 2]})
+enormous = Once(lambda x: {"y": x[:1, :1].expand(2**20, 2**20)})

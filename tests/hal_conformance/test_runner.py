@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers are real processes here, and are really killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hal.errors import Absent, Broken, ConfigError, UnknownDevice
+from hal_conformance import suite
+from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.runner import Runner
+from hal_conformance.subject import Subject
+from hal_conformance.verdicts import Status
+
+HERE = Path(__file__).parent
+FAKE = Catalogue("fake_cases")
+SELECTION = Selection(scale="tiny")
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch):
+    monkeypatch.syspath_prepend(str(HERE))
+
+
+def run(impl, *, device="fake:0", cases=("double.*",), case_s=20.0, **options):
+    selection = Selection(cases, scale="tiny")
+    tasks = plan(selection, FAKE.all())
+    return suite.run(
+        [Subject(device, f"fake_cases:{impl}" if impl else "torch")], tasks, selection,
+        catalogue=FAKE, opener="fake_cases:open_device", case_s=case_s, **options,
+    )  # fmt: skip
+
+
+def statuses(report, dtype):
+    return [row.status for row in report.results if row.dtype == dtype]
+
+
+def test_a_right_implementation_is_exact_everywhere():
+    report = run("good")
+    assert statuses(report, "float32") == statuses(report, "bfloat16") == [Status.EXACT] * 4
+    assert report.exit_status() == 0
+
+
+def test_a_class_is_constructed():
+    assert run("Constructed").exit_status() == 0
+
+
+def test_a_wrong_implementation_fails_with_its_numbers():
+    report = run("wrong")
+    assert set(statuses(report, "float32")) == {Status.FAIL_NUMERIC}
+    assert report.results[0].margin == 1.0
+    assert report.results[0].detectors == {"bound": 1.0, "rms": None, "bias": None, "exact": None}
+    assert report.exit_status() == 1
+
+
+@pytest.mark.parametrize(
+    ("impl", "status", "words"),
+    [
+        ("raises", Status.CRASH, r"raised ValueError: first line last line \x1b[2J (fake_cases.py:"),
+        ("raises_unprintable", Status.CRASH, "whose __str__ raises RuntimeError"),
+        ("exits", Status.CRASH, "exited with status 5"),
+        ("sys_exits", Status.CRASH, "raised SystemExit"),
+        ("interrupts", Status.CRASH, "raised KeyboardInterrupt"),
+        ("killed", Status.CRASH, "killed by SIGKILL"),
+        ("poisons", Status.CRASH, "raised RuntimeError: illegal memory access"),
+        ("writes_to_wire", Status.CRASH, ""),
+        ("mutates", Status.FAIL_STRUCTURE, "wrote into its input x"),
+        ("on_meta", Status.FAIL_STRUCTURE, "y is on meta, not on cpu"),
+        ("says_unsupported", Status.UNSUPPORTED, "has no doubling"),
+        ("wrong_shape", Status.FAIL_STRUCTURE, "not the y"),
+        ("wrong_dtype", Status.FAIL_STRUCTURE, "not the y"),
+        ("wrong_keys", Status.FAIL_STRUCTURE, "not the y"),
+        ("complex_dtype", Status.FAIL_STRUCTURE, "complex64 cannot be exchanged"),
+        ("sparse", Status.FAIL_STRUCTURE, "layout torch.sparse_coo"),
+        ("not_a_dict", Status.FAIL_STRUCTURE, "returned a Tensor"),
+        ("not_a_tensor", Status.FAIL_STRUCTURE, "y is a list"),
+        ("enormous", Status.FAIL_STRUCTURE, "bytes, more than"),
+        ("floods", Status.EXACT, ""),
+        ("deletes_streams", Status.EXACT, ""),
+        ("leaves_threads", Status.EXACT, ""),
+        ("forks", Status.EXACT, ""),
+    ],
+)
+def test_what_an_implementation_does_costs_its_own_case_and_no_other(impl, status, words):
+    report = run(impl, cases=("double.one[a]",))
+    bad, good = report.results
+    assert (bad.dtype, bad.status) == ("float32", status)
+    assert words in bad.detail
+    assert bad.detail.isprintable()
+    assert (good.dtype, good.status) == ("bfloat16", Status.EXACT)
+
+
+def test_a_hang_costs_its_time_limit_and_the_next_case_goes_on():
+    report = run("hangs", cases=("double.one[a]",), case_s=1.0)
+    assert [row.status for row in report.results] == [Status.HANG, Status.EXACT]
+    assert "no result within 1 s" in report.results[0].detail
+
+
+def test_a_case_that_keeps_hanging_is_not_tried_for_ever(monkeypatch):
+    monkeypatch.setattr("hal_conformance.runner.HANGS", 1)
+    report = run("hangs", case_s=1.0)
+    assert statuses(report, "float32") == [Status.HANG, Status.SKIPPED, Status.HANG, Status.SKIPPED]
+    assert report.exit_status() == 1
+
+
+def test_a_hang_takes_the_processes_that_it_started_with_it():
+    run("orphans", cases=("double.one[a]",), case_s=2.0)
+    deadline = time.monotonic() + 10
+    while _running("hal-test-orphan") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _running("hal-test-orphan")
+
+
+def _running(word):
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and word.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def test_a_missing_method_and_a_missing_dtype_are_unsupported_and_say_why():
+    report = run("nothing", cases=("double.one[a]",))
+    assert {row.status for row in report.results} == {Status.UNSUPPORTED}
+    assert "has no double" in report.results[0].detail
+    assert report.exit_status() == 1, "nothing was judged"
+    report = run("good", device="fake:no-bf16", cases=("double.one[a]",))
+    assert [row.status for row in report.results] == [Status.EXACT, Status.UNSUPPORTED]
+    assert report.results[1].detail == "bfloat16: no such units"
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "words"),
+    [
+        ("absent", Absent, "no such card"),
+        ("broken", Broken, "the driver is dead"),
+        ("unknown", UnknownDevice, "no such backend"),
+        ("raises", Broken, "RuntimeError: vendor says no"),
+        ("exits", Broken, "exited with status 7"),
+        ("hangs", Broken, "nothing within"),
+    ],
+)
+def test_a_device_that_does_not_open_says_why(device, error, words):
+    start_s = 5.0 if device == "hangs" else None
+    runner = Runner(Subject(device, "fake_cases:good"), FAKE, opener="fake_cases:open_device", start_s=start_s)
+    with runner, pytest.raises(error, match=words):
+        runner.open()
+
+
+def test_a_named_device_that_is_absent_makes_the_run_exit_3_and_the_others_still_run():
+    tasks = plan(SELECTION, FAKE.all())[:1]
+    subjects = [Subject("absent", "fake_cases:good"), Subject("fake:0", "fake_cases:good")]
+    options = {"catalogue": FAKE, "opener": "fake_cases:open_device"}
+    report = suite.run(subjects, tasks, SELECTION, **options)
+    assert [(entry.kind, entry.failed) for entry in report.not_run] == [("absent", True)]
+    assert [row.status for row in report.results] == [Status.EXACT]
+    assert report.exit_status() == 3
+    unnamed = [Subject("absent", "fake_cases:good", named=False), subjects[1]]
+    assert suite.run(unnamed, tasks, SELECTION, **options).exit_status() == 0
+    assert suite.run(unnamed, tasks, SELECTION, required=["cuda:*"], **options).exit_status() == 3
+    assert suite.run(unnamed, tasks, SELECTION, required=["fake:*"], **options).exit_status() == 0
+
+
+def test_an_implementation_that_cannot_be_imported_is_wrong_usage():
+    with pytest.raises(ConfigError, match="no_such_module"):
+        suite.run([Subject("fake:0", "no_such_module:x")], [], SELECTION, catalogue=FAKE, opener="fake_cases:open_device")
+
+
+def test_a_judge_that_raises_is_invalid():
+    from fake_cases import BadJudge
+
+    tasks = plan(SELECTION, [BadJudge()])[:1]
+    report = suite.run(
+        [Subject("fake:0", "fake_cases:good")], tasks, SELECTION, catalogue=FAKE, opener="fake_cases:open_device"
+    )
+    assert report.results[0].status is Status.INVALID
+    assert report.results[0].detail == r"the judge raised ZeroDivisionError: the judge fell over \x1b[31m"
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, {here!r})
+from test_runner import run
+print("started", flush=True)
+run("hangs", case_s=600.0)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_parent(number, tmp_path):
+    script = tmp_path / "hal_test_driver.py"
+    script.write_text(DRIVER.format(here=str(HERE)))
+    parent = subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        parent.stdout.readline()
+        children = _children(parent.pid)
+        assert children
+        parent.send_signal(number)
+        parent.wait(timeout=30)
+        deadline = time.monotonic() + 10
+        while any(_alive(pid) for pid in children) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not [pid for pid in children if _alive(pid)]
+    finally:
+        parent.kill()
+        parent.stdout.close()
+        parent.wait()
+
+
+def _children(pid):
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        found = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        if found:
+            time.sleep(6)  # until it hangs within the case
+            return found
+        time.sleep(0.1)
+    return []
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_the_parent_imports_no_torch():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import test_runner as t; r = t.run('good'); " + (
+        "assert r.exit_status() == 0; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "HAL_BACKENDS": ""})

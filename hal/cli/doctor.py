@@ -116,7 +116,8 @@ COLOURS = {"found": "green", "absent": "white", "broken": "red"}
 
 def _print_backend(answer: Explanation) -> None:
     click.secho(f"{answer.status:8}", fg=COLOURS[answer.status], nl=False)
-    click.echo(f"{answer.backend:10} {_clean(answer.reason, indent=19)}")
+    reason = answer.reason.removeprefix(f"{answer.backend}: ")
+    click.echo(f"{answer.backend:10} {_clean(reason, indent=19)}")
     for info in answer.devices:
         click.echo(f"{'':19}{info.id}: {_clean(info.name or info.vendor)} ({_clean('; '.join(info.evidence))})")
     for note in (*answer.left, *answer.advice):

@@ -23,6 +23,6 @@ if __name__ == "__main__":
             Subject("python -c 'import torch'", command(sys.executable, "-c", "import torch")),
             Subject("conformance run --scale tiny", command(*run, "tiny"), "python -c 'import torch'"),
             Subject("conformance record --scale tiny", command(*record), "python -c 'import torch'"),
-            Subject("conformance compare, twice the same", command(HAL, "conformance", "compare", recording, recording)),
+            Subject("conformance compare, of two", command(HAL, "conformance", "compare", recording, recording)),
         ]
         main("suite", "The conformance suite on a CPU", [("s", subjects)])

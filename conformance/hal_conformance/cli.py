@@ -33,7 +33,7 @@ def _selection_options(function: F) -> F:
     options = [
         click.option("--case", "cases", multiple=True, metavar="GLOB", help="Only these; * and ? are special."),
         click.option(
-            "--dtype", "dtypes", multiple=True, type=click.Choice(("float32", "bfloat16", "float16")), help="Only these."
+            "--dtype", "dtypes", multiple=True, type=click.Choice(("float32", "bfloat16", "float16")), help="Only this."
         ),
         click.option(
             "--scale", type=click.Choice(("tiny", "small", "full")), default="small", show_default=True,
@@ -141,7 +141,7 @@ def explain(case: str) -> None:
 
 
 @conformance.command()
-@click.option("--device", "devices", multiple=True, metavar="D", help="Such as cpu or cuda:0; all: simulated ones, too.")
+@click.option("--device", "devices", multiple=True, metavar="D", help="As cpu or cuda:0; all: simulated ones, too.")
 @click.option("--require", "required", multiple=True, metavar="GLOB", help="Exit 3 unless such a device was judged.")
 @click.option("--impl", "impls", multiple=True, metavar="M:O", help="An implementation of operators, module:object.")
 @_selection_options

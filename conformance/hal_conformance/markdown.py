@@ -38,8 +38,14 @@ def _lines(report: Report) -> Iterator[str]:
             ("family", "dtype", "exact", "pass", "ambiguous", "amber", "red", "not judged", "worst margin"),
             (
                 (
-                    t.family, t.dtype, t.count(Status.EXACT), t.count(Status.PASS), t.count(Status.PASS_AMBIGUOUS),
-                    t.colour("amber"), t.colour("red"), t.colour("neutral"),
+                    t.family,
+                    t.dtype,
+                    t.count(Status.EXACT),
+                    t.count(Status.PASS),
+                    t.count(Status.PASS_AMBIGUOUS),
+                    t.colour("amber"),
+                    t.colour("red"),
+                    t.colour("neutral"),
                     "" if t.margin is None else f"{t.margin:.3g}",
                 )
                 for t in tally(rows)

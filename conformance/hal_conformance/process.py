@@ -51,7 +51,9 @@ class WorkerProcess:
         path = [p for p in sys.path if p]
         self._popen = subprocess.Popen(
             [sys.executable, "-c", BOOT, json.dumps(path if here in path else [*path, here])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             # One broken plug-in of torch's own autoload group must not make `import torch` fail in there.
             env={**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
             # A group of its own: Ctrl-C reaches only the parent, and whatever the worker starts ends with it.

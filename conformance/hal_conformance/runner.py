@@ -67,8 +67,13 @@ class Runner(AbstractContextManager["Runner"]):
     """
 
     def __init__(
-        self, subject: Subject, catalogue: Catalogue | None = None, *, opener: str = "hal:open_device",
-        case_s: float | None = None, start_s: float | None = None,
+        self,
+        subject: Subject,
+        catalogue: Catalogue | None = None,
+        *,
+        opener: str = "hal:open_device",
+        case_s: float | None = None,
+        start_s: float | None = None,
     ) -> None:
         self.subject = subject
         self.opened: dict[str, Any] = {}

@@ -96,8 +96,7 @@ class MoEModelSpec:
 
     @property
     def layer_parameters(self) -> int:
-        """The number of parameters of one MoE layer, with router, routed experts, shared experts and their gate; no selection
-        bias."""
+        """The number of parameters of one MoE layer, with router, experts, shared experts and their gate, no bias."""
         routed = 3 * self.router.num_experts * self.hidden_size * self.expert_hidden_size
         shared = 3 * self.hidden_size * self.shared_hidden_size
         gates = self.router.num_experts * self.hidden_size + (self.hidden_size if self.shared_gate else 0)

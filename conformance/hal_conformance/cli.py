@@ -97,11 +97,14 @@ def _write(outputs: dict[Path | None, Callable[[], bytes]]) -> bool:
 
     used = False
     for path, make in outputs.items():
+        if path is None:
+            continue
+        content = make()
         if path == DASH:
-            click.get_binary_stream("stdout").write(make())
+            click.get_binary_stream("stdout").write(content)
             used = True
-        elif path is not None:
-            atomic.write(path, make())
+        else:
+            atomic.write(path, content)
     return used
 
 

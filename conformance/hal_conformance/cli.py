@@ -101,7 +101,7 @@ def _write(outputs: dict[Path | None, Callable[[], bytes]]) -> bool:
             continue
         content = make()
         if path == DASH:
-            click.get_binary_stream("stdout").write(content)
+            sys.stdout.buffer.write(content)
             used = True
         else:
             atomic.write(path, content)

@@ -58,7 +58,7 @@ def _fails(row: Result, strict: bool) -> bool:
 def _case(row: Result, strict: bool) -> Iterator[str]:
     group = f"{_name(row.subject, row.impl)}.{row.dtype}"
     yield f'<testcase classname={xml_attribute(group)} name={xml_attribute(row.case)} time="{row.seconds:.6f}">'
-    message = plain(f"{row.status.value}: {row.detail}")
+    message = plain(f"{row.status.value}: {row.detail}" if row.detail else row.status.value)
     if _fails(row, strict):
         yield f"<failure type={xml_attribute(row.status.value)} message={xml_attribute(message)}/>"
     elif row.status.colour == "neutral":

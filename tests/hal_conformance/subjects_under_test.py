@@ -210,6 +210,41 @@ class TruncatesStores(OwnProduct):
         return exact.to(x.dtype)
 
 
+class TruncatesTheGate(TruncatesStores):
+    """As `TruncatesStores`, but in the gate projection alone."""
+
+    def experts(self, x_RD, counts_E, weights):
+        parts, start = [], 0
+        matrices = zip(weights.w1_EFD.unbind(), weights.w3_EFD.unbind(), weights.w2_EDF.unbind(), strict=True)
+        for count, (w1, w3, w2) in zip(counts_E.tolist(), matrices, strict=True):
+            x = x_RD[start : start + count]
+            start += count
+            parts.append((torch.nn.functional.silu(self.stored(x, w1)) * (x @ w3.t())) @ w2.t())
+        return torch.cat(parts)
+
+
+class FlipsABit(Parts):
+    """The lowest bit of every weight in one matrix of the busiest expert is flipped."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = matrix
+
+    def experts(self, x_RD, counts_E, weights):
+        w = getattr(weights, self.matrix)
+        flipped = w.detach().clone()
+        flipped.view(torch.int32 if w.dtype == torch.float32 else torch.int16)[int(counts_E.argmax())] ^= 1
+        return super().experts(x_RD, counts_E, weights._replace(**{self.matrix: w + (flipped - w.detach())}))
+
+
+class BiasInBfloat16(Parts):
+    """The selection bias is kept in bfloat16, whose steps near 7 are 1/32 (sglang#37133)."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        low = None if bias_E is None else bias_E.bfloat16().float()
+        return super().route(x_TD, gate_ED, spec, low, experts_TK=experts_TK)
+
+
 class LosesTailRow(Parts):
     """The last row of an expert is zero where its count is 1 modulo 16."""
 
@@ -274,6 +309,11 @@ WRONG = {
     "accumulates_in_bfloat16": AccumulatesInBfloat16(),
     "wrong_tie_order": WrongTieOrder(),
     "truncates_stores": TruncatesStores(),
+    "truncates_the_gate": TruncatesTheGate(),
+    "flips_a_bit_of_w1": FlipsABit("w1_EFD"),
+    "flips_a_bit_of_w3": FlipsABit("w3_EFD"),
+    "flips_a_bit_of_w2": FlipsABit("w2_EDF"),
+    "bias_in_bfloat16": BiasInBfloat16(),
     "loses_tail_row": LosesTailRow(),
     "reduced_inputs": ReducedInputs(),
     "scales_one_expert": ScalesOneExpert(),

@@ -89,6 +89,11 @@ def sparse(seed: int, stream: str, ones: int, values: int, *dims: int) -> F64:
     return np.where(keep, make.integers(seed, stream, -values, values, *dims), 0).astype(np.float64)
 
 
+def full_bits(seed: int, stream: str, *dims: int) -> F64:
+    """Return weights that use all 24 bits of float32; a sum of four bytes alone would end in zeros."""
+    return make.weights(seed, stream, *dims) * (1.0 + make.words(seed, f"{stream}/low", *dims) * 2.0**-34)
+
+
 class Integers(ExactExperts):
     """Small integers; the output needs rounding in the 16-bit dtypes."""
 
@@ -163,9 +168,14 @@ class OneHot(ExactExperts):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`.
 
-        Row r of an expert is one-hot at channel j(r), plus 1 in the gate's channel. w2 has a single 1 in each
-        row, so that
-        y[d] = 32 w3[f(d), j]: every bit of w3 shows, and an input cut to fewer bits.
+        Row r of an expert is 1 in one channel j(r) of its own and in the channel c that all rows share. Each expert
+        shows one of its matrices; f(d) is a hidden unit that the seed picks for output channel d:
+          - up: the gate is 32 through c, so y[d] = 32 w3[f(d), j].
+          - gate: u is 1 through c and w2 picks f(d), so y[d] = w1[f(d), j], from 32 to 64, where silu is the
+            identity. In the 16-bit dtypes odd units add 32 through c, which needs rounding: a gate whose store
+            truncates is seen. (In float32 the sum itself would round, which a contract may do in its own way.)
+          - down: w1 opens the unit j mod F alone and u is 1/32, so h is one-hot and y[d] = w2[d, j mod F].
+        Every bit that is read shows, and so does an input cut to fewer bits.
         """
         spec, s = preset(p.preset).router, shape(p)
         counts = self.counts(p)
@@ -175,14 +185,28 @@ class OneHot(ExactExperts):
         x = np.zeros((rows, s.width))
         x[np.arange(rows), others[np.arange(rows) % len(others)]] = 1.0
         x[:, channel] = 1.0
+        up, gate, down = (np.arange(first, experts_, 3) for first in range(3))
         w1 = np.zeros((experts_, s.hidden, s.width))
-        w1[:, :, channel] = ONE
-        w3 = make.weights(p.seed, "onehot/w3", experts_, s.hidden, s.width)
-        # All 24 bits: a float32 weight of four bytes' sum would end in zeros.
-        w3 = w3 * (1.0 + make.words(p.seed, "onehot/low", experts_, s.hidden, s.width) * 2.0**-34)
-        w3[:, :, channel] = 0.0
+        w3 = np.zeros_like(w1)
         w2 = np.zeros((experts_, s.width, s.hidden))
         w2[:, np.arange(s.width), make.integers(p.seed, "onehot/pick", 0, s.hidden - 1, s.width)] = 1.0
+
+        w1[up, :, channel] = ONE
+        w3[up] = full_bits(p.seed, "onehot/w3", len(up), s.hidden, s.width)
+        w3[up, :, channel] = 0.0
+
+        fraction = make.words(p.seed, "onehot/w1", len(gate), s.hidden, s.width) * 2.0**-32
+        w1[gate] = ONE * (1.0 + fraction)
+        w1[gate, :, channel] = 0.0
+        if p.dtype != "float32":
+            w1[gate, 1::2, channel] = ONE
+        w3[gate, :, channel] = 1.0
+
+        unit = np.arange(s.width) % s.hidden
+        for e in down:
+            w1[e, unit[others], others] = ONE
+        w3[down, :, channel] = 1.0 / ONE
+        w2[down] = full_bits(p.seed, "onehot/w2", len(down), s.width, s.hidden)
         return {
             "x_RD": make.store(x, p.dtype), "counts_E": counts, "w1_EFD": make.store(w1, p.dtype),
             "w3_EFD": make.store(w3, p.dtype), "w2_EDF": make.store(w2, p.dtype),
@@ -281,9 +305,8 @@ CANCELLING = Cancelling(
 )  # fmt: skip
 ONE_HOT = OneHot(
     "experts.one_hot", "experts", ("experts",),
-    "One-hot rows: the output is the up projection's weights times 32, every bit of them; weights of the wrong "
-    "expert, flipped "
-    "bits and inputs cut to TF32 show.",
+    "One-hot rows: the output is one weight of the gate, up or down projection, every bit of it. Weights of the wrong "
+    "expert, flipped bits, inputs cut to TF32 and truncated stores of the gate show.",
 )  # fmt: skip
 RANDOM = Random(
     "experts.random", "experts", ("experts",),

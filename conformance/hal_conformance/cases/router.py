@@ -120,6 +120,17 @@ class Scores(RouterCase):
 class TopkSet(RouterCase):
     """The chosen set, certified by margin."""
 
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the bias lies around 6.94, as trained ones do (GLM-5.2: 6.82 to 7.06).
+
+        A common offset changes no choice, but bfloat16 has steps of 1/32 there: a bias that passes through it, or
+        scores that are added to it in 16 bits, move most tokens (sglang#37133).
+        """
+        arrays = super().inputs(p)
+        if "bias_E" in arrays:
+            arrays["bias_E"] = arrays["bias_E"] + np.float32(6.9375)
+        return arrays
+
     def findings(
         self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
     ) -> list[Finding]:

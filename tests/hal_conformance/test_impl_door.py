@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public door: `hal conformance run --impl module:object`, in a process of its own, as a user calls it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+# Cases whose verdicts the wrong implementations below change; the suite in full takes 20 s for each.
+CASES = ("router.weights", "router.tie_order", "experts.*", "combine.*", "dispatch.permutation", "losses.aux")
+
+
+def run(name, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = [f"--case={case}" for case in CASES]
+    done = subprocess.run(
+        [sys.executable, "-m", "hal.cli.main", "conformance", "run", "--device", "cpu", "--scale", "tiny"]
+        + ["--impl", f"subjects_under_test:{name}", "--json", str(report), "--dtype", "bfloat16", "--dtype", "float32"]
+        + arguments,
+        cwd=HERE,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done, json.loads(report.read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "case", "status"),
+    [
+        ("drops_a_token", "experts.integers", "FAIL-NUMERIC"),
+        ("swaps_two_rows", "experts.one_hot", "FAIL-NUMERIC"),
+        ("leaks_bias", "router.weights", "FAIL-NUMERIC"),
+        ("skips_renormalisation", "router.weights", "FAIL-NUMERIC"),
+        ("accumulates_in_bfloat16", "experts.cancelling", "FAIL-NUMERIC"),
+        ("combines_in_bfloat16", "combine.exact", "FAIL-NUMERIC"),
+        ("wrong_tie_order", "router.tie_order", "FAIL-DISCRETE"),
+    ],
+)
+def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path):
+    done, report = run(name, tmp_path)
+    assert done.returncode == 1, done.stderr
+    found = {row["status"] for row in report["results"] if row["case"].startswith(case)}
+    assert status in found
+    assert status in done.stdout
+
+
+@pytest.mark.parametrize("name", ["honest_reversed", "honest_split_k", "honest_sequential", "honest_wide"])
+def test_an_honest_implementation_in_another_order_is_green_and_exits_0(name, tmp_path):
+    done, report = run(name, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(report["results"]) > 100
+    assert {row["status"] for row in report["results"]} <= {"EXACT", "PASS", "PASS-AMBIGUOUS"}

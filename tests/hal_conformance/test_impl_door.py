@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-# Cases whose verdicts the wrong implementations below change; the suite in full takes 20 s for each.
-CASES = ("router.weights", "router.tie_order", "experts.*", "combine.*", "dispatch.permutation", "losses.aux")
+SOME = ("router.weights", "router.tie_order", "experts.*", "combine.*", "dispatch.permutation", "losses.aux")
 
 
-def run(name, tmp_path):
+def run(name, tmp_path, cases):
     report = tmp_path / "report.json"
-    arguments = [f"--case={case}" for case in CASES]
+    arguments = [f"--case={case}" for case in cases]
     done = subprocess.run(
         [sys.executable, "-m", "hal.cli.main", "conformance", "run", "--device", "cpu", "--scale", "tiny"]
         + ["--impl", f"subjects_under_test:{name}", "--json", str(report), "--dtype", "bfloat16", "--dtype", "float32"]
@@ -43,7 +42,7 @@ def run(name, tmp_path):
     ],
 )
 def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path):
-    done, report = run(name, tmp_path)
+    done, report = run(name, tmp_path, [case])
     assert done.returncode == 1, done.stderr
     found = {row["status"] for row in report["results"] if row["case"].startswith(case)}
     assert status in found
@@ -52,7 +51,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
 
 @pytest.mark.parametrize("name", ["honest_reversed", "honest_split_k", "honest_sequential", "honest_wide"])
 def test_an_honest_implementation_in_another_order_is_green_and_exits_0(name, tmp_path):
-    done, report = run(name, tmp_path)
+    done, report = run(name, tmp_path, SOME)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(report["results"]) > 100
     assert {row["status"] for row in report["results"]} <= {"EXACT", "PASS", "PASS-AMBIGUOUS"}

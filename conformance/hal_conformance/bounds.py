@@ -29,17 +29,18 @@ EXP = 4.0 * U32
 TINY32 = 2.0**-126
 """Smallest normal float32: below it results may be flushed to zero."""
 
+EXPONENT_FIELD = 0x7FF << 52
+"""The exponent's bits of a float64: alone, they are the power of two at or below a number."""
+
 SIGNIFICANDS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
 MIN_EXPONENTS = {"float64": -1022, "float32": -126, "bfloat16": -126, "float16": -14}
 
 
 def half_ulp(value: Array, dtype: str) -> F64:
     """Return half the distance between neighbours of `dtype` at `value`: the largest error of rounding to nearest."""
-    magnitude = np.abs(np.asarray(value, np.float64))
-    _, exponent = np.frexp(np.where(np.isfinite(magnitude), magnitude, 1.0))
-    exponent = np.where(magnitude == 0.0, MIN_EXPONENTS[dtype] + 1, exponent)
-    exponent = np.maximum(exponent - 1, MIN_EXPONENTS[dtype])
-    return np.asarray(np.ldexp(1.0, exponent - SIGNIFICANDS[dtype]))
+    exponent_bits = np.asarray(value, np.float64).view(np.int64) & EXPONENT_FIELD
+    power = exponent_bits.view(np.float64)  # 2^floor(log2 |value|); 0 for 0 and float64's subnormals, inf for NaN
+    return np.asarray(np.maximum(power, 2.0 ** MIN_EXPONENTS[dtype]) * 2.0 ** -SIGNIFICANDS[dtype])
 
 
 @dataclass(frozen=True)

@@ -277,11 +277,13 @@ class Backward(Random):
             "dx_RD": (g.dx, g.var_dx), "dw1_EFD": (g.dw1, g.var_dw1),
             "dw3_EFD": (g.dw3, g.var_dw3), "dw2_EDF": (g.dw2, g.var_dw2),
         }  # fmt: skip
+        empty = counts == 0
+        # Independent errors: one for each row, and one for each expert that has rows.
+        blocks = {name: len(g.dx) if name == "dx_RD" else int((~empty).sum()) for name in pairs}
         found = [
-            judge(name, outputs[name], chained(value, var, p.dtype), independent=len(value))
+            judge(name, outputs[name], chained(value, var, p.dtype), independent=blocks[name])
             for name, (value, var) in pairs.items()
         ]
-        empty = counts == 0
         for name in (f"d{w}" for w in WEIGHTS):
             found.append(
                 exact(f"{name} of experts without rows", outputs[name][empty], np.zeros_like(pairs[name][0][empty]))

@@ -216,10 +216,12 @@ class Inside:
             "dw1_EFD": (g.dw1, g.var_dw1, dtype), "dw3_EFD": (g.dw3, g.var_dw3, dtype),
             "dw2_EDF": (g.dw2, g.var_dw2, dtype),
         }  # fmt: skip
+        # Independent errors: one for each token, and one for each expert that has rows; every token has a part in
+        # every element of the gate's gradient.
+        blocks = {"dx_TD": len(dx), "dgate_ED": 1}
+        used = int((self.counts_E > 0).sum())
         return [
-            judge(
-                name, outputs[name], chained(value, var, storage), independent=1 if name == "dgate_ED" else len(value)
-            )
+            judge(name, outputs[name], chained(value, var, storage), independent=blocks.get(name, used))
             for name, (value, var, storage) in pairs.items()
         ]
 

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs are the same bits on every host, and look like what occurs in training."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hal_conformance import inputs as make
+
+
+def test_the_bits_of_every_generator_are_fixed():
+    """Recordings are compared by these hashes: a change here is a new version of the suite."""
+    arrays = {
+        "activations": make.store(make.activations(7, "x", 16, 300), "bfloat16"),
+        "gate": make.store(make.gate(7, "g", 16, 64), "float32"),
+        "weights": make.store(make.weights(7, "w", 4, 8, 16), "float16"),
+        "choices": make.choices(7, "c", 32, 16, 4),
+        "counts": make.sweep_counts(7, "n", 64, 200),
+    }
+    assert {name: make.digest(array)[:12] for name, array in arrays.items()} == {
+        "activations": "03b167be9cab",
+        "gate": "21333d6f0680",
+        "weights": "c9b11560634b",
+        "choices": "4bb05111cb90",
+        "counts": "d776d4f33ce9",
+    }
+
+
+def test_a_digest_covers_dtype_and_shape():
+    zeros = np.zeros(4, np.float32)
+    digests = {make.digest(a) for a in (zeros, zeros.view(np.int32), zeros.reshape(2, 2), zeros[:2])}
+    assert len(digests) == 4
+    assert make.digest(zeros.astype(">f4")) != make.digest(np.ones(4, np.float32))
+
+
+@given(seed=st.integers(0, 2**32 - 1), width=st.integers(2, 600))
+def test_a_few_channels_are_outliers_and_the_rest_is_not(seed, width):
+    x = np.abs(make.activations(seed, "x", 32, width))
+    steady = (x > 12).all(axis=0)
+    assert steady.sum() == make.outlier_channels(width)
+    assert x.max() < 80, "float16 products must stay finite"
+
+
+def test_the_body_of_the_activations_has_heavy_tails_and_the_stated_norm():
+    x = make.activations(0, "x", 512, 512)
+    outliers = (np.abs(x) > 12).all(axis=0)
+    body = x[:, ~outliers]
+    kurtosis = (body**4).mean() / (body**2).mean() ** 2
+    assert kurtosis > 6, "a normal distribution has 3"
+    assert np.sqrt((x**2).sum(1)).mean() == pytest.approx(make.typical_norm(512), rel=0.25)
+
+
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_router_has_near_ties_and_clear_winners(seed):
+    x, gate = make.activations(seed, "x", 64, 256), make.gate(seed, "g", 64, 256)
+    logits = np.sort(x @ gate.T, axis=1)[:, ::-1]
+    gaps = logits[:, 5] - logits[:, 6]  # the sixth against the seventh
+    assert (gaps > 1e-2).any()
+    assert (np.diff(-logits, axis=1) < 2e-2).any(), "some pair of experts is nearly tied"
+    assert 0.3 < logits.std() < 12
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1), tokens=st.integers(0, 40), experts=st.integers(1, 40), data=st.data()
+)
+def test_choices_are_distinct_and_in_range(seed, tokens, experts, data):
+    k = data.draw(st.integers(1, experts))
+    chosen = make.choices(seed, "c", tokens, experts, k)
+    assert chosen.shape == (tokens, k)
+    assert all(len(set(row)) == k for row in chosen.tolist())
+    if tokens:
+        assert 0 <= chosen.min() <= chosen.max() < experts
+    if experts > k + 1 and tokens > 1:
+        counts = np.bincount(chosen.ravel(), minlength=experts)
+        assert (counts == 0).any(), "an expert is empty"
+        assert (counts == 1).any(), "an expert has one row"
+
+
+@given(seed=st.integers(0, 2**32 - 1), experts=st.sampled_from([8, 60, 64, 128, 256]))
+def test_counts_hit_an_empty_expert_a_single_row_and_one_modulo_sixteen(seed, experts):
+    counts = make.sweep_counts(seed, "n", experts, 256)
+    assert len(counts) == experts
+    assert (counts == 0).any()
+    assert (counts % 16 == 1).any()
+    assert counts.min() >= 0
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 100))
+def test_a_permutation_has_every_index_once(seed, n):
+    assert sorted(make.permutation(seed, "p", n).tolist()) == list(range(n))
+
+
+def test_storing_rounds_to_nearest_even():
+    halves = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-7])  # two ties and an exact number
+    assert make.store(halves, "bfloat16").astype(float).tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7]

@@ -131,15 +131,19 @@ def read(path: Path) -> bytes:
         Unreadable: it cannot be opened, is no regular file, or is too large.
     """
     try:
+        facts = path.stat()  # before it is opened: opening a pipe would wait for a writer
+        if not stat.S_ISREG(facts.st_mode):
+            raise Unreadable("this is no regular file")
+        if facts.st_size > MAX_FILE:
+            raise Unreadable(f"{facts.st_size} bytes; a recording has at most {MAX_FILE}")
         with path.open("rb") as stream:
-            facts = path.stat()
-            if not stat.S_ISREG(facts.st_mode):
-                raise Unreadable("this is no regular file")
-            if facts.st_size > MAX_FILE:
-                raise Unreadable(f"{facts.st_size} bytes; a recording has at most {MAX_FILE}")
-            return stream.read(MAX_FILE + 1)
+            return stream.read(MAX_FILE)
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, Unreadable):
+            raise
+        raise Unreadable(f"cannot be read: {plain(error)}") from error
 
 
 def parse_json(text: bytes | str) -> Any:

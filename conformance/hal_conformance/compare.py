@@ -190,7 +190,7 @@ def distance(a: Array, b: Array) -> tuple[float, float | None, str]:
     with np.errstate(all="ignore"):
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))[changed]
     worst = float(np.max(gap, initial=0.0))
-    share = float(np.mean(changed))
+    share = float(np.count_nonzero(changed)) / max(1, changed.size)
     return share, (worst, None)[not math.isfinite(worst)], "" if math.isfinite(worst) else "not finite in one of them"
 
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,11 @@ from hal_conformance.text import plain
 
 if TYPE_CHECKING:
     from hal_conformance.case import Case, Scale
+
+
+MAX_GLOBS = 100
+MAX_GLOB = 200
+"""Globs of a selection, and characters of one: a selection is part of a recording, which may be hostile."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,19 @@ def matches(glob: str, case: Case, preset: str) -> bool:
 
     Only `*` and `?` are special: brackets are part of a result's name.
     """
-    pattern = re.compile(re.escape(glob).replace(r"\*", ".*").replace(r"\?", "."))
-    return any(pattern.fullmatch(text) for text in (case.name, case.family, f"{case.name}[{preset}]"))
+    # fnmatch, since its patterns never backtrack for long: a glob may come from a forged recording.
+    pattern = glob.replace("[", "[[]")
+    return any(fnmatchcase(text, pattern) for text in (case.name, case.family, f"{case.name}[{preset}]"))
 
 
 def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
     """Return the tasks, ordered by case, preset and dtype.
 
     Raises:
-        ConfigError: a glob matches no case, or the seed is out of range.
+        ConfigError: a glob matches no case, there are too many, or the seed is out of range.
     """
+    if len(selection.cases) > MAX_GLOBS or any(len(glob) > MAX_GLOB for glob in selection.cases):
+        raise ConfigError(f"more than {MAX_GLOBS} globs of cases, or one of more than {MAX_GLOB} characters")
     if not 0 <= selection.seed < 2**32:
         raise ConfigError(f"seed {selection.seed} is out of range", expected="0 <= seed < 2**32")
     known = [(case, preset) for case in cases for preset in case.presets()]

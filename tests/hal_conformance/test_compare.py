@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recordings are judged on a host that has no device, against the oracle and against each other."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import recordings
+from rich.console import Console
+
+from hal_conformance import comparison_table
+from hal_conformance.bundle import Unreadable
+from hal_conformance.compare import compare, distance
+from hal_conformance.plan import Selection
+from hal_conformance.results import to_json, verdict_status
+from hal_conformance.verdicts import Status
+
+
+def shown(found):
+    stream = io.StringIO()
+    comparison_table.show(found, Console(file=stream, width=100, markup=False, highlight=False))
+    return stream.getvalue()
+
+
+def test_one_right_recording_is_green():
+    found = compare([recordings.parse(recordings.make())])
+    assert [row.status for row in found.report.results] == [Status.EXACT, Status.EXACT]
+    assert verdict_status(found.report.results) == 0
+    assert "\x1b[2J" not in shown(found)
+
+
+def test_two_equal_recordings_are_bit_equal_and_told_apart():
+    found = compare([recordings.parse(recordings.make(), name) for name in ("a", "a")])
+    assert [subject["id"] for subject in found.report.subjects] == ["fake:0@a#1", "fake:0@a#2"]
+    assert (found.compared, found.equal, found.differences, found.facts) == (2, 2, [], [])
+    assert "2 of 2 outputs are bit-equal" in shown(found)
+
+
+def test_one_flipped_mantissa_bit_is_found_and_measured():
+    good, bad = recordings.make(), recordings.make(change=recordings.one_ulp)
+    found = compare([recordings.parse(good, "a"), recordings.parse(bad, "b")])
+    statuses = [row.status for row in found.report.results]
+    assert statuses == [Status.EXACT, Status.FAIL_NUMERIC] * 2
+    first = found.differences[0]
+    assert (first.case, first.output, first.a, first.b) == ("double.one[a]", "y", "fake:0@a", "fake:0@b")
+    assert first.share == pytest.approx(1 / 6)
+    assert first.worst == pytest.approx(2.0**-22)
+    assert first.bounds == pytest.approx(2.0**-22), "both margins, of which one is zero"
+    assert verdict_status(found.report.results) == 1
+    assert "0 of 2 outputs are bit-equal" in shown(found)
+    json.loads(to_json(found.as_json()))
+
+
+def test_differences_of_the_manifests_come_first():
+    opened = copy.deepcopy(recordings.OPENED)
+    opened["versions"] = {"driver": "2\x1b[31m", "library": "9"}
+    other = recordings.make(opened=opened)
+    found = compare([recordings.parse(recordings.make(), "a"), recordings.parse(other, "b")])
+    assert [(fact.name, fact.values) for fact in found.facts] == [
+        ("versions.driver", ("1", r"2\x1b[31m")),
+        ("versions.hal", ("0", None)),
+        ("versions.library", (None, "9")),
+    ]
+    assert shown(found).lstrip().startswith("manifests differ:")
+
+
+def test_a_crash_on_the_recording_host_is_red_here():
+    found = compare([recordings.parse(recordings.make(edit=recordings.crashed))])
+    assert found.report.results[0].status is Status.CRASH
+    assert found.report.results[0].detail == r"died\x1b[2J"
+
+
+def test_other_inputs_are_invalid():
+    def edit(manifest):
+        manifest["cases"][0]["inputs"]["x"] = "0" * 64
+
+    found = compare([recordings.parse(recordings.with_manifest(recordings.make(), edit))])
+    assert found.report.results[0].status is Status.INVALID
+    assert "the inputs x differ" in found.report.results[0].detail
+
+
+def test_recordings_of_other_seeds_are_not_compared():
+    other = recordings.make(Selection(recordings.SELECTION.cases, scale="tiny", seed=1))
+    with pytest.raises(Unreadable, match="seed 1"):
+        compare([recordings.parse(recordings.make()), recordings.parse(other)])
+
+
+def test_a_case_that_one_recording_lacks_is_counted():
+    other = recordings.make(Selection(("double.*",), scale="tiny"))
+    found = compare([recordings.parse(recordings.make()), recordings.parse(other)])
+    assert len(found.report.results) == 2 + 8
+    assert found.partial == 6
+
+
+def test_the_distance_of_what_is_not_finite_is_said_in_words():
+    a = np.array([1, np.nan, np.inf], np.float32)
+    assert distance(a, a) == (0.0, 0.0, "")
+    share, worst, detail = distance(a, np.array([1, 2, 3], np.float32))
+    assert (share, worst, detail) == (pytest.approx(2 / 3), None, "not finite in one of them")
+    assert distance(a, a.astype(np.float64))[:2] == (1.0, None)
+    assert distance(np.zeros((0, 2)), np.zeros((0, 2)))[:2] == (0.0, 0.0)
+
+
+def test_comparing_imports_no_torch():
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import recordings as r\n"
+        "from hal_conformance.compare import compare\n"
+        "assert compare([r.parse(r.make())]).report.results\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

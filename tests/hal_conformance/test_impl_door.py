@@ -17,9 +17,7 @@ def run(name, tmp_path, cases):
     report = tmp_path / "report.json"
     arguments = [f"--case={case}" for case in cases]
     done = subprocess.run(
-        [sys.executable, "-m", "hal.cli.main", "conformance", "run", "--device", "cpu", "--scale", "tiny"]
-        + ["--impl", f"subjects_under_test:{name}", "--json", str(report), "--dtype", "bfloat16", "--dtype", "float32"]
-        + arguments,
+        [sys.executable, "-m", "hal.cli.main", "conformance", "run", "--device", "cpu", "--scale", "tiny", "--impl", f"subjects_under_test:{name}", "--json", str(report), "--dtype", "bfloat16", "--dtype", "float32", *arguments],
         cwd=HERE,
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,

@@ -8,6 +8,7 @@ parent, or into a recording.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,12 @@ def tag_of(array: Array) -> str:
         raise TypeError(f"an array of dtype {array.dtype} cannot be exchanged") from None
 
 
-def to_bytes(array: Array) -> bytes:
-    """Return the elements in row-major order, little-endian."""
-    if array.dtype.byteorder == ">" or (array.dtype.byteorder == "=" and not np.little_endian):
+def to_buffer(array: Array) -> memoryview:
+    """Return the elements in row-major order, little-endian, without a copy where they lie so already."""
+    if sys.byteorder == "big":
         array = array.astype(array.dtype.newbyteorder("<"))
-    return array.tobytes()
+    flat = np.ascontiguousarray(array).reshape(-1)
+    return flat.view(np.uint8).data
 
 
 def from_bytes(data: bytes | memoryview, tag: str, shape: tuple[int, ...]) -> Array:
@@ -71,7 +73,9 @@ def from_bytes(data: bytes | memoryview, tag: str, shape: tuple[int, ...]) -> Ar
 def digest(array: Array) -> str:
     """Return the SHA-256 of dtype, shape and elements, as 64 hexadecimal digits."""
     head = f"{tag_of(array)} {'x'.join(map(str, array.shape))}\n".encode()
-    return hashlib.sha256(head + to_bytes(array)).hexdigest()
+    running = hashlib.sha256(head)
+    running.update(to_buffer(array))
+    return running.hexdigest()
 
 
 def digests(arrays: Arrays) -> dict[str, str]:

@@ -28,8 +28,8 @@ from hal_conformance import arrays as codec
 from hal_conformance.case import Array, Arrays
 from hal_conformance.text import plain
 
-MAX_FILE = 256 << 20
-"""Bytes of a recording, written or read."""
+MAX_FILE = 1 << 30
+"""Bytes of a recording, written or read: about twice what scale small takes, which is held in memory."""
 MAX_HEADER = 8 << 20
 """Bytes of a header: parsed JSON takes up to some thirty times as much memory."""
 MAX_DIMENSIONS = 8
@@ -85,21 +85,24 @@ def encode(metadata: Mapping[str, str], tensors: Arrays) -> bytes:
         tensors: arrays by name, in the order in which they are to be stored.
     """
     header: dict[str, Any] = {"__metadata__": {"sha256": _ZEROS.decode(), **metadata}}
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     offset = 0
     for name, array in tensors.items():
-        data = codec.to_bytes(array)
+        data = codec.to_buffer(array)
         header[name] = {
             "dtype": _STORED[codec.tag_of(array)],
             "shape": list(array.shape),
-            "data_offsets": [offset, offset + len(data)],
+            "data_offsets": [offset, offset + array.nbytes],
         }
-        offset += len(data)
+        offset += array.nbytes
         parts.append(data)
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    data = struct.pack("<Q", len(text)) + text + b"".join(parts)
-    return data[:_START] + _digest(data).encode() + data[_END:]
+    head = struct.pack("<Q", len(text)) + text
+    running = hashlib.sha256(head)
+    for part in parts:
+        running.update(part)
+    return b"".join([head[:_START], running.hexdigest().encode(), head[_END:], *parts])
 
 
 def decode(data: bytes) -> tuple[dict[str, str], dict[str, Stored]]:

@@ -35,7 +35,7 @@ def send(stream: IO[bytes], header: dict[str, Any], arrays: Arrays | None = None
     Raises:
         OSError: the other side is gone.
     """
-    parts = [(name, codec.tag_of(array), array.shape, codec.to_bytes(array)) for name, array in (arrays or {}).items()]
+    parts = [(name, codec.tag_of(array), array.shape, codec.to_buffer(array)) for name, array in (arrays or {}).items()]
     table = [[name, tag, list(shape), len(data)] for name, tag, shape, data in parts]
     text = json.dumps({**header, "arrays": table}).encode()
     stream.write(_FRAME.pack(len(text), sum(len(data) for *_, data in parts)) + text)

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo
 from hal.changes import Changes
-from hal.contract import FLOAT32_ACCUMULATION, Contract
+from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
 from hal.errors import Absent, Broken, ConfigError
 from hal.memory import AllocatorPlan, Memory, merge_allocator_settings
 from hal.precision import Precision
@@ -21,6 +22,9 @@ from hal_ascend.precision import AscendPrecision
 
 if TYPE_CHECKING:
     import torch
+
+FIRST_SERIES = re.compile(r"Ascend910(PremiumA|ProA|ProB|A|B)?")
+"""Atlas training cards before A2, whose names have a number behind the B: Ascend910B1 and so on."""
 
 OWN, UNIFIED = "PYTORCH_NPU_ALLOC_CONF", "PYTORCH_ALLOC_CONF"
 
@@ -35,10 +39,6 @@ class AscendBackend(TorchBackend):
     package = "torch_npu"
     library = "HCCL"
     distributed_name = "hccl"
-    contract = Contract(
-        matmul=FLOAT32_ACCUMULATION, subnormals="unspecified",
-        evidence="float32 accumulation as documented for A2 and A3; its exact rounding is not published",
-    )  # fmt: skip
 
     def __init__(self, machine: Machine | None = None) -> None:
         self.machine = machine or Machine()
@@ -77,7 +77,24 @@ class AscendBackend(TorchBackend):
 
     def import_hint(self, error: Exception) -> str:
         """See `TorchBackend.import_hint`."""
+        if "Two accelerators" in str(error):  # torch_npu/__init__.py: it refuses a torch with another accelerator
+            return "a build of torch for the CPU: torch_npu works beside no other accelerator"
         return "source CANN's set_env.sh; `import torch` alone works with TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+
+    def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
+        """See `TorchBackend.make_contract`. No exact arithmetic is published, so the least is promised."""
+        chip = str(module.get_device_name(device))
+        # The first series multiplies float16 only, and knows saturation instead of infinities.
+        first = FIRST_SERIES.fullmatch(chip) is not None
+        dtypes = ("float16",) if first else ("float32", "bfloat16", "float16")
+        knows = getattr(getattr(module, "utils", None), "is_support_inf_nan", None)
+        saturates = first or (knows is not None and not knows())
+        return Contract(
+            matmul={dtype: TRUNCATING_MATRIX_UNITS[dtype] for dtype in dtypes},
+            subnormals="unspecified",
+            nonfinite="saturate" if saturates else "ieee",
+            evidence=f"{chip}: accumulates in float32, by the vendor's documents; its rounding is not published",
+        )
 
     def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
         """See `TorchBackend.make_memory`."""
@@ -105,7 +122,11 @@ class AscendBackend(TorchBackend):
 
     def versions(self) -> Mapping[str, str | None]:
         """See `Backend.versions`."""
-        return {"torch_npu": self.machine.version("torch_npu"), "cann": self.machine.toolkit_version()}
+        return {
+            "torch_npu": self.machine.version("torch_npu"),
+            "cann": self.machine.toolkit_version(),
+            "driver": self.machine.driver_version(),
+        }
 
     def advice(self) -> Sequence[str]:
         """See `Backend.advice`."""

@@ -68,13 +68,30 @@ class Machine:
         return None
 
     def visible(self, count: int) -> int:
-        """Return how many of `count` devices ASCEND_RT_VISIBLE_DEVICES shows; the first bad number ends its list."""
+        """Return how many of `count` devices ASCEND_RT_VISIBLE_DEVICES shows, as torch_npu reads it.
+
+        What is no digit or comma ends the list, as does a number that is too large; numbers that do not ascend
+        empty it (torch_npu/npu/__init__.py, `_parse_visible_devices` and `_device_count_ascend_hal`).
+        """
         setting = self.variable("ASCEND_RT_VISIBLE_DEVICES")
         if setting is None:
             return count
         shown: list[int] = []
-        for entry in setting.split(","):
-            if not entry.strip().isdigit() or not 0 <= int(entry) < count or int(entry) in shown:
+        for entry in re.match(r"[0-9,]*", setting)[0].split(","):  # type: ignore[index]  # it always matches
+            if not entry:
+                break
+            if shown and int(entry) <= shown[-1]:
+                return 0
+            if int(entry) >= count:
                 break
             shown.append(int(entry))
         return len(shown)
+
+    def driver_version(self) -> str | None:
+        """Return the driver's version, from its own file."""
+        try:
+            text = (self.root / "usr/local/Ascend/driver/version.info").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return None
+        match = re.search(r"^Version=(\S+)", text, re.MULTILINE)
+        return match[1] if match else None

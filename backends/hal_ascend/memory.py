@@ -9,10 +9,14 @@ from typing import final
 from hal.memory import requested_bytes
 from hal.torch_backend import TorchMemory
 
-# The allocator raises torch.OutOfMemoryError; the runtime's and the collectives' workspaces raise a plain
-# RuntimeError with
-# one of these codes: ACL_ERROR_RT_MEMORY_ALLOCATION (207001), ACL_ERROR_BAD_ALLOC (200000), HCCL's EL0004 and EI0007.
-_CODES = re.compile(r"NPU out of memory|\b207001\b|\b200000\b|\bEL0004\b|\bEI0007\b")
+# The allocator raises torch.OutOfMemoryError; the runtime's and the collectives' workspaces raise a plain RuntimeError
+# with one of these codes: ACL_ERROR_RT_MEMORY_ALLOCATION (207001), ACL_ERROR_BAD_ALLOC (200000), HCCL's EL0004 and
+# EI0007. A bare number may be a size, so it counts only where it is called a code or a result.
+_CODES = re.compile(
+    r"NPU out of memory|\b(?:EL0004|EI0007)\b"
+    r"|\b(?:code|result|ret|return|err(?:or|no)?)\b\W{0,3}(?:is\b)?\W{0,3}(?:207001|200000)\b",
+    re.IGNORECASE,
+)
 
 
 @final

@@ -3,35 +3,49 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from hal.errors import ConfigError
 from hal.memory import AllocatorPlan, merge_allocator_settings
 from hal_cuda.build import TorchBuild
 
-UNIFIED = "PYTORCH_ALLOC_CONF"
+UNIFIED, CUDA, HIP = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
 
 
 def allocator_environment(
     plan: AllocatorPlan, environ: Mapping[str, str], own: str, build: TorchBuild | None
 ) -> dict[str, str]:
-    """Return the variable that carries a plan, merged with what the user set.
+    """Return the one variable that carries a plan, merged with what the user set.
 
-    The name that the user chose is kept. Where there is none, torch 2.10 and later take the unified name,
-    earlier ones the
-    vendor's own: 2.9.1 ignored the unified one on CUDA (pytorch#183387).
+    torch reads the first that is set of several names and ignores the others (c10/core/AllocatorConfig.cpp), so the
+    plan goes into that one, and what the user wrote under the others must not contradict it. Where none is set,
+    torch 2.10 and later get the unified name and earlier ones the vendor's `own`: 2.9 knows the unified name and
+    ignores it on CUDA (pytorch#183387).
 
     Raises:
-        ConfigError: both names are set, to different values, or a key is already set to another value.
+        ConfigError: a key is set to two values, by two variables or by a variable and the plan.
     """
     wanted = plan.settings()
     if not wanted:
         return {}
-    if own in environ and UNIFIED in environ and environ[own] != environ[UNIFIED]:
-        raise ConfigError(
-            f"{own}={environ[own]!r} and {UNIFIED}={environ[UNIFIED]!r} contradict each other",
-            hint=f"unset {own}",
-        )
-    named = [name for name in (own, UNIFIED) if name in environ]
-    variable = named[0] if named else UNIFIED if build is not None and build.at_least(2, 10) else own
-    return {name: merge_allocator_settings(name, environ.get(name), wanted) for name in named or [variable]}
+    unified = build is None or build.at_least(2, 10)
+    read = [name for name in ((UNIFIED, CUDA, HIP) if unified else (CUDA, HIP)) if name in (UNIFIED, CUDA, own)]
+    given = [name for name in read if name in environ]
+    target = given[0] if given else UNIFIED if unified else own
+    merged = environ.get(target)
+    for shadowed in given[1:]:
+        try:
+            merged = merge_allocator_settings(target, merged, _items(shadowed, environ[shadowed]))
+        except ConfigError as error:
+            raise ConfigError(
+                f"{target}={environ[target]!r} and {shadowed}={environ[shadowed]!r} contradict each other",
+                hint=f"unset {shadowed}: torch reads {target}",
+            ) from error
+    return {target: merge_allocator_settings(target, merged, wanted)}
+
+
+def _items(variable: str, text: str) -> dict[str, str]:
+    checked = merge_allocator_settings(variable, text, {})  # refuses what is no `key:value,key:value`
+    pairs = (item.partition(":") for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", checked))
+    return {key: value for key, _, value in pairs}

@@ -3,31 +3,57 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo
 from hal.changes import Changes
-from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
+from hal.contract import Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan
-from hal.precision import Precision
+from hal.memory import AllocatorPlan, Memory
+from hal.precision import Precision, attribute_switch
 from hal.support_table import SupportTable
 from hal.torch_backend import TorchBackend
 from hal_cuda.allocator import allocator_environment
 from hal_cuda.build import torch_build
+from hal_cuda.contract import contract
 from hal_cuda.machine import Card, Machine, visible
+from hal_cuda.memory import CudaMemory
 from hal_cuda.precision import CudaPrecision
 
 if TYPE_CHECKING:
     import torch
 
 LOOK_ALIKES = {
-    # Chips of other makers that answer to `torch.cuda`: (environment variable, device files) that show them.
-    "T-Head PPU": ("PPU_SDK", "/dev/alixpu*"),
-    "MetaX": ("MACA_PATH", "/dev/mxcd*"),
-    "Iluvatar CoreX": ("COREX_HOME", "/dev/iluvatar*"),
+    # Chips of other makers that answer to `torch.cuda`: (environment variable, device files, how torch or a management
+    # library calls them).
+    "T-Head PPU": ("PPU_SDK", "/dev/alixpu*", re.compile(r"PPU-")),
+    "MetaX": ("MACA_PATH", "/dev/mxcd*", re.compile(r"MetaX|MXC\d", re.IGNORECASE)),
+    "Iluvatar CoreX": ("COREX_HOME", "/dev/iluvatar*", re.compile(r"Iluvatar|BI-V\d", re.IGNORECASE)),
 }
+
+
+def maker(name: str) -> str | None:
+    """Return whose look-alike calls itself this, None for anything else."""
+    return next((who for who, (_, _, pattern) in LOOK_ALIKES.items() if pattern.match(name)), None)
+
+
+def keep_partial_sums(changes: Changes) -> None:
+    """Let products of 16-bit numbers be summed in float32 only, as the contract promises.
+
+    By default torch lets the library add the partial sums of a split product in 16 bits.
+    """
+    import torch
+
+    matmul: Any = torch.backends.cuda.matmul
+    for name in (
+        "allow_bf16_reduced_precision_reduction",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_fp16_accumulation",
+    ):
+        if hasattr(matmul, name):  # the last came with torch 2.7
+            changes.set(attribute_switch(matmul, name, f"torch.backends.cuda.matmul.{name}"), False)
 
 
 class CudaBackend(TorchBackend):
@@ -49,7 +75,8 @@ class CudaBackend(TorchBackend):
         if build is None:
             raise Absent("torch is not installed", device=self.name)
         if build.cuda is None:
-            raise Absent(f"{build}", device=self.name, hint="a build of torch for CUDA")
+            seen = f", although {self._driver()[0]}" if self._driver() else ""
+            raise Absent(f"{build}{seen}", device=self.name, hint="a build of torch for CUDA")
         if self.left():
             return 0, ()
         evidence = self._driver()
@@ -63,12 +90,15 @@ class CudaBackend(TorchBackend):
     def left(self) -> Sequence[str]:
         """See `TorchBackend.left`."""
         found = []
-        for maker, (variable, pattern) in LOOK_ALIKES.items():
+        names = [card.name for card in self.machine.management() or () if card.name]
+        for who, (variable, pattern, _) in LOOK_ALIKES.items():
+            named = [f"a device is called {name}" for name in names if maker(name) == who][:1]
             shown = [f"{variable} is set"] if self.machine.variable(variable) else []
             shown += self.machine.files(pattern)[:1]
-            # Where NVIDIA's own driver is here too, its cards are NVIDIA's, whatever SDK is installed beside it.
-            if shown and not self._driver():
-                found.append(f"devices under torch.cuda are {maker}'s: {', '.join(shown)}")
+            # Where NVIDIA's own driver is here too, its cards are NVIDIA's, whatever SDK is installed beside it; but a
+            # look-alike may bring a management library of the same name.
+            if named or (shown and not self._driver()):
+                found.append(f"devices under torch.cuda are {who}'s: {', '.join(named + shown)}")
         return found
 
     def _driver(self) -> tuple[str, ...]:
@@ -81,7 +111,10 @@ class CudaBackend(TorchBackend):
     def _cards(self) -> list[Card]:
         """Return the cards that CUDA_VISIBLE_DEVICES shows, in its order."""
         cards = list(self.machine.management() or [Card() for _ in self.machine.files("/dev/nvidia[0-9]*")])
-        shown = visible(self.machine.variable("CUDA_VISIBLE_DEVICES"), [card.uuid for card in cards])
+        setting = self.machine.variable("CUDA_VISIBLE_DEVICES")
+        if setting is not None and setting.startswith("MIG-"):
+            return [Card()]  # CUDA shows one slice of a divided card; its name and memory are not the card's
+        shown = visible(setting, [card.uuid for card in cards])
         by_bus = self.machine.variable("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
         if not by_bus and len({(card.name, card.total_memory) for card in cards}) > 1:
             # CUDA orders unlike cards by speed, NVML by bus: which is which is not known before one is opened.
@@ -96,17 +129,18 @@ class CudaBackend(TorchBackend):
     def opened(self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes) -> None:
         """See `TorchBackend.opened`: only now can the device's own name be asked."""
         name = module.get_device_name(device)
-        if name.startswith("PPU-"):
-            raise Absent(f"the device calls itself {name}, which is T-Head's", device=info.id, hint="device 'ppu'")
+        who = maker(name)
+        if who is not None:
+            raise Absent(f"the device calls itself {name}, which is {who}'s", device=info.id)
+        keep_partial_sums(changes)
 
     def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
         """See `TorchBackend.make_contract`."""
-        major, minor = module.get_device_capability(device)
-        return Contract(
-            matmul=TRUNCATING_MATRIX_UNITS,
-            evidence=f"sm_{major}{minor}: products of a group are aligned and cut to at least 24 bits "
-            "(arXiv:2511.10909, recorded on V100 to B200); float32 products in float32",
-        )
+        return contract(*module.get_device_capability(device))
+
+    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
+        """See `TorchBackend.make_memory`."""
+        return CudaMemory(info.id, device, module)
 
     def make_precision(
         self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
@@ -130,6 +164,13 @@ class CudaBackend(TorchBackend):
             "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
             "nccl": ".".join(map(str, nccl.version())) if nccl is not None and torch.cuda.is_available() else None,
         }
+
+    def advice(self) -> Sequence[str]:
+        """See `Backend.advice`."""
+        build, driver = torch_build(), self._driver()
+        if driver and build is not None and build.cuda is None and build.hip is None:
+            return (f"an NVIDIA driver is here ({driver[0]}), and this is {build}: install a build for CUDA",)
+        return ()
 
 
 backend = CudaBackend()

@@ -104,7 +104,7 @@ def visible(setting: str | None, uuids: Sequence[str | None]) -> list[int]:
         return list(range(len(uuids)))
     chosen: list[int] = []
     for entry in (part.strip() for part in setting.split(",")):
-        if entry.startswith(("GPU-", "MIG-")):
+        if entry.startswith("GPU-"):
             fits = [index for index, uuid in enumerate(uuids) if uuid is not None and uuid.startswith(entry)]
             index = fits[0] if len(fits) == 1 else -1
         else:

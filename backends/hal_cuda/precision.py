@@ -49,5 +49,13 @@ class CudaPrecision(Precision):
         ]
 
     def _deterministic_switches(self) -> Sequence[tuple[Switch, object]]:
-        # cuBLAS chooses among streams' workspaces otherwise (cuBLAS documentation, "Results reproducibility").
-        return [(environment_switch("CUBLAS_WORKSPACE_CONFIG"), ":4096:8")]
+        import torch
+
+        # cuBLAS chooses among streams' workspaces otherwise (cuBLAS documentation, "Results reproducibility"). It
+        # reads the variable when its handle is made: call `deterministic()` before the first product.
+        given = os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
+        return [
+            (environment_switch("CUBLAS_WORKSPACE_CONFIG"), given if given in (":4096:8", ":16:8") else ":4096:8"),
+            # Candidates that are timed anew in each run may be chosen differently.
+            (attribute_switch(torch.backends.cudnn, "benchmark", "torch.backends.cudnn.benchmark"), False),
+        ]

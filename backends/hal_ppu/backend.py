@@ -10,13 +10,15 @@ from hal.backend import DeviceInfo, Specificity
 from hal.changes import Changes
 from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan
+from hal.memory import AllocatorPlan, Memory
 from hal.precision import Precision
 from hal.support_table import SupportTable
 from hal.torch_backend import TorchBackend
 from hal_cuda.allocator import allocator_environment
+from hal_cuda.backend import keep_partial_sums
 from hal_cuda.build import torch_build
-from hal_cuda.machine import Machine
+from hal_cuda.machine import Machine, visible
+from hal_cuda.memory import CudaMemory
 from hal_cuda.precision import CudaPrecision
 
 if TYPE_CHECKING:
@@ -41,18 +43,21 @@ class PpuBackend(TorchBackend):
         self.machine = machine or Machine()
 
     def present(self) -> tuple[int | None, tuple[str, ...]]:
-        """See `TorchBackend.present`. Without device files the number of devices is not known."""
+        """See `TorchBackend.present`."""
         build = torch_build()
         if build is None:
             raise Absent("torch is not installed", device=self.name)
         files = self.machine.files("/dev/alixpu[0-9]*")
         sdk = self.machine.variable("PPU_SDK")
-        if not files and sdk is None:
-            raise Absent("no /dev/alixpu[0-9]*, and PPU_SDK is not set", device=self.name)
+        if not files:
+            # The SDK alone may be there to build for the chip.
+            also = f"PPU_SDK={sdk}" if sdk else "PPU_SDK is not set"
+            raise Absent(f"no /dev/alixpu[0-9]*; {also}", device=self.name)
         if build.cuda is None:
             raise Absent(f"{build}; T-Head's torch calls itself a build for CUDA", device=self.name)
         evidence = (str(build), *files, *((f"PPU_SDK={sdk}",) if sdk else ()))
-        return len(files) or None, evidence
+        shown = visible(self.machine.variable("CUDA_VISIBLE_DEVICES"), [None] * len(files))
+        return len(shown), evidence
 
     def specificity(self) -> Specificity:
         """See `TorchBackend.specificity`: more specific than whoever takes all of torch.cuda."""
@@ -63,6 +68,11 @@ class PpuBackend(TorchBackend):
         name = module.get_device_name(device)
         if not name.startswith("PPU-"):
             raise Absent(f"the device calls itself {name}", device=info.id, expected="a name such as PPU-ZW810E")
+        keep_partial_sums(changes)
+
+    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
+        """See `TorchBackend.make_memory`."""
+        return CudaMemory(info.id, device, module)
 
     def make_precision(
         self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable

@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo
 from hal.changes import Changes
-from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
+from hal.contract import Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan
+from hal.memory import AllocatorPlan, Memory
 from hal.precision import Precision
 from hal.support_table import SupportTable
 from hal.torch_backend import TorchBackend
 from hal_cuda.allocator import allocator_environment
+from hal_cuda.backend import keep_partial_sums
 from hal_cuda.build import torch_build
 from hal_cuda.machine import Machine, visible
+from hal_cuda.memory import CudaMemory
+from hal_rocm.contract import contract
 from hal_rocm.precision import RocmPrecision
 
 if TYPE_CHECKING:
@@ -59,11 +62,26 @@ class RocmBackend(TorchBackend):
         """Return the GPUs of the kernel driver's topology; a node without SIMDs is a CPU."""
         nodes = []
         for path in self.machine.files("/sys/class/kfd/kfd/topology/nodes/*/properties"):
-            lines = (self.machine.read(path) or "").splitlines()
-            node = {key: int(value) for key, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
-            if node.get("simd_count") and vendor in (None, node.get("vendor_id")):
+            node = self._node(path)
+            # A container shows the whole topology and the render nodes of its own GPUs only.
+            minor = node.get("drm_render_minor")
+            hidden = (
+                bool(minor)
+                and self.machine.files("/dev/dri/renderD*")
+                and not self.machine.files(f"/dev/dri/renderD{minor}")
+            )
+            if node.get("simd_count") and not hidden and vendor in (None, node.get("vendor_id")):
+                banks = [
+                    self._node(bank) for bank in self.machine.files(f"{path.rpartition('/')[0]}/mem_banks/*/properties")
+                ]
+                # Heaps 1 and 2 are the card's own memory, what the CPU reaches and what it does not.
+                node["memory"] = sum(bank.get("size_in_bytes", 0) for bank in banks if bank.get("heap_type") in (1, 2))
                 nodes.append(node)
         return nodes
+
+    def _node(self, path: str) -> dict[str, int]:
+        lines = (self.machine.read(path) or "").splitlines()
+        return {key: int(value) for key, _, value in (line.partition(" ") for line in lines) if value.isdigit()}
 
     def _visible(self) -> list[dict[str, int]]:
         nodes = self._nodes(AMD)
@@ -75,20 +93,28 @@ class RocmBackend(TorchBackend):
 
     def describe(self, index: int) -> dict[str, Any]:
         """See `TorchBackend.describe`. 90402 is gfx942: major, minor and stepping, the last in hexadecimal."""
-        version = self._visible()[index].get("gfx_target_version", 0)
+        node = self._visible()[index]
+        version = node.get("gfx_target_version", 0)
         major, minor, step = version // 10000, version // 100 % 100, version % 100
-        return {"arch": f"gfx{major}{minor}{step:x}" if version else None}
+        # Cards with a product label tell their name.
+        label = self.machine.read(f"/sys/class/drm/renderD{node.get('drm_render_minor')}/device/product_name")
+        return {
+            "name": (label or "").strip() or None,
+            "arch": f"gfx{major}{minor}{step:x}" if version else None,
+            "total_memory": node["memory"] or None,
+        }
+
+    def opened(self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes) -> None:
+        """See `TorchBackend.opened`: what the contract promises about partial sums must be set."""
+        keep_partial_sums(changes)
 
     def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
         """See `TorchBackend.make_contract`."""
-        arch = module.get_device_properties(device).gcnArchName.partition(":")[0]
-        flushes = arch == "gfx90a"  # MI200: 16-bit matrix instructions flush subnormals, others do not
-        return Contract(
-            matmul=TRUNCATING_MATRIX_UNITS,
-            subnormals="flushed" if flushes else "preserved",
-            evidence=f"{arch}: groups of products with 24 bits, rounded down inside a group on CDNA3 "
-            "(arXiv:2511.10909); subnormals from PyTorch's numerical accuracy note",
-        )
+        return contract(module.get_device_properties(device).gcnArchName.partition(":")[0])
+
+    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
+        """See `TorchBackend.make_memory`."""
+        return CudaMemory(info.id, device, module)
 
     def make_precision(
         self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
@@ -105,7 +131,14 @@ class RocmBackend(TorchBackend):
         import torch
 
         driver = self.machine.read("/sys/module/amdgpu/version")
-        return {"hip": torch.version.hip, "driver": driver.strip() if driver else None}
+        convolutions = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        collectives = getattr(torch.cuda, "nccl", None)
+        return {
+            "hip": torch.version.hip,
+            "driver": driver.strip() if driver else None,
+            "miopen": None if convolutions is None else str(convolutions),
+            "rccl": ".".join(map(str, collectives.version())) if collectives and torch.cuda.is_available() else None,
+        }
 
 
 backend = RocmBackend()

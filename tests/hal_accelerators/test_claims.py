@@ -110,7 +110,16 @@ def test_a_build_for_cuda_is_not_rocms_and_the_reverse(tmp_path, built):
 
 @pytest.mark.parametrize(
     ("setting", "expected"),
-    [(None, [0, 1, 2]), ("", []), ("2,0", [2, 0]), ("1,-1,0", [1]), ("0,0", []), ("GPU-b,1", [1]), ("7", []), ("x", [])],
+    [
+        (None, [0, 1, 2]),
+        ("", []),
+        ("2,0", [2, 0]),
+        ("1,-1,0", [1]),
+        ("0,0", []),
+        ("GPU-b,1", [1]),
+        ("7", []),
+        ("x", []),
+    ],
 )
 def test_visible_devices_are_read_as_the_driver_reads_them(setting, expected):
     assert visible(setting, ["GPU-a", "GPU-b", "GPU-c"]) == (expected if setting != "GPU-b,1" else [])

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Switches and variables of each vendor, on stand-ins: set, read back, measured, put back."""
 
+import enum
+import os
 import types
 
 import pytest
 import torch
 
-from hal import AllocatorPlan, ConfigError, UnsupportedPrecision
+from hal import AllocatorPlan, ConfigError, OutOfMemoryError, UnsupportedPrecision
 from hal.changes import Changes
 from hal.support_table import SupportTable
 from hal_ascend.backend import AscendBackend
@@ -14,6 +16,7 @@ from hal_ascend.memory import AscendMemory
 from hal_ascend.precision import AscendPrecision
 from hal_cuda.allocator import allocator_environment
 from hal_cuda.build import TorchBuild
+from hal_cuda.memory import CudaMemory
 from hal_cuda.precision import CudaPrecision
 from hal_rocm.precision import RocmPrecision
 
@@ -59,9 +62,54 @@ def test_an_override_in_the_environment_is_named(monkeypatch):
         precision(CudaPrecision, monkeypatch, lambda _: 24).fp32_mode("tf32")
 
 
-def test_rocm_also_tells_hipblaslt_and_takes_it_back(monkeypatch):
-    import os
+def test_no_vendor_here_has_a_three_pass_mode_and_each_says_so(monkeypatch):
+    for kind in (CudaPrecision, RocmPrecision, AscendPrecision):
+        with pytest.raises(UnsupportedPrecision, match="three-pass"):
+            precision(kind, monkeypatch, lambda _: 24).fp32_mode("bf16x3")
 
+
+def test_the_old_interface_reads_again_once_the_new_ones_values_are_back(monkeypatch):
+    made = precision(CudaPrecision, monkeypatch, lambda _: 24)
+    made.fp32_mode("ieee")
+    made._changes.release()
+    assert torch.backends.cuda.matmul.allow_tf32 is False  # raises while new-style values contradict it
+    assert torch.backends.cudnn.allow_tf32 is True
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_torch_before_the_new_interface_is_set_through_the_old_one(monkeypatch):
+    blas = types.SimpleNamespace(allow_tf32=True)
+    cudnn = types.SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends, "cuda", types.SimpleNamespace(matmul=blas))
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    made = precision(CudaPrecision, monkeypatch, lambda op: 11 if (cudnn if op == "conv" else blas).allow_tf32 else 24)
+    made.fp32_mode("ieee")
+    assert (blas.allow_tf32, cudnn.allow_tf32) == (False, False)
+    made._changes.release()
+    assert (blas.allow_tf32, cudnn.allow_tf32) == (True, True)
+
+
+def test_deterministic_keeps_what_the_user_chose_if_it_is_good_enough(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    for kind, variable, given, kept in (
+        (CudaPrecision, "CUBLAS_WORKSPACE_CONFIG", ":16:8", ":16:8"),
+        (CudaPrecision, "CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8", ":4096:8"),
+        (AscendPrecision, "HCCL_DETERMINISTIC", "strict", "strict"),
+        (AscendPrecision, "HCCL_DETERMINISTIC", "false", "true"),
+    ):
+        monkeypatch.setenv(variable, given)
+        made = precision(kind, monkeypatch, lambda _: 24)
+        made.deterministic()
+        assert os.environ[variable] == kept
+        assert torch.backends.cudnn.benchmark is (kind is not CudaPrecision)
+        assert torch.are_deterministic_algorithms_enabled()
+        made._changes.release()
+        assert os.environ[variable] == given
+        assert torch.backends.cudnn.benchmark is True
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_rocm_also_tells_hipblaslt_and_takes_it_back(monkeypatch):
     monkeypatch.delenv("HIPBLASLT_ALLOW_TF32", raising=False)
     made = precision(RocmPrecision, monkeypatch, lambda _: 11)
     made.fp32_mode("tf32")
@@ -70,30 +118,70 @@ def test_rocm_also_tells_hipblaslt_and_takes_it_back(monkeypatch):
     assert "HIPBLASLT_ALLOW_TF32" not in os.environ
 
 
+class CubeMathType(enum.IntEnum):
+    KEEP_DTYPE = 0
+    USE_FP16 = 2
+    USE_HF32 = 3
+
+
 class Hf32:
-    """torch_npu's switch: a class-level option that only takes bool (npu_config.py)."""
+    """torch_npu's switches: `allow_hf32` takes bool only; `cube_math_type` reads as None until it is set, and cannot
+    be set to that (npu_config.py)."""
 
     def __init__(self, value):
-        self.__dict__["value"] = value
+        self.__dict__.update(value=value, kind=None)
 
     def __getattr__(self, name):
-        return self.__dict__["value"]
+        return {"allow_hf32": self.__dict__["value"], "cube_math_type": self.__dict__["kind"]}.get(name)
 
     def __setattr__(self, name, value):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool")
-        self.__dict__["value"] = value
+        if not isinstance(value, {"allow_hf32": bool, "cube_math_type": CubeMathType}[name]):
+            raise TypeError(f"{name} = {value!r}")
+        self.__dict__[{"allow_hf32": "value", "cube_math_type": "kind"}[name]] = value
+
+
+def test_a_second_switch_that_asks_for_float16_products_is_overruled_and_put_back(monkeypatch):
+    npu = types.SimpleNamespace(matmul=Hf32(False), conv=Hf32(True), CubeMathType=CubeMathType)
+    npu.matmul.cube_math_type = CubeMathType.USE_FP16
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: npu)
+    keeps = {CubeMathType.KEEP_DTYPE: 24, CubeMathType.USE_FP16: 11}
+    made = precision(
+        AscendPrecision, monkeypatch, lambda op: keeps[npu.matmul.cube_math_type] if op == "matmul" else 24
+    )
+    made.fp32_mode("ieee")
+    assert npu.matmul.cube_math_type == CubeMathType.KEEP_DTYPE
+    made._changes.release()
+    assert npu.matmul.cube_math_type == CubeMathType.USE_FP16
 
 
 def test_ascend_convolutions_default_to_hf32_and_ieee_switches_it_off(monkeypatch):
     npu = types.SimpleNamespace(matmul=Hf32(False), conv=Hf32(True))
     monkeypatch.setattr(torch, "get_device_module", lambda device=None: npu)
-    made = precision(AscendPrecision, monkeypatch, lambda op: 12 if (npu.conv if op == "conv" else npu.matmul).value else 24)
+    made = precision(
+        AscendPrecision, monkeypatch, lambda op: 12 if (npu.conv if op == "conv" else npu.matmul).value else 24
+    )
     made.fp32_mode("ieee")
     assert (npu.matmul.value, npu.conv.value) == (False, False)
     assert dict(made.fp32_mode("tf32").input_bits) == {"matmul": 12, "conv": 12}
     made._changes.release()
     assert (npu.matmul.value, npu.conv.value) == (False, True), "the vendor's own default is back"
+
+
+def test_a_variable_that_this_torch_does_not_read_is_not_written():
+    # torch 2.9 ignores the unified name on CUDA, and ROCm's build reads CUDA's name before HIP's.
+    old = TorchBuild("2.9.1", "12.9", None)
+    written = allocator_environment(PLAN, {"PYTORCH_ALLOC_CONF": "a:1"}, "PYTORCH_CUDA_ALLOC_CONF", old)
+    assert written == {"PYTORCH_CUDA_ALLOC_CONF": TEXT}
+    rocm = TorchBuild("2.8.0", None, "6.4")
+    assert allocator_environment(PLAN, {}, "PYTORCH_HIP_ALLOC_CONF", rocm) == {"PYTORCH_HIP_ALLOC_CONF": TEXT}
+    written = allocator_environment(PLAN, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}, "PYTORCH_HIP_ALLOC_CONF", rocm)
+    assert written == {"PYTORCH_CUDA_ALLOC_CONF": "a:1," + TEXT}
+
+
+def test_two_variables_that_agree_are_joined_in_the_one_that_is_read():
+    environ = {"PYTORCH_ALLOC_CONF": "a:1", "PYTORCH_CUDA_ALLOC_CONF": "b:[256:1,512:2]"}
+    written = allocator_environment(PLAN, environ, "PYTORCH_CUDA_ALLOC_CONF", TorchBuild("2.13.0", "12.9", None))
+    assert written == {"PYTORCH_ALLOC_CONF": "a:1,b:[256:1,512:2]," + TEXT}
 
 
 @pytest.mark.parametrize(
@@ -143,19 +231,37 @@ def test_a_statistic_that_is_missing_is_none_and_never_zero():
 
 
 @pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "HIP out of memory. Tried to allocate 2.00 GiB",
+        "NCCL Error 1: ... Cuda failure 2 'out of memory'",
+    ],
+)
+def test_drivers_and_libraries_run_out_of_memory_too(message):
+    memory = CudaMemory("cuda:0", torch.device("cpu"), Module())
+    with pytest.raises(OutOfMemoryError) as caught, memory.catch_out_of_memory():
+        raise RuntimeError(message)
+    assert caught.value.requested == (2 * 2**30 if "2.00 GiB" in message else None)
+    with pytest.raises(RuntimeError, match="illegal"), memory.catch_out_of_memory():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
     ("message", "requested"),
     [
+        ("alloc device memory failed, runtime result = 207001[driver error:out of memory]", None),
+        ("EL0004: Failed to allocate memory.", None),
         ("NPU out of memory. Tried to allocate 20.00 MiB (NPU 0; 29.50 GiB total capacity", 20 * 2**20),
         ("[ERROR] aclrtMalloc failed, error code is 207001", None),
     ],
 )
 def test_every_way_of_running_out_becomes_one_error(message, requested):
-    from hal import OutOfMemoryError
-
     memory = AscendMemory("ascend:0", torch.device("cpu"), Module())
     with pytest.raises(OutOfMemoryError) as caught, memory.catch_out_of_memory():
         raise RuntimeError(message)
     assert caught.value.requested == requested
     assert caught.value.stats.allocated == 7
     with pytest.raises(RuntimeError, match="shape"), memory.catch_out_of_memory():
-        raise RuntimeError("shape mismatch in operator 2070010")
+        raise RuntimeError("shape [200000] is invalid for input of size 207001")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo
 from hal.changes import Changes
-from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
+from hal.contract import Arithmetic, Contract
 from hal.errors import Absent, Broken, ConfigError
 from hal.memory import AllocatorPlan, Memory, merge_allocator_settings
 from hal.precision import Precision
@@ -90,7 +90,7 @@ class AscendBackend(TorchBackend):
         knows = getattr(getattr(module, "utils", None), "is_support_inf_nan", None)
         saturates = first or (knows is not None and not knows())
         return Contract(
-            matmul={dtype: TRUNCATING_MATRIX_UNITS[dtype] for dtype in dtypes},
+            matmul=dict.fromkeys(dtypes, Arithmetic(rounding="truncate")),
             subnormals="unspecified",
             nonfinite="saturate" if saturates else "ieee",
             evidence=f"{chip}: accumulates in float32, by the vendor's documents; its rounding is not published",

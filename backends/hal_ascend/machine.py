@@ -3,36 +3,23 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+
+from hal import machine
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where evidence is looked for. The fields are what a test replaces.
+class Machine(machine.Machine):
+    """Where evidence is looked for.
 
     Attributes:
-        root: of the file system.
-        environ: environment variables; None: those of this process.
         packages: versions of installed distributions; None: those of this environment.
     """
 
-    root: Path = Path("/")
-    environ: Mapping[str, str] | None = None
     packages: Mapping[str, str] | None = None
-
-    def variable(self, name: str) -> str | None:
-        """Return an environment variable."""
-        return (os.environ if self.environ is None else self.environ).get(name)
-
-    def files(self, pattern: str) -> list[str]:
-        """Return the files that match, by number."""
-        found = ["/" + str(path.relative_to(self.root)) for path in self.root.glob(pattern.lstrip("/"))]
-        return sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
 
     def version(self, package: str) -> str | None:
         """Return the version of an installed package."""
@@ -58,11 +45,7 @@ class Machine:
         if folder is None:
             return None
         for name in ("version.cfg", "compiler/version.info", "runtime/version.info"):
-            try:
-                text = (self.root / folder.lstrip("/") / name).read_text(encoding="utf-8", errors="replace")
-            except OSError:
-                continue
-            match = re.search(r"[Vv]ersion\D*?(\d[\w.]*)", text)
+            match = re.search(r"[Vv]ersion\D*?(\d[\w.]*)", self.read(f"{folder}/{name}") or "")
             if match:
                 return match[1]
         return None
@@ -89,9 +72,6 @@ class Machine:
 
     def driver_version(self) -> str | None:
         """Return the driver's version, from its own file."""
-        try:
-            text = (self.root / "usr/local/Ascend/driver/version.info").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
+        text = self.read("/usr/local/Ascend/driver/version.info") or ""
         match = re.search(r"^Version=(\S+)", text, re.MULTILINE)
         return match[1] if match else None

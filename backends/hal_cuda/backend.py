@@ -11,16 +11,10 @@ from hal.backend import DeviceInfo
 from hal.changes import Changes
 from hal.contract import Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan, Memory
-from hal.precision import Precision, attribute_switch
-from hal.support_table import SupportTable
-from hal.torch_backend import TorchBackend
-from hal_cuda.allocator import allocator_environment
 from hal_cuda.build import torch_build
 from hal_cuda.contract import contract
-from hal_cuda.machine import Card, Machine, visible
-from hal_cuda.memory import CudaMemory
-from hal_cuda.precision import CudaPrecision
+from hal_cuda.machine import Card, visible
+from hal_cuda.torch_cuda import TorchCudaBackend
 
 if TYPE_CHECKING:
     import torch
@@ -39,41 +33,17 @@ def maker(name: str) -> str | None:
     return next((who for who, (_, _, pattern) in LOOK_ALIKES.items() if pattern.match(name)), None)
 
 
-def keep_partial_sums(changes: Changes) -> None:
-    """Let products of 16-bit numbers be summed in float32 only, as the contract promises.
-
-    By default torch lets the library add the partial sums of a split product in 16 bits.
-    """
-    import torch
-
-    matmul: Any = torch.backends.cuda.matmul
-    for name in (
-        "allow_bf16_reduced_precision_reduction",
-        "allow_fp16_reduced_precision_reduction",
-        "allow_fp16_accumulation",
-    ):
-        if hasattr(matmul, name):  # the last came with torch 2.7
-            changes.set(attribute_switch(matmul, name, f"torch.backends.cuda.matmul.{name}"), False)
-
-
-class CudaBackend(TorchBackend):
+class CudaBackend(TorchCudaBackend):
     """GPUs that NVIDIA's driver shows; other chips under `torch.cuda` are left to their own backends."""
 
     plugin_api = (1, 0)
     name = "cuda"
     vendor = "NVIDIA"
-    torch_type = "cuda"
     library = "NCCL"
-    distributed_name = "nccl"
-
-    def __init__(self, machine: Machine | None = None) -> None:
-        self.machine = machine or Machine()
 
     def present(self) -> tuple[int | None, tuple[str, ...]]:
         """See `TorchBackend.present`: NVIDIA's driver must show itself; that torch.cuda answers proves nothing."""
-        build = torch_build()
-        if build is None:
-            raise Absent("torch is not installed", device=self.name)
+        build = self.build()
         if build.cuda is None:
             seen = f", although {self._driver()[0]}" if self._driver() else ""
             raise Absent(f"{build}{seen}", device=self.name, hint="a build of torch for CUDA")
@@ -132,25 +102,11 @@ class CudaBackend(TorchBackend):
         who = maker(name)
         if who is not None:
             raise Absent(f"the device calls itself {name}, which is {who}'s", device=info.id)
-        keep_partial_sums(changes)
+        super().opened(info, device, module, changes)
 
     def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
         """See `TorchBackend.make_contract`."""
         return contract(*module.get_device_capability(device))
-
-    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
-        """See `TorchBackend.make_memory`."""
-        return CudaMemory(info.id, device, module)
-
-    def make_precision(
-        self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
-    ) -> Precision:
-        """See `TorchBackend.make_precision`."""
-        return CudaPrecision(info.id, device, changes, support)
-
-    def allocator_environment(self, plan: AllocatorPlan, environ: Mapping[str, str]) -> Mapping[str, str]:
-        """See `Backend.allocator_environment`."""
-        return allocator_environment(plan, environ, "PYTORCH_CUDA_ALLOC_CONF", torch_build())
 
     def versions(self) -> Mapping[str, str | None]:
         """See `Backend.versions`."""

@@ -7,13 +7,13 @@ Nothing here creates a CUDA context (which would forbid a later fork): device fi
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from hal import machine
 
 
 @dataclass(frozen=True)
@@ -64,34 +64,14 @@ def _nvml_card(nvml: Any, index: int) -> Card:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """Where evidence is looked for. The fields are what a test replaces.
+class Machine(machine.Machine):
+    """Where evidence is looked for.
 
     Attributes:
-        root: of the file system.
-        environ: environment variables; None: those of this process, at each reading.
         management: asks the vendor's management library, or None where it does not answer.
     """
 
-    root: Path = Path("/")
-    environ: Mapping[str, str] | None = None
     management: Callable[[], Sequence[Card] | None] = field(default=nvml_cards)
-
-    def variable(self, name: str) -> str | None:
-        """Return an environment variable."""
-        return (os.environ if self.environ is None else self.environ).get(name)
-
-    def files(self, pattern: str) -> list[str]:
-        """Return the files that match, `/dev/nvidia[0-9]*` say, by their numbers."""
-        found = ["/" + str(path.relative_to(self.root)) for path in self.root.glob(pattern.lstrip("/"))]
-        return sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-
-    def read(self, path: str) -> str | None:
-        """Return a file's text, None if there is no such file."""
-        try:
-            return (self.root / path.lstrip("/")).read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return None
 
 
 def visible(setting: str | None, uuids: Sequence[str | None]) -> list[int]:

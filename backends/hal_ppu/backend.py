@@ -3,50 +3,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo, Specificity
 from hal.changes import Changes
 from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan, Memory
-from hal.precision import Precision
-from hal.support_table import SupportTable
-from hal.torch_backend import TorchBackend
-from hal_cuda.allocator import allocator_environment
-from hal_cuda.backend import keep_partial_sums
-from hal_cuda.build import torch_build
-from hal_cuda.machine import Machine, visible
-from hal_cuda.memory import CudaMemory
-from hal_cuda.precision import CudaPrecision
+from hal_cuda.machine import visible
+from hal_cuda.torch_cuda import TorchCudaBackend
 
 if TYPE_CHECKING:
     import torch
 
 
-class PpuBackend(TorchBackend):
+class PpuBackend(TorchCudaBackend):
     """T-Head's PPU (ZW810 and later) under the vendor's build of torch."""
 
     plugin_api = (1, 0)
     name = "ppu"
     vendor = "Alibaba T-Head"
-    torch_type = "cuda"
     library = "the vendor's, by the name of NCCL"
-    distributed_name = "nccl"
     contract = Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
         evidence="nobody has published its arithmetic; float32 accumulation that may truncate is assumed",
     )  # fmt: skip
 
-    def __init__(self, machine: Machine | None = None) -> None:
-        self.machine = machine or Machine()
-
     def present(self) -> tuple[int | None, tuple[str, ...]]:
         """See `TorchBackend.present`."""
-        build = torch_build()
-        if build is None:
-            raise Absent("torch is not installed", device=self.name)
+        build = self.build()
         files = self.machine.files("/dev/alixpu[0-9]*")
         sdk = self.machine.variable("PPU_SDK")
         if not files:
@@ -68,21 +52,7 @@ class PpuBackend(TorchBackend):
         name = module.get_device_name(device)
         if not name.startswith("PPU-"):
             raise Absent(f"the device calls itself {name}", device=info.id, expected="a name such as PPU-ZW810E")
-        keep_partial_sums(changes)
-
-    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
-        """See `TorchBackend.make_memory`."""
-        return CudaMemory(info.id, device, module)
-
-    def make_precision(
-        self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
-    ) -> Precision:
-        """See `TorchBackend.make_precision`: torch's switches for CUDA; the measurement tells whether they act."""
-        return CudaPrecision(info.id, device, changes, support)
-
-    def allocator_environment(self, plan: AllocatorPlan, environ: Mapping[str, str]) -> Mapping[str, str]:
-        """See `Backend.allocator_environment`."""
-        return allocator_environment(plan, environ, "PYTORCH_CUDA_ALLOC_CONF", torch_build())
+        super().opened(info, device, module, changes)
 
 
 backend = PpuBackend()

@@ -7,18 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.backend import DeviceInfo
-from hal.changes import Changes
 from hal.contract import Contract
 from hal.errors import Absent
-from hal.memory import AllocatorPlan, Memory
-from hal.precision import Precision
-from hal.support_table import SupportTable
-from hal.torch_backend import TorchBackend
-from hal_cuda.allocator import allocator_environment
-from hal_cuda.backend import keep_partial_sums
-from hal_cuda.build import torch_build
-from hal_cuda.machine import Machine, visible
-from hal_cuda.memory import CudaMemory
+from hal_cuda.machine import visible
+from hal_cuda.torch_cuda import TorchCudaBackend
 from hal_rocm.contract import contract
 from hal_rocm.precision import RocmPrecision
 
@@ -29,24 +21,19 @@ AMD = 0x1002
 """PCI vendor number; Hygon's cards, which use the same driver, are 0x1d94."""
 
 
-class RocmBackend(TorchBackend):
+class RocmBackend(TorchCudaBackend):
     """GPUs of AMD under a torch that was built for HIP."""
 
     plugin_api = (1, 0)
     name = "rocm"
     vendor = "AMD"
-    torch_type = "cuda"
     library = "RCCL"
-    distributed_name = "nccl"
-
-    def __init__(self, machine: Machine | None = None) -> None:
-        self.machine = machine or Machine()
+    allocator_variable = "PYTORCH_HIP_ALLOC_CONF"
+    precision_type = RocmPrecision
 
     def present(self) -> tuple[int | None, tuple[str, ...]]:
         """See `TorchBackend.present`."""
-        build = torch_build()
-        if build is None:
-            raise Absent("torch is not installed", device=self.name)
+        build = self.build()
         if build.hip is None:
             raise Absent(f"{build}", device=self.name, hint="a build of torch for ROCm")
         if not self.machine.files("/dev/kfd"):
@@ -104,27 +91,9 @@ class RocmBackend(TorchBackend):
             "total_memory": node["memory"] or None,
         }
 
-    def opened(self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes) -> None:
-        """See `TorchBackend.opened`: what the contract promises about partial sums must be set."""
-        keep_partial_sums(changes)
-
     def make_contract(self, info: DeviceInfo, device: torch.device, module: Any) -> Contract:
         """See `TorchBackend.make_contract`."""
         return contract(module.get_device_properties(device).gcnArchName.partition(":")[0])
-
-    def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
-        """See `TorchBackend.make_memory`."""
-        return CudaMemory(info.id, device, module)
-
-    def make_precision(
-        self, info: DeviceInfo, device: torch.device, module: Any, changes: Changes, support: SupportTable
-    ) -> Precision:
-        """See `TorchBackend.make_precision`."""
-        return RocmPrecision(info.id, device, changes, support)
-
-    def allocator_environment(self, plan: AllocatorPlan, environ: Mapping[str, str]) -> Mapping[str, str]:
-        """See `Backend.allocator_environment`."""
-        return allocator_environment(plan, environ, "PYTORCH_HIP_ALLOC_CONF", torch_build())
 
     def versions(self) -> Mapping[str, str | None]:
         """See `Backend.versions`."""

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who claims which chip, on made-up machines with published properties. No such hardware is here."""
 
-import importlib
+import importlib.util
 
 import pytest
 
+import hal_cuda.torch_cuda
 from hal import Absent, Broken, Discovery
 from hal.registry import Survey, settle
 from hal_ascend.backend import AscendBackend
@@ -24,10 +25,7 @@ CPU_NODE = "cpu_cores_count 96\nsimd_count 0\nvendor_id 0\n"
 @pytest.fixture
 def built(monkeypatch):
     def build(*, cuda=None, hip=None, version="2.13.0"):
-        for name in ("hal_cuda", "hal_rocm", "hal_ppu"):
-            # `hal_cuda.backend` as an attribute is the backend object, which the package exports.
-            module = importlib.import_module(f"{name}.backend")
-            monkeypatch.setattr(module, "torch_build", lambda: TorchBuild(version, cuda, hip))
+        monkeypatch.setattr(hal_cuda.torch_cuda, "torch_build", lambda: TorchBuild(version, cuda, hip))
 
     return build
 

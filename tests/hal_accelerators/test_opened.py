@@ -15,6 +15,7 @@ import types
 import pytest
 import torch
 
+import hal_cuda.torch_cuda
 from hal import Absent, Broken, DeviceInfo, UnsupportedPrecision
 from hal.changes import Changes
 from hal.contract import Contract
@@ -233,8 +234,7 @@ def test_numbers_come_from_the_module_and_what_it_lacks_is_none(opening):
 
 
 def test_a_slice_of_a_divided_card_is_one_device_of_unknown_size(tmp_path, monkeypatch):
-    cuda = importlib.import_module("hal_cuda.backend")
-    monkeypatch.setattr(cuda, "torch_build", lambda: TorchBuild("2.13.0", "12.9", None))
+    monkeypatch.setattr(hal_cuda.torch_cuda, "torch_build", lambda: TorchBuild("2.13.0", "12.9", None))
     card = Card("NVIDIA H100 80GB HBM3", "sm_90", 80 * GIB, "GPU-1")
     there = Machine(tmp_path, {"CUDA_VISIBLE_DEVICES": "MIG-3f1a"}, lambda: (card,))
     (claim,) = CudaBackend(there).discover().claims
@@ -242,16 +242,14 @@ def test_a_slice_of_a_divided_card_is_one_device_of_unknown_size(tmp_path, monke
 
 
 def test_a_look_alikes_own_nvml_does_not_make_it_nvidias(tmp_path, monkeypatch):
-    cuda = importlib.import_module("hal_cuda.backend")
-    monkeypatch.setattr(cuda, "torch_build", lambda: TorchBuild("2.8.0", "12.9", None))
+    monkeypatch.setattr(hal_cuda.torch_cuda, "torch_build", lambda: TorchBuild("2.8.0", "12.9", None))
     found = CudaBackend(Machine(tmp_path, {}, lambda: (Card("PPU-ZW810E", "sm_80"),))).discover()
     assert found.claims == ()
     assert "PPU-ZW810E" in found.left[0]
 
 
 def test_the_kernels_topology_tells_memory_and_hides_what_a_container_hides(tmp_path, monkeypatch):
-    rocm = importlib.import_module("hal_rocm.backend")
-    monkeypatch.setattr(rocm, "torch_build", lambda: TorchBuild("2.13.0", None, "6.4"))
+    monkeypatch.setattr(hal_cuda.torch_cuda, "torch_build", lambda: TorchBuild("2.13.0", None, "6.4"))
     nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
     for index, minor in ((1, 128), (2, 136)):
         bank = nodes / str(index) / "mem_banks" / "0"

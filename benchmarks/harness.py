@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+import hal
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -89,14 +91,9 @@ def measure(subjects: Sequence[Subject], rounds: int, unit: str) -> list[dict[st
 
 def machine() -> dict[str, object]:
     """Describe where the figures come from."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "cpu": model,
+        "cpu": next(info.name for info in hal.list_devices() if info.id == "cpu"),
         "cores": os.cpu_count(),
         "load": list(os.getloadavg()),
         "python": platform.python_version(),

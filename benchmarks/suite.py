@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long the conformance suite takes on the CPU, as whole processes.
 
-    python benchmarks/suite.py [--rounds N]
+python benchmarks/suite.py [--rounds N]
 """
 
 from __future__ import annotations

@@ -44,6 +44,11 @@ class Survey:
     discovery: Discovery
     error: HalError | None
 
+    @property
+    def broken(self) -> bool:
+        """Whether the backend failed in another way than by having no hardware here."""
+        return self.error is not None and not isinstance(self.error, Absent)
+
 
 def survey(plugin: plugins.Plugin) -> Survey:
     """Load one plug-in and ask it for its devices. Never raises."""
@@ -60,6 +65,15 @@ def survey(plugin: plugins.Plugin) -> Survey:
         broken.__cause__ = error
         return Survey(plugin.name, plugin.owners, nothing, broken)
     return Survey(plugin.name, plugin.owners, found, None)
+
+
+def take_surveys() -> list[Survey]:
+    """Ask every admitted backend for its devices.
+
+    Raises:
+        ConfigError: HAL_BACKENDS cannot be read.
+    """
+    return [survey(plugin) for plugin in plugins.allowed()]
 
 
 def _check_claims(discovery: Discovery, name: str) -> None:
@@ -106,9 +120,9 @@ def list_devices() -> list[DeviceInfo]:
     Raises:
         ConfigError: HAL_BACKENDS cannot be read.
     """
-    surveys = [survey(plugin) for plugin in plugins.allowed()]
+    surveys = take_surveys()
     for answer in surveys:
-        if answer.error is not None and not isinstance(answer.error, Absent):
+        if answer.broken:
             log.warning("backend %s is left out: %s", answer.name, answer.error)
     return settle(surveys)[0]
 
@@ -235,7 +249,7 @@ def _find(name: str) -> DeviceInfo:
 
 
 def _automatic() -> tuple[DeviceInfo, str]:
-    surveys = [survey(plugin) for plugin in plugins.allowed()]
+    surveys = take_surveys()
     devices, _ = settle(surveys)
     real = [info for info in devices if not info.simulated]
     if not real:
@@ -243,12 +257,9 @@ def _automatic() -> tuple[DeviceInfo, str]:
     accelerators = [info for info in real if info.torch_device != "cpu"]
     chosen = (accelerators or real)[0]
     passed = [
-        f"{answer.name}: {'absent' if isinstance(answer.error, Absent) else 'BROKEN'}"
-        for answer in surveys
-        if answer.error is not None
+        f"{answer.name}: {'BROKEN' if answer.broken else 'absent'}" for answer in surveys if answer.error is not None
     ]
-    broken = [answer for answer in surveys if answer.error is not None and not isinstance(answer.error, Absent)]
-    for answer in broken:
+    for answer in filter(lambda answer: answer.broken, surveys):
         log.warning("auto passed over backend %s, which is broken: %s", answer.name, answer.error)
     kind = "the first accelerator" if accelerators else "no accelerator was found"
     return chosen, f"auto: {kind}" + (f" ({', '.join(passed)})" if passed else "")

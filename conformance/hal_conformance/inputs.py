@@ -10,7 +10,6 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import ml_dtypes
@@ -28,15 +27,6 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 }
 
 BYTE_SUM_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four uniform bytes
-
-
-def digest(array: Array) -> str:
-    """Return the SHA-256 of dtype, shape and little-endian bytes of an array."""
-    kind = f"{array.dtype.name}{list(array.shape)}".encode()
-    contiguous = np.ascontiguousarray(array)
-    if contiguous.dtype.byteorder == ">":
-        contiguous = contiguous.astype(contiguous.dtype.newbyteorder("<"))
-    return hashlib.sha256(kind + contiguous.tobytes()).hexdigest()
 
 
 def words(seed: int, stream: str, *shape: int) -> I64:

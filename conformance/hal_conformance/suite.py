@@ -112,12 +112,12 @@ def record(
 
 def listed() -> tuple[list[DeviceInfo], list[NotRun]]:
     """Return the devices that the backends list here, and the backends that list none, with their reasons."""
-    from hal import plugins, registry
+    from hal import registry
 
-    surveys = [registry.survey(plugin) for plugin in plugins.allowed()]
+    surveys = registry.take_surveys()
     silent: list[NotRun] = []
     for answer in surveys:
         if answer.error is not None:
-            kind = "absent" if isinstance(answer.error, Absent) else "broken"
+            kind = "broken" if answer.broken else "absent"
             silent.append(NotRun(answer.name, kind, getattr(answer.error, "reason", str(answer.error)), False))
     return registry.settle(surveys)[0], silent

@@ -8,10 +8,9 @@ import sys
 
 import click
 
-from hal import plugins
 from hal.backend import DeviceInfo
 from hal.errors import Absent
-from hal.registry import Survey, settle, survey
+from hal.registry import Survey, settle, take_surveys
 
 SCHEMA = "hal.devices/1"
 
@@ -23,7 +22,7 @@ def devices(as_json: bool) -> None:
 
     A backend that is broken is named on stderr; `hal doctor` finds out more. HAL_BACKENDS limits who is asked.
     """
-    surveys = [survey(plugin) for plugin in plugins.allowed()]
+    surveys = take_surveys()
     found, lost = settle(surveys)
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "devices": [info.as_json() for info in found]}, indent=2))

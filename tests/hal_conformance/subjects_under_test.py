@@ -15,6 +15,13 @@ from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Rout
 from hal.moe.torch_ops import TorchMoEOps
 
 
+def weighted(y_RD, weights_TK, slot_R, num_tokens) -> Tensor:
+    """Each token's rows times their weights, [T, K, D] in float32; zeros where a slot has no row."""
+    top_k = weights_TK.shape[1]
+    rows = y_RD.new_zeros(num_tokens * top_k, y_RD.shape[1]).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, -1)
+    return rows.float() * weights_TK.float()[:, :, None]
+
+
 class Parts:
     """The honest operators, with a layer that is built from this object's own parts, so that a change reaches it."""
 
@@ -65,21 +72,19 @@ class OwnProduct(Parts):
         parts, start = [], 0
         matrices = zip(weights.w1_EFD.unbind(), weights.w3_EFD.unbind(), weights.w2_EDF.unbind(), strict=True)
         for count, (w1, w3, w2) in zip(counts_E.tolist(), matrices, strict=True):
-            x = x_RD[start : start + count]
+            parts.append(self.expert(x_RD[start : start + count], w1, w3, w2))
             start += count
-            g, u = self.stored(x, w1), self.stored(x, w3)
-            h = torch.nn.functional.silu(g) * u
-            parts.append(self.stored(h, w2))
         return torch.cat(parts)
+
+    def expert(self, x, w1, w3, w2):
+        h = torch.nn.functional.silu(self.stored(x, w1)) * self.stored(x, w3)
+        return self.stored(h, w2)
 
     def stored(self, x, w):
         return self.product(x.float(), w.float().t()).to(x.dtype)
 
     def combine(self, y_RD, weights_TK, slot_R, num_tokens):
-        top_k = weights_TK.shape[1]
-        rows = y_RD.new_zeros(num_tokens * top_k, y_RD.shape[1]).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, -1)
-        terms = rows.float() * weights_TK.float()[:, :, None]
-        return self.add_choices(terms).to(y_RD.dtype)
+        return self.add_choices(weighted(y_RD, weights_TK, slot_R, num_tokens)).to(y_RD.dtype)
 
     def add_choices(self, terms_TKD):
         return terms_TKD.flip(1).sum(1)
@@ -165,11 +170,9 @@ class CombinesInBfloat16(Parts):
     """The sum over choices is kept in bfloat16 (torchtitan#2679)."""
 
     def combine(self, y_RD, weights_TK, slot_R, num_tokens):
-        top_k = weights_TK.shape[1]
-        rows = y_RD.new_zeros(num_tokens * top_k, y_RD.shape[1]).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, -1)
         total = torch.zeros(num_tokens, y_RD.shape[1], dtype=torch.bfloat16)
-        for k in range(top_k):
-            total = total + (rows[:, k].float() * weights_TK[:, k, None].float()).bfloat16()
+        for term_TD in weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1):
+            total = total + term_TD.bfloat16()
         return total.to(y_RD.dtype)
 
 
@@ -213,14 +216,8 @@ class TruncatesStores(OwnProduct):
 class TruncatesTheGate(TruncatesStores):
     """As `TruncatesStores`, but in the gate projection alone."""
 
-    def experts(self, x_RD, counts_E, weights):
-        parts, start = [], 0
-        matrices = zip(weights.w1_EFD.unbind(), weights.w3_EFD.unbind(), weights.w2_EDF.unbind(), strict=True)
-        for count, (w1, w3, w2) in zip(counts_E.tolist(), matrices, strict=True):
-            x = x_RD[start : start + count]
-            start += count
-            parts.append((torch.nn.functional.silu(self.stored(x, w1)) * (x @ w3.t())) @ w2.t())
-        return torch.cat(parts)
+    def expert(self, x, w1, w3, w2):
+        return (torch.nn.functional.silu(self.stored(x, w1)) * (x @ w3.t())) @ w2.t()
 
 
 class FlipsABit(Parts):

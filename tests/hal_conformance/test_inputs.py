@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
 
 
@@ -18,20 +19,21 @@ def test_the_bits_of_every_generator_are_fixed():
         "choices": make.choices(7, "c", 32, 16, 4),
         "counts": make.sweep_counts(7, "n", 64, 200),
     }
-    assert {name: make.digest(array)[:12] for name, array in arrays.items()} == {
-        "activations": "03b167be9cab",
-        "gate": "21333d6f0680",
-        "weights": "c9b11560634b",
-        "choices": "4bb05111cb90",
-        "counts": "d776d4f33ce9",
+    assert {name: codec.digest(array)[:12] for name, array in arrays.items()} == {
+        "activations": "fd8cc0af3b17",
+        "gate": "9ee23b2def48",
+        "weights": "bc4f335869f8",
+        "choices": "79fe5e4c1169",
+        "counts": "a7231c42573c",
     }
 
 
 def test_a_digest_covers_dtype_and_shape():
     zeros = np.zeros(4, np.float32)
-    digests = {make.digest(a) for a in (zeros, zeros.view(np.int32), zeros.reshape(2, 2), zeros[:2])}
+    digests = {codec.digest(a) for a in (zeros, zeros.view(np.int32), zeros.reshape(2, 2), zeros[:2])}
     assert len(digests) == 4
-    assert make.digest(zeros.astype(">f4")) != make.digest(np.ones(4, np.float32))
+    with pytest.raises(TypeError, match="cannot be exchanged"):
+        codec.digest(zeros.astype(">f4"))
 
 
 @given(seed=st.integers(0, 2**32 - 1), width=st.integers(2, 600))

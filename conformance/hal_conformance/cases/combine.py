@@ -12,10 +12,10 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
 from hal_conformance.budget import level
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import ByCounts, shape, weight_storage, wide
 from hal_conformance.cases.dispatch import sent
-from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle import combine, gather_rows
 from hal_conformance.verdicts import Judgement
 
@@ -49,8 +49,12 @@ class Random(ByCounts):
         wrong = structure(outputs, {"y_TD": ((len(weights), y.shape[1]), p.dtype)})
         if wrong is not None:
             return wrong
-        rows = gather_rows(wide(y), inputs["slot_R"], *weights.shape)
-        return merge([judge("y", outputs["y_TD"], combine(rows, weights, p.dtype), bias=p.dtype != "float32")])
+        rows_TKD = gather_rows(wide(y), inputs["slot_R"], *weights.shape)
+        return merge([self.finding(outputs["y_TD"], rows_TKD, weights, p.dtype)])
+
+    def finding(self, y_TD: Array, rows_TKD: F64, weights_TK: F64, dtype: str) -> Finding:
+        """Compare the sums with those of the rows and weights."""
+        return judge("y", y_TD, combine(rows_TKD, weights_TK, dtype), bias=dtype != "float32")
 
 
 class Exact(Random):
@@ -73,14 +77,9 @@ class Exact(Random):
         arrays["weights_TK"] = np.full((tokens, top_k), 0.5, arrays["weights_TK"].dtype)
         return arrays
 
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        weights, y = wide(inputs["weights_TK"]), inputs["y_RD"]
-        wrong = structure(outputs, {"y_TD": ((len(weights), y.shape[1]), p.dtype)})
-        if wrong is not None:
-            return wrong
-        rows = gather_rows(wide(y), inputs["slot_R"], *weights.shape)
-        return merge([exact("y", outputs["y_TD"], make.store((rows * weights[:, :, None]).sum(1), p.dtype))])
+    def finding(self, y_TD: Array, rows_TKD: F64, weights_TK: F64, dtype: str) -> Finding:
+        """Compare bit by bit."""
+        return exact("y", y_TD, make.store((rows_TKD * weights_TK[:, :, None]).sum(1), dtype))
 
 
 class Backward(Random):

@@ -24,7 +24,7 @@ from hal_conformance.cases.base import (
     wide,
 )  # fmt: skip
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
-from hal_conformance.margins import certify, judge_choice
+from hal_conformance.margins import Certainty, certify, judge_choice
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -224,8 +224,6 @@ class Degenerate(RouterCase):
         """See `RouterCase.findings`."""
         experts_TK, weights = outputs["experts_TK"], wide(outputs["weights_TK"])
         everyone = np.ones((len(experts_TK), spec.num_experts), bool)
-        from hal_conformance.margins import Certainty
-
         found = [judge_choice(experts_TK, Certainty(~everyone, everyone))]
         if found[0].status.colour == "red":
             return found

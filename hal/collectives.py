@@ -12,7 +12,7 @@ import datetime
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, final
 
-from hal.errors import CollectiveError, CollectiveTimeout, ConfigError
+from hal.errors import CollectiveError, CollectiveTimeout, ConfigError, UnsupportedOperation
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,7 @@ class Collectives:
         Raises:
             CollectiveError: torch was built without distributed support or without this library, the default
                 group runs on another library, or the group could not be started.
+            UnsupportedOperation: the library does not serve this type of device.
             ConfigError: rank and world size are given by halves.
         """
         import torch.distributed as dist
@@ -67,6 +68,12 @@ class Collectives:
             raise CollectiveError("this build of torch has no torch.distributed", operation="init")
         if (rank is None) != (world_size is None):
             raise ConfigError(f"{self.device_id}: rank={rank} and world_size={world_size}", expected="both, or neither")
+        served = dist.Backend.backend_capability.get(self.torch_name)
+        if served is not None and self.torch_device.type not in served:
+            raise UnsupportedOperation(
+                f"{self.library} serves {', '.join(served)}, not {self.torch_device.type}", device=self.device_id,
+                what="collectives", hint="the backend names the device's own library in `library`",
+            )  # fmt: skip
         if dist.is_initialized():
             running = dist.get_backend()
             # A group may serve several device types: "cpu:one,cuda:two". An undecided one takes the default.

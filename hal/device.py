@@ -114,7 +114,9 @@ class Device:
         Args:
             objects: modules (moved in place), optimisers (their state is moved; their parameters must be those
                 of modules that were given before or are here already), tensors, and iterables of batches such
-                as a DataLoader (wrapped: each batch is moved when it is fetched).
+                as a DataLoader (wrapped: each batch is moved when it is fetched). torch gives a module new
+                parameters when it moves to a plug-in device; the optimisers of this call follow them, and parameters
+                that modules share stay shared.
 
         Returns:
             The same objects in the same order; one alone is returned as it is, not in a tuple.
@@ -123,16 +125,26 @@ class Device:
             ConfigError: an object is none of these, or an optimiser holds parameters that are elsewhere.
         """
         self._open()
-        placed = tuple(self._place(o) for o in objects)
+        moved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        placed = tuple(self._place(o, moved) for o in objects)
         return placed[0] if len(placed) == 1 else placed
 
-    def _place(self, thing: Any) -> Any:
+    def _place(self, thing: Any, moved: dict[torch.nn.Parameter, torch.nn.Parameter]) -> Any:
         import torch
 
-        if isinstance(thing, (torch.nn.Module, torch.Tensor)):
+        if isinstance(thing, torch.nn.Module):
+            before = dict(thing.named_parameters(remove_duplicate=False))
+            thing.to(self.torch_device)
+            for name, old in before.items():
+                path, _, attribute = name.rpartition(".")
+                owner = thing.get_submodule(path)
+                # Where torch makes new parameters, it makes one for each place: what was shared is shared again.
+                setattr(owner, attribute, moved.setdefault(old, getattr(owner, attribute)))
+            return thing
+        if isinstance(thing, torch.Tensor):
             return thing.to(self.torch_device)
         if isinstance(thing, torch.optim.Optimizer):
-            self._place_optimizer(thing)
+            self._place_optimizer(thing, moved)
             return thing
         if isinstance(thing, Iterable) and not isinstance(thing, (str, bytes)):
             return BatchMover(thing, self.torch_device)
@@ -141,11 +153,18 @@ class Device:
             expected="modules, optimisers, tensors, or iterables of batches",
         )
 
-    def _place_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def _place_optimizer(
+        self, optimizer: torch.optim.Optimizer, moved: dict[torch.nn.Parameter, torch.nn.Parameter]
+    ) -> None:
         import torch
 
         for group in optimizer.param_groups:
-            for parameter in group["params"]:
+            for index, old in enumerate(group["params"]):
+                parameter = moved.get(old, old)
+                if parameter is not old:
+                    group["params"][index] = parameter
+                    if old in optimizer.state:
+                        optimizer.state[parameter] = optimizer.state.pop(old)
                 if parameter.device != self.torch_device:
                     raise ConfigError(
                         f"{self.info.id}: the optimiser holds a parameter of shape {tuple(parameter.shape)} on "

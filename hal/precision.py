@@ -51,7 +51,8 @@ class PrecisionReport:
     Attributes:
         mode: the intent.
         switches: each switch with the value that it reads back.
-        input_bits: for each probed operation ("matmul", "conv"), the measured significand bits that survive.
+        input_bits: for each probed operation ("matmul", and "conv" where the device has convolutions), the
+            measured significand bits that survive.
     """
 
     mode: Fp32Mode
@@ -157,7 +158,7 @@ class Precision(abc.ABC):
                 report = PrecisionReport(
                     mode,
                     tuple((switch.name, switch.read()) for switch, _ in switches),
-                    tuple((operation, self.measure_input_bits(operation)) for operation in ("matmul", "conv")),
+                    tuple((operation, self.measure_input_bits(operation)) for operation in self._probed()),
                 )
                 self._check(report)
         except UnsupportedPrecision:
@@ -167,6 +168,12 @@ class Precision(abc.ABC):
                 f"float32 mode {mode!r} cannot be set: {error}", device=self.device_id, what=mode
             ) from error
         return report
+
+    def _probed(self) -> tuple[Literal["matmul", "conv"], ...]:
+        """Return what a float32 mode governs here: a plug-in device may lack convolutions."""
+        import torch
+
+        return ("matmul", "conv") if self._support.query("conv2d", torch.float32) else ("matmul",)
 
     def _check(self, report: PrecisionReport) -> None:
         low, high = EXPECTED_INPUT_BITS[report.mode]

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -104,6 +106,17 @@ class TorchStream(Stream):
         self.raw.__exit__(kind, error, trace)
 
 
+@contextlib.contextmanager
+def _refusals(device: torch.device | None) -> Iterator[None]:
+    """Turn what torch's guard of a device type says it lacks, at the call and only in words, into our error."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Backend doesn't support" not in str(error):
+            raise
+        raise UnsupportedOperation(str(error), device=str(device), what="event") from error
+
+
 @final
 class TorchEvent(Event):
     """A `torch.Event`."""
@@ -116,29 +129,26 @@ class TorchEvent(Event):
         """See `Event.record`."""
         if stream is not None and not isinstance(stream, TorchStream):
             raise ConfigError(f"a {type(stream).__name__} is of another device", expected="a stream of this device")
-        try:
+        with _refusals(self.raw.device):
             self.raw.record() if stream is None else self.raw.record(stream.raw)
-        except RuntimeError as error:
-            # torch's guard of a device type that has no events says so only here, and only in words.
-            if "support events" not in str(error):
-                raise
-            device = str(self.raw.device)
-            raise UnsupportedOperation(str(error), device=device, what="event") from error
         self._recorded = True
 
     def synchronize(self) -> None:
         """See `Event.synchronize`."""
-        self.raw.synchronize()
+        with _refusals(self.raw.device):
+            self.raw.synchronize()
 
     def query(self) -> bool:
         """See `Event.query`."""
-        return bool(self.raw.query())
+        with _refusals(self.raw.device):
+            return bool(self.raw.query())
 
     def elapsed_ms(self, later: Event) -> float:
         """See `Event.elapsed_ms`."""
         if not isinstance(later, TorchEvent) or not (self._recorded and later._recorded):
             raise ConfigError("the time between events that were not both recorded", expected="record() on both")
-        return float(self.raw.elapsed_time(later.raw))
+        with _refusals(self.raw.device):
+            return float(self.raw.elapsed_time(later.raw))
 
 
 @final

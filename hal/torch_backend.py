@@ -182,7 +182,7 @@ class TorchMemory(Memory):
         # `memory_allocated` of the modules answers 0 for a key that is missing; the dictionary tells the two apart.
         self._raw = getattr(module, "memory_stats", None)
         if self._raw is None and torch.accelerator.current_accelerator() == torch.device(device.type):
-            self._raw = getattr(torch.accelerator, "memory_stats", None)
+            self._raw = _accelerator_statistics(device)
         self._driver = getattr(module, "mem_get_info", None)
         self._source = f"torch.{device.type}.memory_stats"
 
@@ -243,6 +243,20 @@ _STATISTICS = (
     ("peak_allocated", "allocated_bytes.all.peak"),
     ("peak_reserved", "reserved_bytes.all.peak"),
 )
+
+
+def _accelerator_statistics(device: torch.device) -> Any:
+    """Return torch.accelerator's statistics, or None where they do not work for this device.
+
+    They raise for every plug-in whose allocator is no `c10::DeviceAllocator` (torch-mojo-backend#472).
+    """
+    import torch
+
+    statistics = getattr(torch.accelerator, "memory_stats", None)
+    try:
+        return statistics if statistics is None or statistics(device) is not None else None
+    except RuntimeError:
+        return None
 
 
 class TorchPrecision(Precision):

@@ -17,7 +17,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import torch
 
-    from hal.contract import Contract
+    from hal.contract import Arithmetic, Contract
     from hal_conformance.verdicts import Judgement
 
 Array = npt.NDArray[Any]
@@ -50,6 +50,36 @@ class Params:
     seed: int = 0
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a task's large arrays; 0 where nothing grows with a model's size."""
+
+    inputs: int = 0
+    outputs: int = 0
+
+    @property
+    def host(self) -> int:
+        """Bytes of host memory that the task takes: of the inputs there are one copy as arrays, one as tensors and one
+        that requires a gradient; of the outputs one on its way, one received and one being judged."""
+        return 3 * (self.inputs + self.outputs)
+
+
+class Unpromised(LookupError):
+    """A bound needs the arithmetic of a dtype of which the contract says nothing."""
+
+
+def arithmetic(contract: Contract, dtype: str) -> Arithmetic:
+    """Return how products of a storage dtype are computed.
+
+    Raises:
+        Unpromised: the contract does not say.
+    """
+    try:
+        return contract.matmul[dtype]
+    except KeyError:
+        raise Unpromised(f"the contract promises nothing of products in {dtype}") from None
+
+
 class Case(Protocol):
     """One thing that the suite checks.
 
@@ -77,6 +107,10 @@ class Case(Protocol):
         """Return the storage dtypes for which the case can differ."""
         ...
 
+    def footprint(self, p: Params) -> Footprint:
+        """Return how large the arrays are, without making them."""
+        ...
+
     def inputs(self, p: Params) -> Arrays:
         """Return the inputs: a pure function of `p`, the same bits on every host."""
         ...
@@ -89,5 +123,9 @@ class Case(Protocol):
         ...
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """Judge what came back. Never raises: wrong keys, shapes, dtypes and values each have a verdict."""
+        """Judge what came back: wrong keys, shapes, dtypes and values each have a verdict.
+
+        Raises:
+            Unpromised: no bound follows from the contract; nothing else is raised.
+        """
         ...

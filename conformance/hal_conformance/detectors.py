@@ -71,25 +71,49 @@ def structure(outputs: Arrays, expected: Mapping[str, tuple[tuple[int, ...], str
     return None
 
 
-def where(index: int, shape: tuple[int, ...]) -> str:
-    """Return a flat index as the coordinates that a person can look up."""
-    return str([int(i) for i in np.unravel_index(index, shape)]) if shape else "[]"
+def where(index: int, shape: tuple[int, ...], first: int = 0) -> str:
+    """Return a flat index as the coordinates that a person can look up, in a part that begins at `first`."""
+    place = [int(i) for i in np.unravel_index(index, shape)]
+    return str([first + place[0], *place[1:]] if place else [])
+
+
+class ExactMeter:
+    """Compares one array bit by bit, whole or in parts; +0 and -0 are one number, and any NaN is any other."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._size = self._wrong = 0
+        self._first = ""
+
+    def add(self, got: Array, expected: Array, first: int = 0) -> None:
+        """Take in a part that begins at index `first` of the array's first axis."""
+        wide, want = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        wrong = ~((wide == want) | (np.isnan(wide) & np.isnan(want)))
+        self._size += wrong.size
+        count = int(wrong.sum())
+        if count and not self._wrong:
+            at = int(np.flatnonzero(wrong.ravel())[0])
+            place = where(at, wrong.shape, first)
+            self._first = f"{place}: {wide.ravel()[at]:.9g}, expected {want.ravel()[at]:.9g}"
+        self._wrong += count
+
+    def finding(self) -> Finding:
+        """Return what was found in everything that was added."""
+        if not self._wrong:
+            return Finding(Status.EXACT, exact=0.0)
+        return Finding(
+            Status.FAIL_NUMERIC,
+            exact=self._wrong / self._size,
+            detail=f"{self._name}: {self._wrong} of {self._size} elements differ where the result is exact, first at "
+            f"{self._first}",
+        )
 
 
 def exact(name: str, got: Array, expected: Array) -> Finding:
-    """Compare bit by bit; +0 and -0 are one number, and any NaN is any other."""
-    wide, want = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    wrong = ~((wide == want) | (np.isnan(wide) & np.isnan(want)))
-    count = int(wrong.sum())
-    if count == 0:
-        return Finding(Status.EXACT, exact=0.0)
-    at = int(np.flatnonzero(wrong.ravel())[0])
-    return Finding(
-        Status.FAIL_NUMERIC,
-        exact=count / wrong.size,
-        detail=f"{name}: {count} of {wrong.size} elements differ where the result is exact, first at "
-        f"{where(at, wrong.shape)}: {wide.ravel()[at]:.9g}, expected {want.ravel()[at]:.9g}",
-    )
+    """Compare a whole array bit by bit; see `ExactMeter`."""
+    meter = ExactMeter(name)
+    meter.add(got, expected)
+    return meter.finding()
 
 
 def discrete(name: str, got: Array, expected: Array) -> Finding:
@@ -100,71 +124,102 @@ def discrete(name: str, got: Array, expected: Array) -> Finding:
     return Finding(Status.FAIL_DISCRETE, exact=finding.exact, detail=finding.detail)
 
 
-def judge(name: str, got: Array, expected: Bounded, *, independent: int | None = None, bias: bool = False) -> Finding:
-    """Judge an array that rounding may have changed.
+class Meter:
+    """Judges one array that rounding may have changed, whole or in parts along its first axis.
 
     Args:
         name: for the detail.
-        got: from the device.
-        expected: the oracle's value, bound and variance, the storage included.
         independent: how many of the errors are independent; None: all. Errors of a row that share an intermediate
             result are correlated, and then the number of rows is a safe number: the correlation matrix is block
             diagonal with blocks of the row's length D, its norm is at most D, and n / D is the number of rows.
         bias: also test the mean of the signed errors. Not for sums of skewed positive terms, which are biased
             even when they are rounded correctly.
     """
-    wide = np.asarray(got, np.float64)
-    value, bound = np.broadcast_to(expected.value, wide.shape), np.broadcast_to(expected.bound, wide.shape)
-    var = np.broadcast_to(expected.var, wide.shape)
-    if wide.size == 0:
-        return Finding(Status.PASS)
-    finite = np.isfinite(value)
-    largest = float(np.finfo(np.float64).max) if got.dtype == np.float64 else _largest(got)
-    overflow = finite & (np.abs(value) + bound > largest) & np.isinf(wide) & (np.sign(wide) == np.sign(value))
-    agree = np.where(finite, np.isfinite(wide) | overflow, (wide == value) | (np.isnan(wide) & np.isnan(value)))
-    if not agree.all():
-        at = int(np.flatnonzero(~agree.ravel())[0])
-        return Finding(
-            Status.FAIL_NONFINITE,
-            detail=f"{name}: {int((~agree).sum())} of {wide.size} elements, first at {where(at, wide.shape)}: "
-            f"{wide.ravel()[at]}, expected {value.ravel()[at]:.6g}",
-        )
-    use = finite & ~overflow
-    error = np.where(use, wide - np.where(use, value, 0.0), 0.0)
-    error = np.where(use, error, 0.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = np.where(error == 0.0, 0.0, np.abs(error) / bound)
-    margin = float(ratio.max())
-    if margin > 1.0:
+
+    def __init__(self, name: str, *, independent: int | None = None, bias: bool = False) -> None:
+        self._name = name
+        self._independent = independent
+        self._bias = bias
+        self._size = self._count = self._nonfinite = self._beyond = 0
+        self._squares = self._signed = self._margin = 0.0
+        self._first_nonfinite = self._worst = ""
+        self._rows: list[int] = []
+        self._beyond_rows = 0
+
+    def add(self, got: Array, expected: Bounded, first: int = 0) -> None:
+        """Take in a part that begins at index `first` of the array's first axis."""
+        wide = np.asarray(got, np.float64)
+        value, bound = np.broadcast_to(expected.value, wide.shape), np.broadcast_to(expected.bound, wide.shape)
+        var = np.broadcast_to(expected.var, wide.shape)
+        self._size += wide.size
+        if wide.size == 0:
+            return
+        finite = np.isfinite(value)
+        largest = float(np.finfo(np.float64).max) if got.dtype == np.float64 else _largest(got)
+        overflow = finite & (np.abs(value) + bound > largest) & np.isinf(wide) & (np.sign(wide) == np.sign(value))
+        agree = np.where(finite, np.isfinite(wide) | overflow, (wide == value) | (np.isnan(wide) & np.isnan(value)))
+        if not agree.all():
+            if not self._nonfinite:
+                at = int(np.flatnonzero(~agree.ravel())[0])
+                place = where(at, wide.shape, first)
+                self._first_nonfinite = f"{place}: {wide.ravel()[at]}, expected {value.ravel()[at]:.6g}"
+            self._nonfinite += int((~agree).sum())
+            return
+        use = finite & ~overflow
+        error = np.where(use, wide - np.where(use, value, 0.0), 0.0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(error == 0.0, 0.0, np.abs(error) / bound)
         at = int(ratio.argmax())
-        rows = np.flatnonzero((ratio > 1.0).reshape(wide.shape[0] if wide.ndim else 1, -1).any(axis=1))
-        return Finding(
-            Status.FAIL_NUMERIC,
-            margin,
-            detail=f"{name}: {int((ratio > 1).sum())} of {wide.size} elements beyond their bound, in {len(rows)} rows "
-            f"({', '.join(map(str, rows[:4]))}{', ...' if len(rows) > 4 else ''}); worst at {where(at, wide.shape)}: "
-            f"{wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} within {bound.ravel()[at]:.2g}",
-        )
-    known = use & (var > 0)
-    n = int(known.sum())
-    if n == 0:
-        return Finding(Status.PASS, margin)
-    scaled = error[known] / np.sqrt(var[known])
-    free = float(n if independent is None else max(1, min(n, independent)))
-    rms = float(np.sqrt(np.mean(scaled**2))) / rms_threshold(free, free)
-    z = None
-    if bias:
+        if (margin := float(ratio.ravel()[at])) > self._margin:
+            self._margin = margin
+            self._worst = (
+                f"{where(at, wide.shape, first)}: {wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} "
+                f"within {bound.ravel()[at]:.2g}"
+            )
+        if margin > 1.0:
+            self._beyond += int((ratio > 1.0).sum())
+            rows = np.flatnonzero((ratio > 1.0).reshape(wide.shape[0] if wide.ndim else 1, -1).any(axis=1))
+            self._beyond_rows += len(rows)
+            self._rows += [first + int(row) for row in rows[: max(0, 4 - len(self._rows))]]
+        known = use & (var > 0)
+        scaled = error[known] / np.sqrt(var[known])
+        self._count += len(scaled)
+        self._squares += float(scaled @ scaled)
+        if self._bias:
+            self._signed += float(scaled @ np.sign(value[known]))
+
+    def finding(self) -> Finding:
+        """Return what the detectors say of everything that was added."""
+        name, n = self._name, self._count
+        if self._nonfinite:
+            detail = f"{name}: {self._nonfinite} of {self._size} elements, first at {self._first_nonfinite}"
+            return Finding(Status.FAIL_NONFINITE, detail=detail)
+        if self._margin > 1.0:
+            more = ", ..." if self._beyond_rows > len(self._rows) else ""
+            return Finding(
+                Status.FAIL_NUMERIC,
+                self._margin,
+                detail=f"{name}: {self._beyond} of {self._size} elements beyond their bound, in {self._beyond_rows} "
+                f"rows ({', '.join(map(str, self._rows))}{more}); worst at {self._worst}",
+            )
+        if n == 0:
+            return Finding(Status.PASS, self._margin if self._size else None)
+        free = float(n if self._independent is None else max(1, min(n, self._independent)))
+        rms = float(np.sqrt(self._squares / n)) / rms_threshold(free, free)
         # A drift towards or away from zero; with fewer independent errors the sum's variance is n * n / free.
-        signed = float((scaled * np.sign(value[known])).sum())
-        z = signed / np.sqrt(n * n / free) / bias_threshold()
-    if rms > 1.0 or (z is not None and abs(z) > 1.0):
-        what = (
-            f"rms of error over deviation is {rms:.2f} of its threshold"
-            if rms > 1
-            else f"biased: z is {z:.1f} of its threshold"
-        )
-        return Finding(Status.DEGRADED, margin, rms, z, detail=f"{name}: less precise than the contract: {what}")
-    return Finding(Status.PASS, margin, rms, z)
+        z = self._signed / np.sqrt(n * n / free) / bias_threshold() if self._bias else None
+        if rms > 1.0 or (z is not None and abs(z) > 1.0):
+            what = f"rms of error over deviation is {rms:.2f}" if rms > 1.0 else f"biased: z is {z:.1f}"
+            detail = f"{name}: less precise than the contract: {what} of its threshold"
+            return Finding(Status.DEGRADED, self._margin, rms, z, detail=detail)
+        return Finding(Status.PASS, self._margin, rms, z)
+
+
+def judge(name: str, got: Array, expected: Bounded, *, independent: int | None = None, bias: bool = False) -> Finding:
+    """Judge a whole array; see `Meter`."""
+    meter = Meter(name, independent=independent, bias=bias)
+    meter.add(got, expected)
+    return meter.finding()
 
 
 def _largest(array: Array) -> float:

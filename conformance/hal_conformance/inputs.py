@@ -11,6 +11,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -29,14 +30,15 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
 BYTE_SUM_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four uniform bytes
 
 
-def words(seed: int, stream: str, *shape: int) -> I64:
-    """Return uniform integers in [0, 2**32)."""
-    return bits(seed, stream, math.prod(shape)).astype(np.int64).reshape(shape)
+def words(seed: int, stream: str, *shape: int, first: int = 0) -> I64:
+    """Return uniform integers in [0, 2**32): the part of a larger array that begins at `first` of its first axis."""
+    offset = first * math.prod(shape[1:])
+    return bits(seed, stream, math.prod(shape), offset=offset).astype(np.int64).reshape(shape)
 
 
-def integers(seed: int, stream: str, low: int, high: int, *shape: int) -> I64:
+def integers(seed: int, stream: str, low: int, high: int, *shape: int, first: int = 0) -> I64:
     """Return uniform integers in [low, high]; the modulo's bias is below 1e-6 for the ranges used here."""
-    return low + words(seed, stream, *shape) % (high - low + 1)
+    return low + words(seed, stream, *shape, first=first) % (high - low + 1)
 
 
 def permutation(seed: int, stream: str, n: int) -> I64:
@@ -44,13 +46,13 @@ def permutation(seed: int, stream: str, n: int) -> I64:
     return np.argsort(words(seed, stream, n), kind="stable")
 
 
-def normal(seed: int, stream: str, *shape: int) -> F64:
+def normal(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
     """Return nearly normal numbers, mean 0, variance 1: sums of four bytes (exact), cut at 3.5 deviations.
 
     A quarter of the cost of true normals, and the cut keeps float16 products finite. The heavy tails that matter
     are put into `activations` on purpose.
     """
-    word = bits(seed, stream, math.prod(shape))
+    word = bits(seed, stream, math.prod(shape), offset=first * math.prod(shape[1:]))
     total = np.ascontiguousarray(word).view(np.uint8).reshape(-1, 4)
     summed = total[:, 0].astype(np.int64) + total[:, 1] + total[:, 2] + total[:, 3]
     return ((summed - 510).astype(np.float64) / BYTE_SUM_DEVIATION).reshape(shape)
@@ -110,9 +112,41 @@ def gate(seed: int, stream: str, experts: int, width: int) -> F64:
     return np.asarray(rows[order] * (2.0 / typical_norm(width)))
 
 
-def weights(seed: int, stream: str, *shape: int) -> F64:
+def weights(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
     """Return normal weights with variance 1 / (size of the last axis)."""
-    return normal(seed, stream, *shape) / math.sqrt(shape[-1])
+    return normal(seed, stream, *shape, first=first) / math.sqrt(shape[-1])
+
+
+def sparse(seed: int, stream: str, ones: int, values: int, *shape: int, first: int = 0) -> F64:
+    """Return integers in [-values, values] with at most `ones` nonzero in each row of the last axis."""
+    order = np.argsort(words(seed, f"{stream}/keep", *shape, first=first), axis=-1, kind="stable")
+    keep = order < min(ones, shape[-1])
+    return np.where(keep, integers(seed, stream, -values, values, *shape, first=first), 0).astype(np.float64)
+
+
+def full_bits(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
+    """Return weights that use all 24 bits of float32; a sum of four bytes alone would end in zeros."""
+    low = words(seed, f"{stream}/low", *shape, first=first) * 2.0**-34
+    return weights(seed, stream, *shape, first=first) * (1.0 + low)
+
+
+SLAB = 2**22
+"""Elements that are made at a time: all experts of a published model in float64 would not fit in memory."""
+
+
+def by_expert(dtype: str, shape: tuple[int, ...], part: Callable[[int, int], F64]) -> Array:
+    """Return [E, ...] in a storage dtype, from `part(first, count)`, which makes some experts."""
+    made = np.empty(shape, NUMPY_DTYPES[dtype])
+    step = max(1, SLAB // math.prod(shape[1:]))
+    for first in range(0, shape[0], step):
+        count = min(step, shape[0] - first)
+        made[first : first + count] = store(part(first, count), dtype)
+    return made
+
+
+def expert_weights(seed: int, stream: str, dtype: str, *shape: int) -> Array:
+    """Return `weights` of shape [E, ...] in a storage dtype."""
+    return by_expert(dtype, shape, lambda first, n: weights(seed, stream, n, *shape[1:], first=first))
 
 
 def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I64:

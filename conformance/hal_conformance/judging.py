@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hal_conformance import arrays as codec
+from hal_conformance.case import Unpromised
 from hal_conformance.results import DETECTORS, Result
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement, Status
@@ -56,6 +57,8 @@ def judge_outputs(
         if not isinstance(judgement, Judgement) or not isinstance(judgement.status, Status):
             return Judgement(Status.INVALID, detail=f"the case judged {plain(judgement, 100)}")
         return judgement
+    except Unpromised as error:
+        return Judgement(Status.UNSUPPORTED, detail=plain(error))
     except Exception as error:  # noqa: BLE001  a judge that fails has judged nothing, and the run goes on
         return Judgement(Status.INVALID, detail=plain(f"the judge raised {type(error).__name__}: {error}"))
 

@@ -11,6 +11,8 @@ Legend: T tokens, E experts, K choices, G groups.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,11 +28,95 @@ Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class Scored:
+    """Selection scores, known to intervals; [.., n] each."""
+
+    low: F64
+    high: F64
+
+    def admits(self, chosen: Mask) -> bool:
+        """Tell whether these of one row can be its best at once: none is certainly beaten by one left out.
+
+        An exact tie of exact numbers goes to the lower index, as the operator defines.
+        """
+        index = np.arange(len(chosen))
+        for i in np.flatnonzero(chosen):
+            beaten = self.low > self.high[i]
+            if self.low[i] == self.high[i]:
+                beaten |= (self.low == self.high) & (self.low == self.low[i]) & (index < i)
+            if (beaten & ~chosen).any():
+                return False
+        return True
+
+
+@dataclass(frozen=True)
 class Certainty:
-    """For each token and expert whether it must be chosen and whether it may be; [T, E] each."""
+    """What is certain of each token's choice.
+
+    Attributes:
+        must, may: for each token and expert whether it must be chosen and whether it may be, judged singly; [T, E].
+        experts: the selection scores, [T, E]; None where anything goes.
+        groups: the scores of the groups, [T, G]; None where there is one group.
+        spec: the router.
+    """
 
     must: Mask
     may: Mask
+    experts: Scored | None = None
+    groups: Scored | None = None
+    spec: RouterSpec | None = None
+
+    def admits(self, token: int, chosen: I64) -> bool:
+        """Tell whether a set of experts can be the right one as a whole.
+
+        Each may be possible singly and all of them not: with two open groups of which one can win, no set takes
+        from both. Group sets are enumerated; where there are too many, the set is taken as possible.
+        """
+        if self.experts is None or self.spec is None:
+            return True
+        spec = self.spec
+        scores = Scored(self.experts.low[token], self.experts.high[token])
+        picked = np.zeros(spec.num_experts, bool)
+        picked[chosen] = True
+        if self.groups is None:
+            return scores.admits(picked)
+        groups = Scored(self.groups.low[token], self.groups.high[token])
+        sure = k_best(groups.low[None], groups.high[None], spec.top_groups)
+        must, open_ = np.flatnonzero(sure.must[0]), np.flatnonzero(sure.may[0] & ~sure.must[0])
+        free = spec.top_groups - len(must)
+        if math.comb(len(open_), free) > MAX_GROUP_SETS:
+            return True
+        for extra in itertools.combinations(open_, free):
+            kept = np.zeros(spec.num_groups, bool)
+            kept[must] = kept[list(extra)] = True
+            if not groups.admits(kept):
+                continue
+            inside = np.repeat(kept, spec.group_size)
+            masked = Scored(
+                np.where(inside, scores.low, spec.masked_score), np.where(inside, scores.high, spec.masked_score)
+            )
+            if masked.admits(picked):
+                return True
+        return False
+
+    def out_of_order(self, experts_TK: I64) -> Mask:
+        """Return [T, K - 1]: whether a choice certainly scores less than the one that follows it.
+
+        Experts of groups that may be masked are left out.
+        """
+        rows = np.arange(len(experts_TK))[:, None]
+        if self.experts is None or self.spec is None:
+            return np.zeros((len(experts_TK), experts_TK.shape[1] - 1), bool)
+        low, high = self.experts.low[rows, experts_TK], self.experts.high[rows, experts_TK]
+        wrong: Mask = low[:, 1:] > high[:, :-1]
+        if self.groups is not None:
+            kept = k_best(self.groups.low, self.groups.high, self.spec.top_groups).must
+            sure = kept[rows, experts_TK // self.spec.group_size]
+            wrong &= sure[:, 1:] & sure[:, :-1]
+        return wrong
+
+
+MAX_GROUP_SETS = 1000
 
 
 def k_best(low: F64, high: F64, k: int) -> Certainty:
@@ -57,8 +143,10 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
         value = value + bias_E
         bound = bound + U32 * (np.abs(value) + bound)  # one float32 addition
     low, high = value - bound, value + bound
+    scored = Scored(low, high)
     if spec.num_groups == 1:
-        return k_best(low, high, spec.top_k)
+        single = k_best(low, high, spec.top_k)
+        return Certainty(single.must, single.may, scored, None, spec)
     tokens = value.shape[0]
     grouped = (tokens, spec.num_groups, spec.group_size)
     if spec.group_score == "max":
@@ -73,11 +161,12 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
     masked_low = np.where(must_group, low, np.minimum(low, spec.masked_score))
     masked_high = np.where(may_group, high, spec.masked_score)
     masked_low = np.where(may_group, masked_low, spec.masked_score)
-    return k_best(masked_low, masked_high, spec.top_k)
+    single = k_best(masked_low, masked_high, spec.top_k)
+    return Certainty(single.must, single.may, scored, Scored(group_low, group_high), spec)
 
 
 def judge_choice(experts_TK: I64, certain: Certainty, what: str = "experts") -> Finding:
-    """Judge chosen experts: distinct, in range, none that may not be, all that must be."""
+    """Judge chosen experts: distinct, in range, none that may not be, all that must be, possible as a set, in order."""
     tokens, experts = certain.must.shape
     if experts_TK.size and (experts_TK.min() < 0 or experts_TK.max() >= experts):
         t, k = (int(i) for i in np.argwhere((experts_TK < 0) | (experts_TK >= experts))[0])
@@ -96,9 +185,25 @@ def judge_choice(experts_TK: I64, certain: Certainty, what: str = "experts") -> 
                 Status.FAIL_DISCRETE, exact=count / tokens,
                 detail=f"{what}: {count} of {tokens} tokens; token {t}, expert {e}: {text}",
             )  # fmt: skip
-    open_tokens = int((certain.may & ~certain.must).any(1).sum())
-    exact = Finding(Status.PASS)
-    if not open_tokens:
-        return exact
+    open_ = np.flatnonzero((certain.may & ~certain.must).any(1))
+    impossible = [int(t) for t in open_ if not certain.admits(int(t), experts_TK[t])]
+    if impossible:
+        t = impossible[0]
+        return Finding(
+            Status.FAIL_DISCRETE, exact=len(impossible) / tokens,
+            detail=f"{what}: {len(impossible)} of {tokens} tokens; token {t}: each of the experts "
+            f"{sorted(map(int, experts_TK[t]))} may be chosen, but not all of them at once",
+        )  # fmt: skip
+    disorder = certain.out_of_order(experts_TK)
+    if disorder.any():
+        t, k = (int(i) for i in np.argwhere(disorder)[0])
+        return Finding(
+            Status.FAIL_DISCRETE, exact=float(disorder.any(1).mean()),
+            detail=f"{what}: token {t}, choices {k} and {k + 1}: expert {experts_TK[t, k]} certainly scores less than "
+            f"{experts_TK[t, k + 1]}, and comes first",
+        )  # fmt: skip
+    if not len(open_):
+        return Finding(Status.PASS)
     # Where the choice is open the set may or may not be the oracle's; either is right.
+    open_tokens = len(open_)
     return Finding(Status.PASS_AMBIGUOUS, detail=f"{what}: the margin leaves {open_tokens} of {tokens} tokens open")

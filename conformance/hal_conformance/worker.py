@@ -26,7 +26,7 @@ from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
-    from hal_conformance.case import Arrays, Case
+    from hal_conformance.case import Arrays, Case, Footprint
 
 MAX_OUTPUT = 4 << 30
 """Bytes of outputs that one case may return; a wrong shape must not fill the memory of two processes."""
@@ -128,6 +128,8 @@ class _Worker:
         outputs: Arrays = {}
         started = time.perf_counter()
         try:
+            if reason := _too_large(case.footprint(params)):
+                return {**answer, "status": Status.SKIPPED.value, "detail": reason, "seconds": 0.0}, outputs
             inputs = case.inputs(params)
             answer["hashes"] = codec.digests(inputs)
             started = time.perf_counter()
@@ -184,6 +186,18 @@ class _Worker:
             return bool((torch.ones(2, device=self._device.torch_device) * 2).sum().item() == 4)
         except BaseException:  # noqa: BLE001  the answer is no, whatever it raises
             return False
+
+
+def _too_large(size: Footprint) -> str:
+    """Return why a task cannot be run on this host, or nothing: a machine without memory is not a wrong result."""
+    import psutil
+
+    if size.outputs > MAX_OUTPUT:
+        return f"its outputs have {size.outputs / 2**30:.1f} GiB; a case may return {MAX_OUTPUT >> 30}"
+    available = psutil.virtual_memory().available
+    if size.host > available:
+        return f"needs about {size.host / 2**30:.1f} GiB of host memory, and {available / 2**30:.1f} are available"
+    return ""
 
 
 def _check(returned: Any, device: Any) -> Arrays:

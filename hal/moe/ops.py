@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: N815  (fields carry their shapes)
 """The MoE operators as an interface: what the conformance suite checks and what a layer is built from.
 
 Legend: T tokens, D model dim, F expert hidden dim, E routed experts, K choices per token, S shared experts'

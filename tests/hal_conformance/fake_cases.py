@@ -21,6 +21,7 @@ from hal.backend import DeviceInfo
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice, UnsupportedOperation
 from hal.support import Support
+from hal_conformance.case import Footprint
 from hal_conformance.verdicts import Judgement, Status
 
 
@@ -32,12 +33,16 @@ class Doubling:
     family: str = "combine"
     what: str = "Doubles numbers.\n\nThe bound is zero."
     needs: tuple[str, ...] = ("double",)
+    size: tuple[int, int] = (0, 0)
 
     def presets(self):
         return ("a", "b")
 
     def dtypes(self):
         return ("float32", "bfloat16")
+
+    def footprint(self, p):
+        return Footprint(*self.size)
 
     def inputs(self, p):
         import ml_dtypes
@@ -65,7 +70,11 @@ class BadJudge(Doubling):
         raise ZeroDivisionError("the judge fell\nover \x1b[31m")
 
 
-ALL = (Doubling("double.one"), Doubling("double.two", family="layer"))
+HUGE = (
+    Doubling("huge.inputs", size=(1 << 50, 0)),
+    Doubling("huge.outputs", size=(0, 1 << 40)),
+)
+ALL = (Doubling("double.one"), Doubling("double.two", family="layer"), *HUGE)
 
 
 def by_name(name):

@@ -289,6 +289,79 @@ class AuxWithoutK(Parts):
         return super().aux_loss(scores_TE, experts_TK, spec) * spec.top_k
 
 
+class LosesARowOfOneGradient(Parts):
+    """The weight gradient of the down projection misses the last row of one expert, the one with most rows."""
+
+    def experts(self, x_RD, counts_E, weights):
+        y = super().experts(x_RD, counts_E, weights)
+        if not weights.w2_EDF.requires_grad:
+            return y
+        last = int(counts_E.cumsum(0)[int(counts_E.argmax())]) - 1
+        keep = torch.ones(len(y), 1, dtype=y.dtype)
+        keep[last] = 0
+        frozen = weights._replace(w2_EDF=weights.w2_EDF.detach())
+        inputs_only = super().experts(x_RD, counts_E, frozen)
+        weight_only = super().experts(
+            x_RD.detach(), counts_E, weights._replace(w1_EFD=weights.w1_EFD.detach(), w3_EFD=weights.w3_EFD.detach())
+        )
+        return inputs_only + (weight_only - weight_only.detach()) * keep
+
+
+class LayerChanged(Parts):
+    """A layer that differs from its own parts."""
+
+    def layer(self, x_TD, weights, spec, *, experts_TK=None, capacity=None):
+        return self.change(super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity), spec)
+
+
+class LayerAuxOfTopK(LayerChanged):
+    """The layer's balance loss averages over the chosen scores alone."""
+
+    def change(self, out, spec):
+        chosen = torch.zeros_like(out.routing.scores_TE).scatter(1, out.routing.experts_TK, 1.0)
+        return out._replace(aux_loss=self.aux_loss(out.routing.scores_TE * chosen, out.routing.experts_TK, spec.router))
+
+
+class LayerZOfMeans(LayerChanged):
+    """The layer's z-loss squares the mean instead of averaging the squares."""
+
+    def change(self, out, spec):
+        return out._replace(z_loss=out.routing.logits_TE.float().logsumexp(-1).mean().square())
+
+
+class FreezesSharedGate(Parts):
+    """The shared expert's gate gets half of its gradient."""
+
+    def layer(self, x_TD, weights, spec, *, experts_TK=None, capacity=None):
+        gate = weights.shared_gate_D
+        if gate is not None:
+            weights = weights._replace(shared_gate_D=0.5 * gate + 0.5 * gate.detach())
+        return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+
+class FreezesSharedDown(Parts):
+    """The shared experts' down projection is not trained on the first token."""
+
+    def layer(self, x_TD, weights, spec, *, experts_TK=None, capacity=None):
+        out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+        if weights.shared is None or not out.y_TD.requires_grad:
+            return out
+        w1, w3, w2 = weights.shared
+        frozen = weights._replace(shared=(w1, w3, w2.detach()))
+        other = super().layer(x_TD, frozen, spec, experts_TK=experts_TK, capacity=capacity)
+        return out._replace(y_TD=torch.cat([other.y_TD[:1], out.y_TD[1:]]))
+
+
+class UnsortedChoices(Parts):
+    """The choices come in ascending order of score."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        if experts_TK is not None:
+            return routing
+        return routing._replace(experts_TK=routing.experts_TK.flip(1), weights_TK=routing.weights_TK.flip(1))
+
+
 HONEST = {
     "honest": Parts(),
     "honest_reversed": Reversed(),
@@ -316,6 +389,12 @@ WRONG = {
     "scales_one_expert": ScalesOneExpert(),
     "loses_a_gradient": LosesAGradient(),
     "aux_without_k": AuxWithoutK(),
+    "loses_a_row_of_one_gradient": LosesARowOfOneGradient(),
+    "layer_aux_of_top_k": LayerAuxOfTopK(),
+    "layer_z_of_means": LayerZOfMeans(),
+    "freezes_shared_gate": FreezesSharedGate(),
+    "freezes_shared_down": FreezesSharedDown(),
+    "unsorted_choices": UnsortedChoices(),
 }
 
 globals().update(HONEST)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each detector sees what it is for, and stays silent on honest errors at the edge of what is admitted."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.budget import SHARE, bias_threshold, level, rms_threshold
-from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
+from hal_conformance.detectors import ExactMeter, Finding, Meter, discrete, exact, judge, merge, structure
 from hal_conformance.verdicts import Status, worst
 
 SHAPE = (64, 64)
@@ -139,3 +140,23 @@ def test_nothing_judged_is_invalid_and_an_unknown_status_too():
     assert worst([]) is Status.INVALID
     assert Status.parse("FINE") is Status.INVALID
     assert {status.colour for status in Status} == {"green", "amber", "red", "neutral"}
+
+
+def test_an_array_judged_in_parts_is_judged_as_a_whole():
+    rng = np.random.default_rng(0)
+    value = rng.normal(size=(6, 5))
+    want = Bounded.exact(value).stored("bfloat16")
+    got = value.astype(ml_dtypes.bfloat16)
+    for at in (None, (4, 2)):
+        if at is not None:
+            got[at] = 7.0
+        meter, exactly = Meter("y", independent=6, bias=True), ExactMeter("y")
+        for first in (0, 2, 3):
+            part = slice(first, {0: 2, 2: 3, 3: 6}[first])
+            meter.add(got[part], Bounded(value[part], want.bound[part], want.var[part]), first)
+            exactly.add(got[part], value[part].astype(ml_dtypes.bfloat16), first)
+        whole = judge("y", got, want, independent=6, bias=True)
+        parts = meter.finding()
+        assert (parts.status, parts.margin, parts.detail) == (whole.status, whole.margin, whole.detail)
+        assert parts.rms == pytest.approx(whole.rms)
+        assert exactly.finding() == exact("y", got, value.astype(ml_dtypes.bfloat16))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs are the same bits on every host, and look like what occurs in training."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -8,6 +9,8 @@ from hypothesis import strategies as st
 
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
+from hal_conformance.cases import designs
+from hal_conformance.oracle.dispatching import spans
 
 
 def test_the_bits_of_every_generator_are_fixed():
@@ -96,3 +99,24 @@ def test_a_permutation_has_every_index_once(seed, n):
 def test_storing_rounds_to_nearest_even():
     halves = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-7])  # two ties and an exact number
     assert make.store(halves, "bfloat16").astype(float).tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7]
+
+
+@pytest.mark.parametrize("design", ["as_it_occurs", "integers", "cancelling", "one_hot", "backward_integers"])
+def test_the_weights_do_not_depend_on_how_many_experts_are_made_at_a_time(design, monkeypatch):
+    size = designs.Size(np.array([3, 0, 1, 5, 2, 1, 4]), 24, 16, "bfloat16", 7)
+    whole = getattr(designs, design)(size)
+    monkeypatch.setattr(make, "SLAB", 2 * 24 * 16)
+    parts = getattr(designs, design)(size)
+    assert {name: array.tobytes() for name, array in parts.items()} == {k: v.tobytes() for k, v in whole.items()}
+
+
+def test_every_intermediate_result_of_the_backward_design_is_exact_in_bfloat16():
+    size = designs.Size(np.array([40, 0, 33]), 64, 32, "float32", 3)
+    arrays = {name: np.asarray(a, np.float64) for name, a in designs.backward_integers(size).items()}
+    for e, rows in spans(size.counts_E):
+        u = arrays["x_RD"][rows] @ arrays["w3_EFD"][e].T
+        dh = arrays["dy_RD"][rows] @ arrays["w2_EDF"][e]
+        assert np.abs(dh).max() > 1
+        assert np.abs(u).max() > 1
+        for inner in (u, designs.ONE * u, dh, designs.ONE * dh, dh * u):
+            assert (inner.astype(ml_dtypes.bfloat16).astype(np.float64) == inner).all()

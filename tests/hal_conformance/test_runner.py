@@ -97,6 +97,15 @@ def test_what_an_implementation_does_costs_its_own_case_and_no_other(impl, statu
     assert (good.dtype, good.status) == ("bfloat16", Status.EXACT)
 
 
+def test_what_does_not_fit_this_host_is_skipped_with_its_size_and_not_run():
+    report = run("good", cases=("huge.*[a]",))
+    assert {row.status for row in report.results} == {Status.SKIPPED}
+    first, *_, last = (row.detail for row in report.results)
+    assert first.startswith(f"needs about {3 << 20:.1f} GiB of host memory, and ")
+    assert last == f"its outputs have {1 << 10:.1f} GiB; a case may return 4"
+    assert report.exit_status() == 1, "nothing was judged"
+
+
 def test_a_hang_costs_its_time_limit_and_the_next_case_goes_on():
     report = run("hangs", cases=("double.one[a]",), case_s=1.0)
     assert [row.status for row in report.results] == [Status.HANG, Status.EXACT]

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hal.contract import Arithmetic, Contract
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.case import DTYPES, F64, Array, Params
+from hal_conformance.case import DTYPES, F64, Array, Footprint, Params
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,10 @@ def weight_storage(spec: RouterSpec, p: Params) -> str:
     return "float32" if spec.weight_dtype == "float32" else p.dtype
 
 
-def arithmetic(contract: Contract, dtype: str) -> Arithmetic:
-    """Return how products of a storage dtype are computed, float32 arithmetic where the contract is silent."""
-    return contract.matmul.get(dtype, Arithmetic())
+def expert_bytes(p: Params) -> int:
+    """Return the bytes of all routed experts' weights."""
+    s = shape(p)
+    return 3 * preset(p.preset).router.num_experts * s.width * s.hidden * make.NUMPY_DTYPES[p.dtype].itemsize
 
 
 def wide(array: Array) -> F64:
@@ -81,6 +81,10 @@ class Base:
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`."""
         return DTYPES
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return Footprint()
 
 
 class ByCounts(Base):

@@ -14,9 +14,8 @@ from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import ByCounts, shape, weight_storage, wide
-from hal_conformance.cases.dispatch import sent
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
-from hal_conformance.oracle import combine, gather_rows
+from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:

@@ -10,26 +10,14 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.case import I64, Array, Arrays, Params
+from hal_conformance.case import Array, Arrays, Params
 from hal_conformance.cases.base import ByCounts, shape, wide
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
-from hal_conformance.oracle import combine, gather_rows
+from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
     import torch
-
-
-def sent(experts_TK: I64, num_experts: int, capacity: int | None = None) -> tuple[I64, I64]:
-    """Return (slot_R, counts_E): slots by expert, then by slot, at most `capacity` for each."""
-    flat = experts_TK.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    counts = np.bincount(flat, minlength=num_experts).astype(np.int64)
-    if capacity is not None:
-        place = np.arange(len(flat)) - np.repeat(np.cumsum(counts) - counts, counts)
-        order = order[place < capacity]
-        counts = np.minimum(counts, capacity)
-    return order.astype(np.int64), counts
 
 
 class DispatchCase(ByCounts):

@@ -11,20 +11,13 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import U32, Bounded, matmul, sigmoid, softmax
-from hal_conformance.budget import Level, level
-from hal_conformance.case import F64, I64, Array, Arrays, Params
-from hal_conformance.cases.base import (
-    Base,
-    arithmetic,
-    gate_storage,
-    router_arrays,
-    shape,
-    weight_storage,
-    wide,
-)  # fmt: skip
+from hal_conformance.bounds import matmul
+from hal_conformance.budget import level
+from hal_conformance.case import F64, I64, Arrays, Params, arithmetic
+from hal_conformance.cases.base import Base, gate_storage, router_arrays, shape, weight_storage, wide
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import Certainty, certify, judge_choice
+from hal_conformance.oracle.routing import scores_of, weights_of
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -39,30 +32,6 @@ def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tu
         "experts_TK": ((tokens, spec.top_k), "int64"),
         "weights_TK": ((tokens, spec.top_k), weight_storage(spec, p)),
     }
-
-
-def scores_of(logits_TE: Array, spec: RouterSpec, at: Level) -> Bounded:
-    """Return the scores of the device's own logits."""
-    exact = wide(logits_TE)
-    return (softmax(exact, at) if spec.score == "softmax" else sigmoid(exact)).stored("float32")
-
-
-def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str) -> Bounded:
-    """Return the weights of chosen experts.
-
-    A weight inherits its score's relative error e_j. Normalising adds the score-weighted error of the sum, K - 1
-    roundings of additions, one of the epsilon's and two of a division; the factor adds one: K + 4 in all.
-    """
-    rows = np.arange(len(experts_TK))[:, None]
-    s, b = scores.value[rows, experts_TK], scores.bound[rows, experts_TK]
-    if not spec.normalize:
-        value, bound = s * spec.scaling_factor, (b + 2.0 * U32 * s) * spec.scaling_factor
-    else:
-        total = s.sum(1, keepdims=True) + spec.normalize_epsilon
-        value = s / total * spec.scaling_factor
-        relative = b / s + b.sum(1, keepdims=True) / total + (spec.top_k + 4) * U32
-        bound = value * relative
-    return Bounded.deterministic(value, bound).stored(storage)
 
 
 class RouterCase(Base):
@@ -254,8 +223,8 @@ SCORES = Scores(
 TOPK_SET = TopkSet(
     "router.topk_set", "router", ("route",),
     "The chosen experts, from the device's own logits. Where the gap between scores exceeds their bound, at the "
-    "level of "
-    "groups too, the set must be the oracle's; elsewhere any member within the bound is right: PASS-AMBIGUOUS.",
+    "level of groups too, the set and its order must be the oracle's; elsewhere any set that scores within the bound "
+    "can produce is right: PASS-AMBIGUOUS.",
 )  # fmt: skip
 WEIGHTS = Weights(
     "router.weights", "router", ("route",),

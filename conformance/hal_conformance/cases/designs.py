@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs of the experts. Each exact design is blind to something, so all are run.
+
+Small integers show lost and swapped rows and the rounding of the output; cancelling integers show accumulators of too
+few bits; one-hot rows show every bit of every weight, and inputs cut to TF32. In all of them one channel of x is 1 and
+alone feeds the gate.
+
+Legend: R routed rows, D model dim, F expert hidden dim, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hal_conformance import inputs as make
+from hal_conformance.case import F64, I64, Array, Arrays
+
+ONE = 32.0
+"""A gate value whose sigmoid is 1 in float32 (1 - 1.3e-14), so that silu(32) is exactly 32 and its slope 1."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of one call: rows per expert, D, F; and the dtype and seed."""
+
+    counts_E: I64
+    width: int
+    hidden: int
+    dtype: str
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return int(self.counts_E.sum())
+
+    @property
+    def up(self) -> tuple[int, int, int]:
+        """The shape of w1 and w3."""
+        return len(self.counts_E), self.hidden, self.width
+
+    @property
+    def down(self) -> tuple[int, int, int]:
+        """The shape of w2."""
+        return len(self.counts_E), self.width, self.hidden
+
+    def arrays(self, x_RD: F64, w1_EFD: Array, w3_EFD: Array, w2_EDF: Array) -> Arrays:
+        """Return the inputs of the experts, stored."""
+        return {
+            "x_RD": make.store(x_RD, self.dtype), "counts_E": self.counts_E,
+            "w1_EFD": w1_EFD, "w3_EFD": w3_EFD, "w2_EDF": w2_EDF,
+        }  # fmt: skip
+
+    def channel(self, design: str) -> int:
+        """Return the channel that feeds the gate."""
+        return int(make.permutation(self.seed, f"{design}/channel", self.width)[0])
+
+    def gate(self, channel: int) -> Array:
+        """Return a w1 that makes every gate `ONE` where x is 1 in the channel."""
+        w1 = np.zeros(self.up, make.NUMPY_DTYPES[self.dtype])
+        w1[:, :, channel] = ONE
+        return w1
+
+
+def as_it_occurs(size: Size) -> Arrays:
+    """Heavy tails and outlier channels, scaled to unit variance as after a norm."""
+    seed, dtype = size.seed, size.dtype
+    x = make.activations(seed, "experts/x", size.rows, size.width)
+    return size.arrays(
+        x * (np.sqrt(size.width) / make.typical_norm(size.width)),
+        make.expert_weights(seed, "experts/w1_EFD", dtype, *size.up),
+        make.expert_weights(seed, "experts/w3_EFD", dtype, *size.up),
+        make.expert_weights(seed, "experts/w2_EDF", dtype, *size.down),
+    )
+
+
+def integers(size: Size) -> Arrays:
+    """Small integers; the output needs rounding in the 16-bit dtypes.
+
+    u sums at most 28 products of up to 9, at most 252: exact in bfloat16. h = 32 u. y sums four of those times at most
+    2: at most 64,512, below float16's largest, in multiples of 32, so every partial sum is exact in float32.
+    """
+    seed, channel = size.seed, size.channel("integers")
+    x = make.integers(seed, "integers/x", -3, 3, size.rows, size.width).astype(np.float64)
+    x[:, channel] = 1.0
+    up, down = size.up[1:], size.down[1:]
+    return size.arrays(
+        x, size.gate(channel),
+        make.by_expert(size.dtype, size.up, lambda e, n: make.sparse(seed, "integers/w3", 28, 3, n, *up, first=e)),
+        make.by_expert(size.dtype, size.down, lambda e, n: make.sparse(seed, "integers/w2", 4, 2, n, *down, first=e)),
+    )  # fmt: skip
+
+
+def cancelling(size: Size) -> Arrays:
+    """Integers whose partial sums are large and whose sums are small.
+
+    Channels come in pairs with equal weights: v and d - v, v up to 126 in size, d in -1, 0, 1. A sum over 24 pairs has
+    partial sums of hundreds and a result of at most 24; an accumulator of 8 or 11 bits loses the d's. In the second
+    product the same is done with pairs of equal hidden units and weights w and 1 - w.
+    """
+    seed, order = size.seed, make.permutation(size.seed, "cancel/order", size.width)
+    channel, pairs = int(order[0]), (size.width - 1) // 2
+    left, right = order[1 : 1 + pairs], order[1 + pairs : 1 + 2 * pairs]
+    v = make.integers(seed, "cancel/v", -126, 126, size.rows, pairs)
+    x = np.zeros((size.rows, size.width))
+    x[:, left], x[:, right] = v, make.integers(seed, "cancel/d", -1, 1, size.rows, pairs) - v
+    x[:, channel] = 1.0
+    units, half = make.permutation(seed, "cancel/units", size.hidden), size.hidden // 2
+    a, b = units[:half], units[half : 2 * half]
+
+    def up(first: int, n: int) -> F64:
+        w3 = np.zeros((n, *size.up[1:]))
+        w3[:, :, left] = w3[:, :, right] = make.sparse(seed, "cancel/w3", 24, 1, n, size.hidden, pairs, first=first)
+        w3[:, b] = w3[:, a]  # equal hidden units in pairs
+        return w3
+
+    def down(first: int, n: int) -> F64:
+        w2 = np.zeros((n, *size.down[1:]))
+        big = make.sparse(seed, "cancel/w2", 8, 60, n, size.width, half, first=first)
+        w2[:, :, a], w2[:, :, b] = big, (big != 0) - big
+        return w2
+
+    return size.arrays(
+        x, size.gate(channel), make.by_expert(size.dtype, size.up, up), make.by_expert(size.dtype, size.down, down)
+    )
+
+
+def one_hot(size: Size) -> Arrays:
+    """Rows that pick single weights, so that the output is the weights themselves.
+
+    Row r of an expert is 1 in one channel j(r) of its own and in the channel c that all rows share. Each expert shows
+    one of its matrices; f(d) is a hidden unit that the seed picks for output channel d:
+      - 0, up: the gate is 32 through c, so y[d] = 32 w3[f(d), j].
+      - 1, gate: u is 1 through c and w2 picks f(d), so y[d] = w1[f(d), j], from 32 to 64, where silu is the identity.
+        In the 16-bit dtypes odd units add 32 through c, which needs rounding: a gate whose store truncates is seen.
+        (In float32 the sum itself would round, which a contract may do in its own way.)
+      - 2, down: w1 opens the unit j mod F alone and u is 1/32, so h is one-hot and y[d] = w2[d, j mod F].
+    Every bit that is read shows, and so does an input cut to fewer bits.
+    """
+    seed, channel = size.seed, size.channel("onehot")
+    others = np.delete(np.arange(size.width), channel)
+    x = np.zeros((size.rows, size.width))
+    x[np.arange(size.rows), others[np.arange(size.rows) % len(others)]] = 1.0
+    x[:, channel] = 1.0
+    pick = make.integers(seed, "onehot/pick", 0, size.hidden - 1, size.width)
+    unit = np.arange(size.width) % size.hidden
+
+    def role(which: int, first: int, n: int) -> tuple[I64, int]:
+        """Return the places, among `n` experts from `first`, of those that show a matrix; and their first number."""
+        at = np.flatnonzero((np.arange(first, first + n)) % 3 == which)
+        return at, (first + int(at[0])) // 3 if len(at) else 0
+
+    def gate(first: int, n: int) -> F64:
+        w1 = np.zeros((n, *size.up[1:]))
+        up, _ = role(0, first, n)
+        w1[up, :, channel] = ONE
+        shown, number = role(1, first, n)
+        fraction = make.words(seed, "onehot/w1", len(shown), *size.up[1:], first=number) * 2.0**-32
+        w1[shown] = ONE * (1.0 + fraction)
+        w1[shown, :, channel] = 0.0
+        if size.dtype != "float32":
+            w1[shown, 1::2, channel] = ONE
+        down, _ = role(2, first, n)
+        w1[down[:, None], unit[others], others] = ONE
+        return w1
+
+    def up(first: int, n: int) -> F64:
+        w3 = np.zeros((n, *size.up[1:]))
+        shown, number = role(0, first, n)
+        w3[shown] = make.full_bits(seed, "onehot/w3", len(shown), *size.up[1:], first=number)
+        w3[shown, :, channel] = 0.0
+        w3[role(1, first, n)[0], :, channel] = 1.0
+        w3[role(2, first, n)[0], :, channel] = 1.0 / ONE
+        return w3
+
+    def down(first: int, n: int) -> F64:
+        w2 = np.zeros((n, *size.down[1:]))
+        w2[:, np.arange(size.width), pick] = 1.0
+        shown, number = role(2, first, n)
+        w2[shown] = make.full_bits(seed, "onehot/w2", len(shown), *size.down[1:], first=number)
+        return w2
+
+    made = (make.by_expert(size.dtype, s, f) for s, f in ((size.up, gate), (size.up, up), (size.down, down)))
+    return size.arrays(x, *made)
+
+
+def backward_integers(size: Size) -> Arrays:
+    """Integers whose gradients are exact, too; `dy_RD` is among them.
+
+    x is -1, 0 or 1, rows of w3 have at most seven ones: |u| <= 7, h = 32 u. dy has at most eight values of up to 2 a
+    row, w2 at most four of up to 2: |dh| <= 32. So du = 32 dh has 6 significant bits and dg = dh u, at most 224, has 8:
+    exact in bfloat16 wherever they are stored. w3 is zero in the gate's channel, where alone w1 is not, so that every
+    element of dx comes through one of the two paths. All sums are of integers below 2**24: exact in float32 in any
+    order, and rounded once when they are stored.
+    """
+    seed, channel = size.seed, size.channel("backward")
+    x = make.integers(seed, "backward/x", -1, 1, size.rows, size.width).astype(np.float64)
+    x[:, channel] = 1.0
+
+    def up(first: int, n: int) -> F64:
+        w3 = make.sparse(seed, "backward/w3", 7, 1, n, *size.up[1:], first=first)
+        w3[:, :, channel] = 0.0
+        return w3
+
+    def down(first: int, n: int) -> F64:
+        return make.sparse(seed, "backward/w2", 4, 2, n, *size.down[1:], first=first)
+
+    arrays = size.arrays(
+        x, size.gate(channel), make.by_expert(size.dtype, size.up, up), make.by_expert(size.dtype, size.down, down)
+    )
+    arrays["dy_RD"] = make.store(make.sparse(seed, "backward/dy", 8, 2, size.rows, size.width), size.dtype)
+    return arrays

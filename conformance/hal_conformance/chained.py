@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers with the variance of an honest device's error, and the operators that carry it along.
+
+Where a stage cannot be seen, its error is part of the next one's: an operator's variance is that of its own roundings,
+plus the squared Jacobian times the variances of its operands. So a model of a device is written once, as equations,
+and yields the value and how far an honest device may be from it. Two paths that share one error add as
+(a + b)^2 <= 2 a^2 + 2 b^2 (`together`).
+
+The roundings of a float32 operation are at most u |result|, taken as uniform: u^2/3 of variance. What is kept more
+precisely than `stored` says is more precise than the model, and inside its bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hal.contract import Arithmetic
+from hal_conformance.bounds import U32, Bounded, half_ulp, logistic, matmul_variance
+from hal_conformance.budget import level
+from hal_conformance.case import F64, Array
+
+
+@dataclass(frozen=True)
+class Chained:
+    """A value and the variance of its error.
+
+    Attributes:
+        value: float64.
+        var: a variance above that of every admitted error; of the value's shape.
+    """
+
+    value: F64
+    var: F64
+
+    @classmethod
+    def exact(cls, value: Array) -> Chained:
+        """Return a value without error: an input, or what the device itself returned."""
+        wide = np.asarray(value, np.float64)
+        return cls(wide, np.broadcast_to(np.float64(0.0), wide.shape))
+
+    @classmethod
+    def of(cls, bounded: Bounded) -> Chained:
+        """Start a chain from a local bound."""
+        return cls(bounded.value, np.broadcast_to(bounded.var, bounded.value.shape))
+
+    @property
+    def T(self) -> Chained:
+        """The transpose."""
+        return Chained(self.value.T, self.var.T)
+
+    def __getitem__(self, key: Any) -> Chained:
+        return Chained(self.value[key], self.var[key])
+
+    def __add__(self, other: Chained) -> Chained:
+        """Add two results with errors of their own; the rounding is that of the store."""
+        return Chained(self.value + other.value, self.var + other.var)
+
+    def __mul__(self, other: Chained) -> Chained:
+        """Multiply two results with errors of their own, and round to float32."""
+        a, b = self, other
+        value = a.value * b.value
+        var = b.value**2 * a.var + a.value**2 * b.var + a.var * b.var
+        return Chained(value, var + (U32 * value) ** 2 / 3.0)
+
+    def stored(self, dtype: str) -> Chained:
+        """Round to storage: uniform within half an ulp, at the next larger binade's edge."""
+        half = half_ulp(np.abs(self.value) + 4.0 * np.sqrt(self.var), dtype)
+        return Chained(self.value, self.var + half**2 / 3.0)
+
+    def bounded(self, dtype: str, elements: int | None = None) -> Bounded:
+        """Return the bound of what was stored last: lambda deviations, and half an ulp.
+
+        The error is, to first order, a sum of many independent rounding errors weighted by squared Jacobians, each
+        sub-Gaussian; so is the sum, and lambda = sqrt(2 L) deviations have odds exp(-L).
+
+        Args:
+            dtype: of storage.
+            elements: judged together with these; None: as many as there are here.
+        """
+        deviations = level(self.value.size if elements is None else elements).deviations * np.sqrt(self.var)
+        return Bounded(self.value, deviations + half_ulp(np.abs(self.value) + deviations, dtype), self.var)
+
+
+def together(*parts: Chained) -> Chained:
+    """Add results that share errors: (a + b + ...)^2 <= n (a^2 + b^2 + ...)."""
+    value, var = parts[0].value, parts[0].var
+    for part in parts[1:]:
+        value, var = value + part.value, var + part.var
+    return Chained(value, len(parts) * var)
+
+
+def product(a: Chained, b: Chained, rule: Arithmetic) -> Chained:
+    """Return a @ b for [M, K] and [K, N]; not stored."""
+    square_a, square_b = a.value * a.value, b.value * b.value
+    value = a.value @ b.value
+    var = matmul_variance(value, square_a @ square_b, a.value.shape[-1], rule)
+    if a.var.any():
+        var = var + a.var @ square_b
+    if b.var.any():
+        var = var + square_a @ b.var
+    return Chained(value, np.asarray(var))
+
+
+def dot(a: Chained, b: F64) -> Chained:
+    """Return sum_k a_k b_k over the last axis in float32, for an exact b; not stored."""
+    terms = a.value * b
+    value = terms.sum(-1)
+    var = matmul_variance(value, (terms**2).sum(-1), terms.shape[-1], Arithmetic())
+    return Chained(value, var + (b**2 * a.var).sum(-1))
+
+
+def sigmoid(x: Chained) -> Chained:
+    """Return 1 / (1 + exp(-x)); its own error as in `bounds.sigmoid`."""
+    s = logistic(x.value)
+    own = s * U32 * ((1.0 - s) * (2.0 * np.abs(x.value) + 4.0) + 3.0)
+    return Chained(s, (s * (1.0 - s)) ** 2 * x.var + own**2 / 3.0)
+
+
+def silu(x: Chained) -> Chained:
+    """Return x sigmoid(x): the error of `bounds.sigmoid` and one product, |s| u [(1 - sigma)(2 |x| + 4) + 5]."""
+    sigma = logistic(x.value)
+    s = x.value * sigma
+    own = np.abs(s) * U32 * ((1.0 - sigma) * (2.0 * np.abs(x.value) + 4.0) + 5.0)
+    # |silu''| <= 1/2: the second-order term of an error of variance v adds at most (v / 2)^2.
+    return Chained(s, _slope(x.value, sigma) ** 2 * x.var + 0.25 * x.var**2 + own**2 / 3.0)
+
+
+def silu_backward(ds: Chained, x: Chained) -> Chained:
+    """Return ds silu'(x). Its own error is relative to ds, not to the result: the slope has a zero.
+
+    d slope / dx is at most 1/2. Own arithmetic, with a = |x| and q = 1 - sigma:
+    |ds| u sigma [(1 + a q)(4 + q (2 a + 4)) + a q (sigma (2 a + 4) + 4) + 3 + a sigma].
+    """
+    sigma = logistic(x.value)
+    slope = _slope(x.value, sigma)
+    a, q = np.abs(x.value), 1.0 - sigma
+    inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (sigma * (2 * a + 4) + 4) + 3 + a * sigma
+    own = np.abs(ds.value) * U32 * sigma * inner
+    return Chained(ds.value * slope, slope**2 * ds.var + 0.25 * ds.value**2 * x.var + own**2 / 3.0)
+
+
+def _slope(x: F64, sigma: F64) -> F64:
+    return np.asarray(sigma * (1.0 + x * (1.0 - sigma)))

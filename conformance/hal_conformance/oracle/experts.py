@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SwiGLU experts, forward and backward, one expert after the other: all of them in float64 need not fit in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from hal.contract import Arithmetic
+from hal_conformance.case import I64, Array
+from hal_conformance.chained import Chained, product, silu, silu_backward, together
+from hal_conformance.oracle.dispatching import spans
+
+Weights = tuple[Array, Array, Array]
+"""w1, w3 [.., F, D] and w2 [.., D, F], as they are stored."""
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """The inside of one expert: gate g, up u, s = silu(g), h = s u, y; each as stored in `dtype`.
+
+    An implementation that keeps one of them wider is more precise.
+    """
+
+    x: Chained
+    w1_FD: Chained
+    w3_FD: Chained
+    w2_DF: Chained
+    g: Chained
+    u: Chained
+    s: Chained
+    h: Chained
+    y: Chained
+    dtype: str
+    rule: Arithmetic
+
+    @classmethod
+    def of(cls, x: Chained, weights: Weights, dtype: str, rule: Arithmetic) -> Swiglu:
+        """Compute w2 (silu(w1 x) * (w3 x)) for the rows of one expert."""
+        w1, w3, w2 = map(Chained.exact, weights)
+        g = product(x, w1.T, rule).stored(dtype)
+        u = product(x, w3.T, rule).stored(dtype)
+        s = silu(g).stored(dtype)
+        h = (s * u).stored(dtype)
+        return cls(x, w1, w3, w2, g, u, s, h, product(h, w2.T, rule).stored(dtype), dtype, rule)
+
+    def backward(self, dy: Chained) -> SwigluGradients:
+        """Return the gradients for that of y; every stage may be stored in `dtype`."""
+        dtype, rule = self.dtype, self.rule
+        dh = product(dy, self.w2_DF, rule).stored(dtype)
+        du = (dh * self.s).stored(dtype)
+        ds = (dh * self.u).stored(dtype)
+        dg = silu_backward(ds, self.g).stored(dtype)
+        through_g = product(dg, self.w1_FD, rule).stored(dtype)
+        through_u = product(du, self.w3_FD, rule).stored(dtype)
+        return SwigluGradients(
+            together(through_g, through_u).stored(dtype),  # both paths share the errors of dh and g
+            product(dg.T, self.x, rule).stored(dtype),
+            product(du.T, self.x, rule).stored(dtype),
+            product(dy.T, self.h, rule).stored(dtype),
+        )
+
+
+@dataclass(frozen=True)
+class SwigluGradients:
+    """Gradients of the rows and the weights of one expert."""
+
+    dx: Chained
+    dw1_FD: Chained
+    dw3_FD: Chained
+    dw2_DF: Chained
+
+    @property
+    def weights(self) -> tuple[Chained, Chained, Chained]:
+        """Those of w1, w3 and w2."""
+        return self.dw1_FD, self.dw3_FD, self.dw2_DF
+
+
+def each(
+    x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic
+) -> Iterator[tuple[int, slice, Swiglu]]:
+    """Yield (expert, its rows, its inside) for each expert that has rows."""
+    w1, w3, w2 = weights
+    for e, rows in spans(counts_E):
+        yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), (w1[e], w3[e], w2[e]), dtype, rule)
+
+
+def experts(x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic) -> Chained:
+    """Return the experts' output [R, D], stored."""
+    y = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
+    for _, rows, inside in each(x_RD, counts_E, weights, dtype, rule):
+        y.value[rows], y.var[rows] = inside.y.value, inside.y.var
+    return y

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router: scores, weights, and the gradient of its logits."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hal.moe.router_spec import RouterSpec
+from hal_conformance.bounds import TINY32, U32, Bounded, sigmoid, softmax
+from hal_conformance.budget import Level
+from hal_conformance.case import F64, I64, Array
+from hal_conformance.chained import Chained
+
+
+def scores_of(logits_TE: Array, spec: RouterSpec, at: Level) -> Bounded:
+    """Return the scores of the device's own logits."""
+    exact = np.asarray(logits_TE, np.float64)
+    return (softmax(exact, at) if spec.score == "softmax" else sigmoid(exact)).stored("float32")
+
+
+def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str) -> Bounded:
+    """Return the weights of chosen experts.
+
+    A weight inherits its score's relative error e_j. Normalising adds the score-weighted error of the sum, K - 1
+    roundings of additions, one of the epsilon's and two of a division; the factor adds one: K + 4 in all.
+    """
+    rows = np.arange(len(experts_TK))[:, None]
+    s, b = scores.value[rows, experts_TK], scores.bound[rows, experts_TK]
+    if not spec.normalize:
+        value, bound = s * spec.scaling_factor, (b + 2.0 * U32 * s) * spec.scaling_factor
+    else:
+        total = s.sum(1, keepdims=True) + spec.normalize_epsilon
+        value = s / total * spec.scaling_factor
+        relative = b / s + b.sum(1, keepdims=True) / total + (spec.top_k + 4) * U32
+        bound = value * relative
+    return Bounded.deterministic(value, bound).stored(storage)
+
+
+def logits_gradient(dweights: Chained, scores: Bounded, experts_TK: I64, spec: RouterSpec) -> Chained:
+    """Return the gradient of the logits from that of the weights, [T, K]; not stored.
+
+    Each step is linear in the gradient above it, with coefficients made of scores: the variance of the one, plus the
+    coefficients' relative error squared times the sum of absolute terms squared, since differences cancel.
+    """
+    dw, var_dw = dweights.value, dweights.var
+    at = np.arange(len(dw))[:, None]
+    s, error = scores.value[at, experts_TK], scores.bound[at, experts_TK]
+    relative = (error / s).max(1, keepdims=True) + (spec.top_k + 4) * U32
+    if spec.normalize:
+        total = s.sum(1, keepdims=True) + spec.normalize_epsilon
+        share, factor = s / total, spec.scaling_factor / total
+        ds = factor * (dw - (dw * share).sum(1, keepdims=True))
+        size = factor * (np.abs(dw) + (np.abs(dw) * share).sum(1, keepdims=True))
+        var_ds = 2 * factor**2 * (var_dw + (share**2 * var_dw).sum(1, keepdims=True)) + (size * 2 * relative) ** 2
+    else:
+        ds, var_ds = dw * spec.scaling_factor, spec.scaling_factor**2 * (var_dw + (dw * relative) ** 2)
+    full, var_full = np.zeros_like(scores.value), np.zeros_like(scores.value)
+    full[at, experts_TK], var_full[at, experts_TK] = ds, var_ds
+    q: F64 = scores.value
+    if spec.score == "softmax":
+        dlogits = q * (full - (q * full).sum(1, keepdims=True))
+        size = q * (np.abs(full) + (q * np.abs(full)).sum(1, keepdims=True))
+        var = 2 * q**2 * (var_full + (q**2 * var_full).sum(1, keepdims=True))
+        var = var + (size * (2 * scores.bound / np.maximum(q, TINY32) + 4 * U32 + relative)) ** 2
+    else:
+        dlogits = full * q * (1 - q)
+        var = (q * (1 - q)) ** 2 * var_full + (full * (2 * scores.bound + 4 * U32 * q)) ** 2
+    return Chained(dlogits, var)

@@ -108,11 +108,15 @@ class TorchStream(Stream):
 
 @contextlib.contextmanager
 def _refusals(device: torch.device | None) -> Iterator[None]:
-    """Turn what torch's guard of a device type says it lacks, at the call and only in words, into our error."""
+    """Turn what torch's guard of a device type says it lacks, at the call and only in words, into our error.
+
+    The words differ in case: "Backend doesn't support events." is the base class's answer, "cpu backend doesn't
+    support events." that of a guard without devices (c10/core/impl/DeviceGuardImplInterface.h).
+    """
     try:
         yield
     except RuntimeError as error:
-        if "Backend doesn't support" not in str(error):
+        if "backend doesn't support" not in str(error).lower():
             raise
         raise UnsupportedOperation(str(error), device=str(device), what="event") from error
 

@@ -4,30 +4,45 @@
 Several open devices may want the same process-wide switch. A switch is therefore reference-counted: the first
 holder saves the old value and sets the new one, a second holder of the same value only counts, another value is
 a `DeviceConflict`, and the last one to let go restores the old value.
+
+A switch belongs to the user all the same. If somebody else wrote it meanwhile, the newer value stays when the last
+holder lets go, and a warning in the log says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from hal.errors import ConfigError, DeviceConflict
+from hal.errors import ConfigError, DeviceClosed, DeviceConflict
+
+log = logging.getLogger("hal")
 
 
 @dataclass(frozen=True)
 class Change:
-    """One change to the process: what was changed, from which value, to which."""
+    """One change to the process.
+
+    Attributes:
+        what: the switch.
+        old: what is written back when the last holder lets go.
+        new: the value at which the device holds it.
+        now: what it reads. If that is not `new`, somebody else wrote it since, and it will be left alone.
+    """
 
     what: str
     old: object
     new: object
+    now: object
 
     def __str__(self) -> str:
-        return f"{self.what}: {self.old!r} -> {self.new!r}"
+        since = "" if self.now == self.new else f" (somebody else has set it to {self.now!r} since)"
+        return f"{self.what}: {self.old!r} -> {self.new!r}{since}"
 
 
 @dataclass(frozen=True)
@@ -37,11 +52,20 @@ class Switch:
     Attributes:
         name: as a user would write it, such as `torch.backends.mkldnn.matmul.fp32_precision`. Two switches of
             one name are the same switch.
+        read: returns the value in force.
+        write: sets it.
+        saved: returns what to write to put the present state back, where that is not what `read` returns: a
+            setting that inherits reads as the inherited value, which must not be written back as its own.
     """
 
     name: str
     read: Callable[[], object]
     write: Callable[[Any], object]
+    saved: Callable[[], object] | None = None
+
+    def state(self) -> object:
+        """Return what to write to put the present state back."""
+        return (self.saved or self.read)()
 
 
 def environment_switch(name: str) -> Switch:
@@ -61,7 +85,7 @@ class _Holding:
     switch: Switch
     old: object
     new: object
-    owners: list[str]
+    owners: list[Changes]
 
 
 _lock = threading.RLock()
@@ -69,22 +93,33 @@ _holdings: dict[str, _Holding] = {}
 
 
 class Changes:
-    """Everything that one device changed, in order. Thread-safe.
+    """Everything that one open handle of a device changed, in order. Thread-safe.
 
     Args:
-        owner: the device; two open handles of one device need two owners.
+        owner: the device and its handle, for messages.
     """
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._held: dict[str, object] = {}  # switch name to the value that this owner asked for, in order
+        self._closed = False
 
     def __iter__(self) -> Iterator[Change]:
         with _lock:
-            return iter([Change(name, _holdings[name].old, value) for name, value in self._held.items()])
+            return iter(
+                [
+                    Change(name, _holdings[name].old, value, _holdings[name].switch.read())
+                    for name, value in self._held.items()
+                ]
+            )
 
     def __len__(self) -> int:
         return len(self._held)
+
+    @property
+    def closed(self) -> bool:
+        """Whether the ledger was closed: it holds nothing and refuses to set anything."""
+        return self._closed
 
     def value(self, name: str) -> object:
         """Return the value at which this owner holds a switch, or None."""
@@ -94,27 +129,43 @@ class Changes:
         """Set a switch and hold it until `release`.
 
         Raises:
+            DeviceClosed: the ledger is closed: nobody would put the value back.
             DeviceConflict: another owner holds this switch at another value; nothing is changed.
             ConfigError: the switch does not keep the value; the former one is back.
         """
         with _lock:
+            if self._closed:
+                raise DeviceClosed(f"wants {switch.name} = {value!r} after it was closed", device=self.owner)
             holding = _holdings.get(switch.name)
-            if holding is not None and holding.new != value:
-                others = [owner for owner in holding.owners if owner != self.owner]
-                if others:
-                    raise DeviceConflict(
-                        f"wants {switch.name} = {value!r}, which {', '.join(others)} holds at {holding.new!r}",
-                        device=self.owner,
-                        hint=f"close {others[0]} first, or ask both for the same",
-                    )
-            if holding is None or holding.new != value:
-                before = switch.read()
-                self._write(switch, value, before)
-                old = before if holding is None else holding.old
-                holding = _holdings[switch.name] = _Holding(switch, old, value, [self.owner])
-            elif self.owner not in holding.owners:
-                holding.owners.append(self.owner)
+            if holding is None:
+                old = switch.state()
+                self._write(switch, value, old)
+                holding = _holdings[switch.name] = _Holding(switch, old, value, [])
+            else:
+                self._hold_at(holding, value)
+            if self not in holding.owners:
+                holding.owners.append(self)
             self._held[switch.name] = value
+
+    def _hold_at(self, holding: _Holding, value: object) -> None:
+        """Set a switch that is held already."""
+        switch = holding.switch
+        others = [owner.owner for owner in holding.owners if owner is not self]
+        if others and holding.new != value:
+            raise DeviceConflict(
+                f"wants {switch.name} = {value!r}, which {', '.join(others)} holds at {holding.new!r}",
+                device=self.owner,
+                hint=f"close {others[0]} first, or ask both for the same",
+            )
+        if switch.read() == holding.new:
+            if holding.new != value:
+                self._write(switch, value, holding.new)
+                holding.new = value
+            return
+        # The user wrote it since, and now asks for a value once more: theirs is what comes back at the end.
+        newer = switch.state()
+        self._write(switch, value, newer)
+        holding.old, holding.new = newer, value
 
     def _write(self, switch: Switch, value: object, before: object) -> None:
         try:
@@ -149,13 +200,34 @@ class Changes:
                 raise
 
     def release(self, names: Iterable[str] | None = None) -> None:
-        """Let go of the named switches, or of all; the last owner of a switch puts the old value back."""
-        with _lock:
+        """Let go of the named switches, or of all, in reverse order; the last owner of one puts the old value back.
+
+        A switch that somebody else wrote since keeps that value. One that cannot be written does not keep the others
+        from being put back; its error is raised at the end.
+        """
+        with _lock, contextlib.ExitStack() as last_first:
             chosen = set(self._held if names is None else names)
-            for name in [name for name in reversed(self._held) if name in chosen]:
-                del self._held[name]
-                holding = _holdings[name]
-                holding.owners.remove(self.owner)
-                if not holding.owners:
-                    del _holdings[name]
-                    holding.switch.write(holding.old)
+            for name in self._held:
+                if name in chosen:
+                    last_first.callback(self._let_go, name)
+
+    def _let_go(self, name: str) -> None:
+        del self._held[name]
+        holding = _holdings[name]
+        holding.owners.remove(self)
+        if holding.owners:
+            return
+        del _holdings[name]
+        now = holding.switch.read()
+        if now == holding.new:
+            holding.switch.write(holding.old)
+        else:
+            log.warning(
+                "%s: %s was set to %r after this device had set it to %r; it stays", self.owner, name, now, holding.new
+            )
+
+    def close(self) -> None:
+        """Let go of everything, and refuse to set anything from now on. Harmless the second time."""
+        with _lock:
+            self._closed = True
+            self.release()

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
 from hal.errors import ConfigError, DeviceClosed
+from hal.facet import Facet
 
 if TYPE_CHECKING:
     import torch
@@ -65,13 +66,16 @@ class Device:
         self._streams = facets.streams
         self._support = facets.support
         self._backend = backend
-        self._closed = False
+        for facet in (facets.memory, facets.precision, facets.collectives, facets.random):
+            if isinstance(facet, Facet):
+                facet.attach(changes)
 
     def __repr__(self) -> str:
-        return f"<hal.Device {self.info.id} ({self.info.name or self.info.vendor}){' closed' if self._closed else ''}>"
+        closed = " closed" if self.changes.closed else ""
+        return f"<hal.Device {self.info.id} ({self.info.name or self.info.vendor}){closed}>"
 
     def _open(self) -> None:
-        if self._closed:
+        if self.changes.closed:
             raise DeviceClosed("the device is closed", device=self.info.id, hint="open it again")
 
     def synchronize(self) -> None:
@@ -178,10 +182,12 @@ class Device:
                         state[key] = value.to(self.torch_device)
 
     def close(self) -> None:
-        """Put back everything that opening changed. Harmless the second time; tensors stay valid."""
-        if not self._closed:
-            self._closed = True
-            self.changes.release()
+        """Put back everything that opening and using it changed. Harmless the second time; tensors stay valid.
+
+        The facets refuse to work from now on. A switch that somebody else wrote meanwhile keeps that value, with a
+        warning in the log.
+        """
+        self.changes.close()
 
     def __enter__(self) -> Device:
         self._open()

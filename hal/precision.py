@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
 from hal.changes import Changes, Switch
 from hal.errors import ConfigError, UnsupportedDtype, UnsupportedPrecision
+from hal.facet import Facet
 from hal.support import Support
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class PrecisionReport:
     input_bits: tuple[tuple[str, int], ...]
 
 
-class Precision(abc.ABC):
+class Precision(Facet, abc.ABC):
     """Precision of one opened device. A backend implements the hooks that start with an underscore.
 
     Args:
@@ -71,9 +72,8 @@ class Precision(abc.ABC):
     """
 
     def __init__(self, device_id: str, torch_device: torch.device, changes: Changes, support: SupportTable) -> None:
-        self.device_id = device_id
+        super().__init__(device_id, changes)
         self.torch_device = torch_device
-        self._changes = changes
         self._support = support
 
     # dtypes ----------------------------------------------------------------------------------------------------
@@ -81,6 +81,7 @@ class Precision(abc.ABC):
     @final
     def supports(self, dtype: torch.dtype, operation: str = "matmul") -> Support:
         """Tell whether the device computes `operation` in `dtype`, by trying it once."""
+        self.check_open()
         return self._support.query(operation, dtype)
 
     @final
@@ -88,6 +89,7 @@ class Precision(abc.ABC):
         """Return for each FP8 format of both families whether the device multiplies it natively."""
         import torch
 
+        self.check_open()
         return {
             name: self._support.query("scaled_mm", getattr(torch, attribute))
             if hasattr(torch, attribute)
@@ -106,6 +108,7 @@ class Precision(abc.ABC):
 
         import torch
 
+        self.check_open()
         if enabled:
             answer = self.supports(dtype)
             if not answer:
@@ -148,6 +151,7 @@ class Precision(abc.ABC):
                 setting is back in force.
             DeviceConflict: another open device holds one of the switches at another value.
         """
+        self.check_open()
         if mode not in get_args(Fp32Mode):
             raise ConfigError(f"no float32 mode {mode!r}", expected=", ".join(get_args(Fp32Mode)))
         switches = list(self._fp32_switches(mode))
@@ -233,6 +237,7 @@ class Precision(abc.ABC):
         """
         import torch
 
+        self.check_open()
         switches = [
             (
                 Switch(

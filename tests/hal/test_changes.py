@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
 
 import pytest
 
 from hal.changes import Changes, Switch
-from hal.errors import ConfigError, DeviceConflict
+from hal.errors import ConfigError, DeviceClosed, DeviceConflict
+from hal.facet import Facet
 
 
 class Flag:
@@ -80,3 +82,97 @@ def test_an_environment_variable_that_was_not_set_is_unset_again(monkeypatch):
     owner.release()
     assert "HAL_TEST_VARIABLE" not in os.environ
     owner.release()
+
+
+def test_a_closed_ledger_has_put_everything_back_and_refuses_to_set_anything():
+    flag, owner = Flag(), Changes("a")
+    owner.set(flag.switch, 1)
+    owner.close()
+    owner.close()
+    assert (flag.value, owner.closed) == (0, True)
+    with pytest.raises(DeviceClosed, match="after it was closed"):
+        owner.set(flag.switch, 1)
+    assert flag.value == 0
+    second = Changes("b")
+    second.set(flag.switch, 2)
+    second.close()
+    assert flag.value == 0
+
+
+def test_a_facet_belongs_to_the_handle_that_it_is_attached_to_and_ends_with_it():
+    facet, handle = Facet("a"), Changes("a (handle 1)")
+    facet.attach(handle)
+    facet.check_open()
+    handle.close()
+    with pytest.raises(DeviceClosed, match="a: the device is closed"):
+        facet.check_open()
+
+
+def test_what_the_user_wrote_meanwhile_is_shown_and_stays_with_a_warning(caplog):
+    flag, owner = Flag(), Changes("a")
+    owner.set(flag.switch, 1)
+    flag.value = 7
+    (change,) = owner
+    assert (change.new, change.now) == (1, 7)
+    assert "somebody else has set it to 7" in str(change)
+    with caplog.at_level(logging.WARNING, logger="hal"):
+        owner.release()
+    assert flag.value == 7
+    assert "was set to 7 after this device had set it to 1; it stays" in caplog.text
+
+
+@pytest.mark.parametrize("wanted", [1, 2])
+def test_asking_once_more_sets_it_again_and_the_users_newer_value_is_what_comes_back(wanted):
+    flag, owner = Flag(), Changes("a")
+    owner.set(flag.switch, 1)
+    flag.value = 7
+    owner.set(flag.switch, wanted)
+    assert flag.value == wanted
+    assert [(c.old, c.new) for c in owner] == [(7, wanted)]
+    owner.release()
+    assert flag.value == 7
+
+
+def test_a_second_holder_of_the_same_value_really_gets_it():
+    flag, first, second = Flag(), Changes("a"), Changes("b")
+    first.set(flag.switch, 1)
+    flag.value = 7
+    second.set(flag.switch, 1)
+    assert flag.value == 1
+    first.release()
+    second.release()
+    assert flag.value == 7
+
+
+def test_a_setting_that_inherits_is_put_back_as_inheriting():
+    parent, own = [3], [None]
+    child = Switch(
+        "child",
+        read=lambda: parent[0] if own[0] is None else own[0],
+        write=lambda value: own.__setitem__(0, value),
+        saved=lambda: own[0],
+    )
+    owner = Changes("a")
+    owner.set(child, 5)
+    assert child.read() == 5
+    owner.release()
+    parent[0] = 4
+    assert child.read() == 4
+
+
+def test_one_switch_that_cannot_be_written_keeps_no_other_from_being_put_back():
+    one, stuck, two, owner = Flag(), Flag(), Flag(), Changes("a")
+    frozen = []
+
+    def write(value):
+        if frozen:
+            raise RuntimeError("frozen")
+        stuck.value = value
+
+    for switch in (one.switch, Switch("stuck", lambda: stuck.value, write), two.switch):
+        owner.set(switch, 1)
+    frozen.append(True)
+    with pytest.raises(RuntimeError, match="frozen"):
+        owner.close()
+    assert (one.value, two.value) == (0, 0)
+    assert list(owner) == []

@@ -212,6 +212,43 @@ def test_a_closed_device_says_so(device):
         device.synchronize()
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda precision: precision.fp32_mode("ieee"),
+        lambda precision: precision.deterministic(),
+        lambda precision: precision.supports(torch.float32),
+        lambda precision: precision.fp8_formats(),
+        lambda precision: precision.autocast(torch.bfloat16),
+    ],
+)
+def test_a_facet_that_outlives_its_device_refuses_and_holds_nothing(device, use):
+    kept, tensor = device.precision, torch.ones(2, device=device.torch_device)
+    device.close()
+    before = (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.matmul.fp32_precision)
+    with pytest.raises(hal.DeviceClosed):
+        use(kept)
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.matmul.fp32_precision) == before
+    assert list(device.changes) == []
+    assert tensor.sum() == 2
+
+
+def test_a_switch_that_the_user_writes_meanwhile_is_shown_and_kept(device):
+    before = torch.get_float32_matmul_precision()
+    device.precision.fp32_mode("ieee")
+    try:
+        torch.set_float32_matmul_precision("high")  # which also writes mkldnn.matmul
+        now = torch.backends.mkldnn.matmul.fp32_precision
+        assert now != "ieee"
+        assert any(change.new == "ieee" and change.now == now for change in device.changes)
+        device.close()
+        assert torch.backends.mkldnn.matmul.fp32_precision == now
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 def test_prepare_places_a_training_loop_and_leaves_the_loop_alone(device):
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())

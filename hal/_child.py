@@ -1,83 +1,67 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The child process of `hal.explain`: imports, lists, opens and uses one backend, and reports each step at once.
-
-`hal.explain` runs `main(NAME)`. Each report is one line on stdout that starts with `hal-report `.
-"""
+"""The child process of `hal.explain`: imports, lists, opens and uses one backend, and reports each step at once."""
 
 from __future__ import annotations
 
-import json
-import sys
 import traceback
-from typing import Any
 
 from hal import plugins
+from hal._report import Reporter
 from hal.errors import Absent, HalError
-from hal.registry import open_device, survey
-
-
-def report(**facts: Any) -> None:
-    """Report facts now: the next step may kill this process."""
-    # A plug-in may have printed half a line before.
-    sys.stdout.write("\nhal-report " + json.dumps(facts) + "\n")
-    sys.stdout.flush()
-
-
-def _fail(error: BaseException, status: str = "broken") -> None:
-    cause = error.__cause__ or error
-    report(
-        status=status,
-        reason=str(error) if isinstance(error, HalError) else f"{type(error).__name__}: {error}",
-        detail=""
-        if status == "absent"
-        else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
-    )
+from hal.registry import find_plugin, open_device
+from hal.surveys import survey
 
 
 def main(name: str) -> None:
     """Examine one backend, and report even what nobody foresaw."""
+    reporter = Reporter()
     try:
-        _examine(name)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  this is what the parent wants to know
-        _fail(error)
+        _examine(name, reporter)
+    except BaseException as error:  # noqa: BLE001  this is what the parent wants to know
+        _fail(reporter, error)
 
 
-def _examine(name: str) -> None:
-    plugin = next(p for p in plugins.allowed() if p.name == name)
-    answer = survey(plugin)
-    if answer.error is not None:
-        _fail(answer.error, "absent" if isinstance(answer.error, Absent) else "broken")
-        return
+def _fail(reporter: Reporter, error: BaseException) -> None:
+    cause = error.__cause__ or error
+    # A device that was listed and then refuses as absent is no failure of the backend.
+    absent = isinstance(error, Absent)
+    reporter.say(
+        status="absent" if absent else "broken",
+        reason=str(error) if isinstance(error, HalError) else f"{type(error).__name__}: {error}",
+        detail="" if absent else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
+    )
+
+
+def _examine(name: str, reporter: Reporter) -> None:
+    plugin = find_plugin(name)
+    answer = survey(plugin, lambda stage: reporter.say(stage=stage))
     claims = answer.discovery.claims
-    report(
+    reporter.say(
         devices=[claim.info.as_json() for claim in claims],
         specificity=[int(claim.specificity) for claim in claims],
         left=list(answer.discovery.left),
-        advice=list(plugins.load(plugin).advice()),
     )
+    if not answer.broken:
+        # Where the hardware seems absent, too: what is missing may be only the right build of a library.
+        reporter.say(stage="asking for its advice")
+        reporter.say(advice=[str(advice) for advice in plugins.load(plugin).advice()])
+    if answer.error is not None:
+        _fail(reporter, answer.error)
+        return
     if not claims:
-        report(status="absent", reason="; ".join(answer.discovery.left) or "it found no device")
+        reporter.say(status="absent", reason="; ".join(answer.discovery.left) or "it found no device")
         return
     # Devices of one backend share driver and libraries; the first one stands for them.
     first = claims[0].info
-    report(stage=f"opening {first.id}")
-    try:
-        with open_device(first.id) as device:
-            import torch
+    reporter.say(stage=f"opening {first.id}")
+    with open_device(first.id) as device:
+        import torch
 
-            report(stage=f"computing on {first.id}")
-            twos = torch.ones(64, 64, device=device.torch_device) @ torch.full(
-                (64, 64), 2.0, device=device.torch_device
-            )
-            device.synchronize()
-            total = float(twos.cpu().sum())
-            if total != 64 * 64 * 128:
-                report(status="broken", reason=f"{first.id} computed {total} where {64 * 64 * 128} is exact")
-                return
-    except HalError as error:
-        # A device that was listed and then refuses as absent is no failure of the backend.
-        _fail(error, "absent" if isinstance(error, Absent) else "broken")
-    except (Exception, SystemExit) as error:  # noqa: BLE001
-        _fail(error)
-    else:
-        report(status="found", reason=f"{len(claims)} found, {first.id} opened and computed")
+        reporter.say(stage=f"computing on {first.id}")
+        twos = torch.ones(64, 64, device=device.torch_device) @ torch.full((64, 64), 2.0, device=device.torch_device)
+        device.synchronize()
+        total = float(twos.cpu().sum())
+    if total != 64 * 64 * 128:
+        reporter.say(status="broken", reason=f"{first.id} computed {total} where {64 * 64 * 128} is exact")
+        return
+    reporter.say(status="found", reason=f"{len(claims)} found, {first.id} opened and computed")

@@ -26,6 +26,8 @@ PLUGIN_API = (1, 0)
 class DeviceInfo:
     """Facts about one device, known without opening it. What is not known is None.
 
+    A fact of another type raises TypeError here, in the plug-in that made it up, and not where somebody reads it.
+
     Attributes:
         id: `backend:index`, or only `backend` where there can be one; stable for this process and machine.
         backend: name of the backend.
@@ -48,6 +50,16 @@ class DeviceInfo:
     simulated: bool = False
     evidence: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        for field in ("id", "backend", "vendor", "torch_device"):
+            _must(isinstance(getattr(self, field), str), self, field, "a str")
+        for field in ("name", "arch"):
+            _must(isinstance(getattr(self, field), (str, type(None))), self, field, "a str or None")
+        # Not isinstance: True is an int, and so are the numbers of numpy, which JSON does not take.
+        _must(type(self.total_memory) in (int, type(None)), self, "total_memory", "an int, in bytes, or None")
+        _must(type(self.simulated) is bool, self, "simulated", "a bool")
+        _must(_is_tuple_of(self.evidence, str), self, "evidence", "a tuple of str")
+
     def as_json(self) -> dict[str, object]:
         """Return the facts as plain JSON values."""
         return {**self.__dict__, "evidence": list(self.evidence)}
@@ -63,15 +75,19 @@ class Specificity(IntEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """A backend's claim to one device."""
+    """A backend's claim to one device. Raises TypeError as `DeviceInfo` does."""
 
     info: DeviceInfo
     specificity: Specificity = Specificity.PLATFORM
 
+    def __post_init__(self) -> None:
+        _must(isinstance(self.info, DeviceInfo), self, "info", "a DeviceInfo")
+        _must(isinstance(self.specificity, Specificity), self, "specificity", "a Specificity")
+
 
 @dataclass(frozen=True)
 class Discovery:
-    """What `discover()` found.
+    """What `discover()` found. Raises TypeError as `DeviceInfo` does.
 
     Attributes:
         claims: one for each device; may be more than will open.
@@ -80,6 +96,22 @@ class Discovery:
 
     claims: tuple[Claim, ...]
     left: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _must(_is_tuple_of(self.claims, Claim), self, "claims", "a tuple of Claim")
+        _must(_is_tuple_of(self.left, str), self, "left", "a tuple of str")
+
+
+def _must(holds: bool, owner: object, field: str, expected: str) -> None:
+    if not holds:
+        value = getattr(owner, field)
+        raise TypeError(
+            f"{type(owner).__name__}.{field} is {value!r}, of type {type(value).__name__}; expected: {expected}"
+        )
+
+
+def _is_tuple_of(value: object, kind: type) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
 
 class Backend(abc.ABC):

@@ -6,8 +6,6 @@ A plug-in that hangs or kills its process costs its own child, nothing else. Not
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,13 +14,13 @@ from typing import Any, Literal
 
 from hal import plugins
 from hal._process import run_python
+from hal._report import read_reports
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
-from hal.registry import AUTOLOAD, Survey, settle
+from hal.registry import AUTOLOAD
+from hal.surveys import Survey, settle
 
 TIMEOUT_S = 120.0
 """Generous: a cold import of torch and a first initialisation of a driver take tens of seconds."""
-MARK = "hal-report "
-"""What a line of the child begins with; see `hal._child`."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +95,17 @@ def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Sp
     ending = run_python(
         "from hal._child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s
     )
-    reports: dict[str, Any] = {"stage": "importing it"}
-    for line in ending.output.splitlines():
-        # A plug-in may print; only lines with the mark are the child's own, and a dying child may not finish one.
-        if line.startswith(MARK):
-            with contextlib.suppress(ValueError):
-                said = json.loads(line.removeprefix(MARK))
-                reports.update(said if isinstance(said, dict) else {})
+    reports: dict[str, Any] = {"stage": "starting Python"}
+    for said in read_reports(ending.output):
+        reports.update(said)
     devices = [DeviceInfo(**{**d, "evidence": tuple(d["evidence"])}) for d in reports.get("devices", [])]
     specific = [Specificity(s) for s in reports.get("specificity", [])]
-    status: Any = None
-    status, reason, detail = reports.get("status"), reports.get("reason", ""), reports.get("detail", "")
-    if status is None:
-        status = "broken"
-        reason = f"{reports['stage']}: the process {ending.fault or 'ended without an answer'}"
-        detail = ending.errors[-4000:]
+    if "status" not in reports:
+        reports["status"] = "broken"
+        reports["reason"] = f"{reports['stage']}: the process {ending.fault or 'ended without an answer'}"
+        reports["detail"] = ending.errors[-4000:]
     answer = Explanation(
-        plugin.name, plugin.owners, status, reason, tuple(devices),
-        tuple(reports.get("left", ())), tuple(reports.get("advice", ())), detail,
+        plugin.name, plugin.owners, reports["status"], reports["reason"], tuple(devices),
+        tuple(reports.get("left", ())), tuple(reports.get("advice", ())), reports.get("detail", ""),
     )  # fmt: skip
     return answer, specific

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -39,32 +38,69 @@ class Plugin:
         return " and by ".join(f"{owner} ({entry_point.value})" for owner, entry_point in pairs)
 
 
-_lock = threading.RLock()
+# No lock: two threads that miss a cache at once do the same work twice and agree on the result. One that is held
+# while a plug-in is imported would let a slow import stop every other thread.
 _loaded: dict[tuple[str, str], Backend] = {}
-_found: tuple[tuple[str, ...], tuple[Plugin, ...]] | None = None
+_found: dict[str, tuple[tuple[str, ...], tuple[Plugin, ...], tuple[str, ...]]] = {}
 
 
-def registered() -> tuple[Plugin, ...]:
-    """Return every registered backend, without loading one; cached until `sys.path` changes."""
-    global _found
-    with _lock:
-        path = tuple(sys.path)
-        if _found is None or _found[0] != path:
-            _found = (path, scan(BACKENDS))
-        return _found[1]
+def registered(group: str = BACKENDS) -> tuple[Plugin, ...]:
+    """Return what every installed distribution registers in a group, without loading it."""
+    return _scanned(group)[0]
 
 
-def scan(group: str) -> tuple[Plugin, ...]:
-    """Return what every installed distribution registers in an entry-point group, without loading anything."""
+def unreadable(group: str = BACKENDS) -> tuple[str, ...]:
+    """Return a sentence for each distribution whose entry points cannot be read: whatever it registers is lost."""
+    return _scanned(group)[1]
+
+
+def _scanned(group: str) -> tuple[tuple[Plugin, ...], tuple[str, ...]]:
+    path = tuple(sys.path)
+    if group not in _found or _found[group][0] != path:
+        _found[group] = (path, *_scan(group))
+    return _found[group][1:]
+
+
+def _scan(group: str) -> tuple[tuple[Plugin, ...], tuple[str, ...]]:
+    entry_points, problems = _entry_points(group)
     by_name: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
-    for entry_point in metadata.entry_points(group=group):
-        dist = entry_point.dist
-        owner = f"{dist.name} {dist.version}" if dist is not None else "unknown"
+    for entry_point in entry_points:
+        owner = "unknown" if entry_point.dist is None else " ".join(_identity(entry_point.dist))
         # One distribution may be seen twice, through an editable install and its build folder.
         by_name.setdefault(entry_point.name, {})[owner, entry_point.value] = entry_point
-    return tuple(
+    plugins = [
         Plugin(name, tuple(found.values()), tuple(owner for owner, _ in found)) for name, found in by_name.items()
-    )
+    ]
+    return tuple(plugins), problems
+
+
+def _entry_points(group: str) -> tuple[list[metadata.EntryPoint], tuple[str, ...]]:
+    try:
+        return list(metadata.entry_points(group=group)), ()
+    except Exception:  # noqa: BLE001  one malformed file of any distribution makes this raise; which one, it does not say
+        found, problems, seen = [], [], set()
+    for dist in metadata.distributions():
+        name, version = _identity(dist)
+        if name in seen:  # the first on the path is the one that is installed
+            continue
+        seen.add(name)
+        try:
+            found += [entry_point for entry_point in dist.entry_points if entry_point.group == group]
+        except Exception as error:  # noqa: BLE001  whatever its parser stumbles over
+            problems.append(
+                f"{name} {version}: its entry points cannot be read ({type(error).__name__}: {error}), so nothing that "
+                "it registers is found; try: reinstall it, or uninstall it"
+            )
+    return found, tuple(problems)
+
+
+def _identity(dist: metadata.Distribution) -> tuple[str, str]:
+    """Return name and version, or where it lies if it does not say."""
+    try:
+        name, version = dist.name, dist.version
+    except Exception:  # noqa: BLE001  no metadata, or malformed ones; the exception differs between Pythons
+        name, version = "", ""
+    return (name, version) if name else (str(dist.locate_file("")), "(without a name)")
 
 
 def allowed() -> tuple[Plugin, ...]:
@@ -105,19 +141,20 @@ def load(plugin: Plugin) -> Backend:
         )
     entry_point, owner = plugin.entry_points[0], plugin.owners[0]
     key = (plugin.name, f"{owner} {entry_point.value}")
-    with _lock:
-        if key not in _loaded:
-            try:
-                found = entry_point.load()
-                if isinstance(found, type) and issubclass(found, Backend):
-                    found = found()
-            except (Exception, SystemExit) as error:  # whatever a plug-in does at import is its own fault alone
-                raise Broken(
-                    f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}",
-                    device=plugin.name,
-                ) from error
-            _loaded[key] = _checked(found, plugin.name, f"{entry_point.value} of {owner}")
-        return _loaded[key]
+    if key not in _loaded:
+        try:
+            found = entry_point.load()
+            if isinstance(found, type) and issubclass(found, Backend):
+                found = found()
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # whatever a plug-in does at import is its own fault alone
+            raise Broken(
+                f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}", device=plugin.name
+            ) from error
+        # Python imports a module once; of two objects made from a class by two threads, the first stays.
+        _loaded.setdefault(key, _checked(found, plugin.name, f"{entry_point.value} of {owner}"))
+    return _loaded[key]
 
 
 def _checked(backend: object, name: str, where: str) -> Backend:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which devices are here, which one is meant, and opening it.
+"""Listing devices, choosing one, and opening it.
 
-Several chips answer to one torch device type, so a device goes to the backend with the most specific claim.
 Listing is cheap and opens nothing; a broken plug-in is left out of the list with a warning in the log, and
 `hal.explain` tells what is wrong with it.
 """
@@ -12,110 +11,29 @@ import itertools
 import logging
 import os
 import sys
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from hal import plugins
-from hal.backend import Backend, Claim, DeviceInfo, Discovery
+from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
 from hal.device import Device, Facets
 from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice
 from hal.memory import AllocatorPlan
+from hal.surveys import on_host, settle, survey, take_surveys, undecided
 
 log = logging.getLogger("hal")
 
 AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _handles = itertools.count(1)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one backend answered when it was asked which devices are here.
-
-    Attributes:
-        name: of the backend.
-        owners: the distributions that register it.
-        discovery: what it found; empty if it failed.
-        error: `Absent`, `Broken` or what else it raised, or None.
-    """
-
-    name: str
-    owners: tuple[str, ...]
-    discovery: Discovery
-    error: HalError | None
-
-    @property
-    def broken(self) -> bool:
-        """Whether the backend failed in another way than by having no hardware here."""
-        return self.error is not None and not isinstance(self.error, Absent)
-
-
-def survey(plugin: plugins.Plugin) -> Survey:
-    """Load one plug-in and ask it for its devices. Never raises."""
-    nothing = Discovery(())
-    try:
-        found = plugins.load(plugin).discover()
-        if not isinstance(found, Discovery):
-            raise TypeError(f"discover() returned a {type(found).__name__}, not a hal.Discovery")
-        _check_claims(found, plugin.name)
-    except HalError as error:
-        return Survey(plugin.name, plugin.owners, nothing, error)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  one bad plug-in must not end the listing
-        broken = Broken(f"discover() raised {type(error).__name__}: {error}", device=plugin.name)
-        broken.__cause__ = error
-        return Survey(plugin.name, plugin.owners, nothing, broken)
-    return Survey(plugin.name, plugin.owners, found, None)
-
-
-def take_surveys() -> list[Survey]:
-    """Ask every admitted backend for its devices.
-
-    Raises:
-        ConfigError: HAL_BACKENDS cannot be read.
-    """
-    return [survey(plugin) for plugin in plugins.allowed()]
-
-
-def _check_claims(discovery: Discovery, name: str) -> None:
-    ids = []
-    for claim in discovery.claims:
-        info = claim.info
-        if not isinstance(info, DeviceInfo) or info.backend != name or info.id.partition(":")[0] != name:
-            raise TypeError(f"discover() claims {info!r}, whose id and backend must begin with {name!r}")
-        ids.append(info.id)
-    twice = sorted({id for id in ids if ids.count(id) > 1})
-    if twice:
-        raise ValueError(f"discover() claims {', '.join(twice)} more than once")
-
-
-def settle(surveys: list[Survey]) -> tuple[list[DeviceInfo], dict[str, str]]:
-    """Give each device to its most specific claim.
-
-    Real devices with one torch device string are one device. Returns the devices in the order of the surveys,
-    and for each id that lost the reason. Two equal claims lose both: guessing would be worse than refusing.
-    """
-    claims = [claim for answer in surveys for claim in answer.discovery.claims]
-    contested: dict[str, list[Claim]] = {}
-    for claim in claims:
-        if not claim.info.simulated:
-            contested.setdefault(claim.info.torch_device, []).append(claim)
-    lost: dict[str, str] = {}
-    for device, rivals in contested.items():
-        best = max(claim.specificity for claim in rivals)
-        winners = [claim for claim in rivals if claim.specificity == best]
-        for claim in rivals:
-            if len(winners) > 1 and claim in winners:
-                others = ", ".join(w.info.id for w in winners if w is not claim)
-                lost[claim.info.id] = f"{device} is claimed equally by {others}; limit HAL_BACKENDS to one of them"
-            elif claim not in winners:
-                lost[claim.info.id] = f"{device} is {winners[0].info.id}, a more specific claim"
-    return [claim.info for claim in claims if claim.info.id not in lost], lost
+_importing = threading.RLock()
 
 
 def list_devices() -> list[DeviceInfo]:
     """Return the devices of all admitted backends, without opening one.
 
-    Simulated devices are included and marked. A backend that is broken is left out, with a warning in the log.
+    Simulated devices are included and marked. A backend that is broken and a device that two backends claim equally
+    are left out, with a warning in the log.
 
     Raises:
         ConfigError: HAL_BACKENDS cannot be read.
@@ -124,6 +42,8 @@ def list_devices() -> list[DeviceInfo]:
     for answer in surveys:
         if answer.broken:
             log.warning("backend %s is left out: %s", answer.name, answer.error)
+    for problem in (*undecided(surveys), *plugins.unreadable()):
+        log.warning("%s", problem)
     return settle(surveys)[0]
 
 
@@ -131,8 +51,8 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
     """Open a device.
 
     Args:
-        name: `backend` or `backend:index` as `list_devices` gives it, or "auto": the first real accelerator,
-            otherwise the CPU. Without a name, HAL_DEVICE decides, and without that, "auto".
+        name: `backend` or `backend:index` as `list_devices` gives it, or "auto": the first real accelerator that is
+            not absent, otherwise the CPU. Without a name, HAL_DEVICE decides, and without that, "auto".
         allocator: allocator settings. They act through environment variables, so torch must not be imported yet.
 
     Raises:
@@ -146,42 +66,50 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
         name = os.environ.get("HAL_DEVICE")
         because = f"HAL_DEVICE={name}"
     if name is None or name == "auto":
-        info, because = _automatic()
-    else:
-        info = _find(name)
-    backend = plugins.load(next(p for p in plugins.allowed() if p.name == info.backend))
+        return _open_automatic(allocator)
+    return _open(_find(name), because, allocator)
+
+
+def _open(info: DeviceInfo, because: str, allocator: AllocatorPlan | None) -> Device:
+    backend = plugins.load(find_plugin(info.backend))
     changes = Changes(f"{info.id} (handle {next(_handles)})")
     try:
-        _before_torch(backend, changes, allocator)
+        _import_torch(backend, changes, allocator)
         facets = backend.open(info, changes)
         if not isinstance(facets, Facets):
             raise TypeError(f"open() returned a {type(facets).__name__}, not hal.Facets")
-    except HalError:
-        changes.release()
+    except (HalError, KeyboardInterrupt):
+        changes.close()
         raise
-    except (Exception, SystemExit) as error:
-        changes.release()
+    except BaseException as error:
+        changes.close()
         raise Broken(f"opening it raised {type(error).__name__}: {error}", device=info.id) from error
-    except BaseException:
-        changes.release()
-        raise
     return Device(info, because, backend, facets, changes)
 
 
-def _before_torch(backend: Backend, changes: Changes, allocator: AllocatorPlan | None) -> None:
-    if "torch" in sys.modules:
-        if allocator is not None and allocator.settings():
-            raise ConfigError(
-                f"allocator settings for {changes.owner} come too late: torch is already imported",
-                hint="open the device before the first `import torch`",
-            )
-        return
-    # One broken plug-in in torch's own group makes `import torch` fail; we load the vendor's package ourselves.
-    changes.set_environment(AUTOLOAD, "0")
-    if allocator is not None:
-        for variable, value in backend.allocator_environment(allocator, os.environ).items():
-            changes.set_environment(variable, value)
-    backend.prepare_import(changes)
+def _import_torch(backend: Backend, changes: Changes, allocator: AllocatorPlan | None) -> None:
+    """Import torch, if nobody has yet, with what it reads from the environment while it is imported."""
+    # One thread at a time: another's import between the look at sys.modules and ours would come without the settings.
+    with _importing:
+        if "torch" in sys.modules:
+            if allocator is not None and allocator.settings():
+                raise ConfigError(
+                    f"allocator settings for {changes.owner} come too late: torch is already imported",
+                    hint="open the device before the first `import torch`",
+                )
+            return
+        if allocator is not None:
+            for variable, value in backend.allocator_environment(allocator, os.environ).items():
+                changes.set_environment(variable, value)
+        backend.prepare_import(changes)
+        # One broken plug-in in torch's own group makes `import torch` fail; a backend loads its vendor's package
+        # itself. Only for this moment: a child process of the user's may count on what torch loads by itself.
+        only_now = Changes(f"{changes.owner}, while torch is imported")
+        only_now.set_environment(AUTOLOAD, "0")
+        try:
+            import torch  # noqa: F401
+        finally:
+            only_now.close()
 
 
 def plan_environment(backend: str, plan: AllocatorPlan, environ: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -239,8 +167,8 @@ def _find(name: str) -> DeviceInfo:
         reasons = f" ({'; '.join(own.discovery.left)})" if own.discovery.left else ""
         raise Absent(f"there is no such device{reasons}", device=name, expected=f"one of: {there}")
     info = wanted[0]
-    if not info.simulated and info.torch_device != "cpu":
-        # Another backend may know better what this device is. The CPU is nobody else's, and opening it is cheap.
+    if not info.simulated and not on_host(info):
+        # Another backend may know better what this device is.
         others = [own if p.name == plugin.name else survey(p) for p in plugins.allowed()]
         lost = settle(others)[1].get(info.id)
         if lost is not None:
@@ -248,18 +176,37 @@ def _find(name: str) -> DeviceInfo:
     return info
 
 
-def _automatic() -> tuple[DeviceInfo, str]:
+def _open_automatic(allocator: AllocatorPlan | None) -> Device:
+    """Open the first real accelerator that is not absent, otherwise the CPU.
+
+    What is broken is never passed over in silence: a backend that cannot list its devices is named in `because` and in
+    the log, and a device that is listed and does not open is an error.
+    """
     surveys = take_surveys()
-    devices, _ = settle(surveys)
-    real = [info for info in devices if not info.simulated]
-    if not real:
-        raise Absent("no backend found a real device", device="auto", hint="see `hal doctor`")
-    accelerators = [info for info in real if info.torch_device != "cpu"]
-    chosen = (accelerators or real)[0]
-    passed = [
-        f"{answer.name}: {'BROKEN' if answer.broken else 'absent'}" for answer in surveys if answer.error is not None
-    ]
-    for answer in filter(lambda answer: answer.broken, surveys):
-        log.warning("auto passed over backend %s, which is broken: %s", answer.name, answer.error)
-    kind = "the first accelerator" if accelerators else "no accelerator was found"
-    return chosen, f"auto: {kind}" + (f" ({', '.join(passed)})" if passed else "")
+    passed = []
+    for answer in surveys:
+        if answer.error is not None:
+            passed.append(f"{answer.name}: {'BROKEN' if answer.broken else 'absent'}")
+        if answer.broken:
+            log.warning("auto passed over backend %s, which is broken: %s", answer.name, answer.error)
+    for contest in undecided(surveys):
+        passed.append(f"{contest}; limit HAL_BACKENDS to one of them")
+        log.warning("auto passed over a device: %s", passed[-1])
+    real = [info for info in settle(surveys)[0] if not info.simulated]
+    # Accelerators first, and of all that work on the host's CPU the one that is nothing else.
+    for info in sorted(real, key=lambda info: (on_host(info), info.id != "cpu")):
+        kind = "no accelerator was found" if on_host(info) else "the first accelerator"
+        try:
+            return _open(info, f"auto: {kind}" + (f" ({', '.join(passed)})" if passed else ""), allocator)
+        except Absent as error:
+            passed.append(f"{info.id}: absent on opening: {error.reason}")
+        except Broken as error:
+            another = "name another device, such as HAL_DEVICE=cpu: auto passes over what is absent, not what is broken"
+            raise Broken(
+                error.reason, device=error.device, expected=error.expected,
+                hint=f"{error.hint}; or {another}" if error.hint else another,
+            ) from (error.__cause__ or error)  # fmt: skip
+    raise Absent(
+        "no backend found a real device" + "".join(f"\n  {reason}" for reason in passed), device="auto",
+        hint="see `hal doctor`",
+    )  # fmt: skip

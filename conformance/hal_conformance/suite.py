@@ -112,12 +112,12 @@ def record(
 
 def listed() -> tuple[list[DeviceInfo], list[NotRun]]:
     """Return the devices that the backends list here, and the backends that list none, with their reasons."""
-    from hal import registry
+    from hal import surveys
 
-    surveys = registry.take_surveys()
+    asked = surveys.take_surveys()
     silent: list[NotRun] = []
-    for answer in surveys:
+    for answer in asked:
         if answer.error is not None:
             kind = "broken" if answer.broken else "absent"
             silent.append(NotRun(answer.name, kind, getattr(answer.error, "reason", str(answer.error)), False))
-    return registry.settle(surveys)[0], silent
+    return surveys.settle(asked)[0], silent

@@ -12,7 +12,8 @@ from hal import plugins
 from hal._process import run_python
 from hal.errors import Absent, Broken, HalError, PluginError
 from hal.explain import TIMEOUT_S
-from hal.registry import AUTOLOAD, find_plugin, survey
+from hal.registry import AUTOLOAD, find_plugin
+from hal.surveys import survey
 
 MARK = "hal-check "
 Outcome = Literal["fulfilled", "unsupported", "fails"]

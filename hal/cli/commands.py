@@ -66,11 +66,11 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See `click.Group.list_commands`."""
-        return sorted({*super().list_commands(ctx), *(plugin.name for plugin in plugins.scan(COMMANDS))})
+        return sorted({*super().list_commands(ctx), *(plugin.name for plugin in plugins.registered(COMMANDS))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """See `click.Group.get_command`."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
-        return next((load(plugin) for plugin in plugins.scan(COMMANDS) if plugin.name == cmd_name), None)
+        return next((load(plugin) for plugin in plugins.registered(COMMANDS) if plugin.name == cmd_name), None)

@@ -10,7 +10,7 @@ import click
 
 from hal.backend import DeviceInfo
 from hal.errors import Absent
-from hal.registry import Survey, settle, take_surveys
+from hal.surveys import Survey, settle, take_surveys
 
 SCHEMA = "hal.devices/1"
 

@@ -91,7 +91,7 @@ def examine(timeout_s: float) -> TorchState:
     """
     registered = [
         (entry_point, owner)
-        for plugin in plugins.scan(TORCH_PLUGINS)
+        for plugin in plugins.registered(TORCH_PLUGINS)
         for entry_point, owner in zip(plugin.entry_points, plugin.owners, strict=True)
     ]
     if util.find_spec("torch") is None:

@@ -12,7 +12,8 @@ import pytest
 
 import hal
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
-from hal.registry import AUTOLOAD, Survey, settle
+from hal.registry import AUTOLOAD
+from hal.surveys import Survey, settle, undecided
 
 
 @pytest.fixture
@@ -48,6 +49,24 @@ def test_equal_claims_lose_both_and_name_each_other() -> None:
 def test_a_simulated_device_contests_nothing() -> None:
     surveys = [claims("cpu", Specificity.PLATFORM, "cpu"), claims("sim", Specificity.PRODUCT, "cpu", simulated=True)]
     assert [info.id for info in settle(surveys)[0]] == ["cpu:0", "sim:0"]
+
+
+@pytest.mark.parametrize("specificity", list(Specificity))
+def test_nobody_takes_the_hosts_cpu_from_another(specificity: Specificity) -> None:
+    surveys = [claims("grab", specificity, "cpu"), claims("cpu", Specificity.PLATFORM, "cpu")]
+    kept, lost = settle(surveys)
+    assert [info.id for info in kept] == ["grab:0", "cpu:0"]
+    assert lost == {}
+    assert undecided(surveys) == []
+
+
+def test_a_second_backend_on_the_cpu_is_listed_opened_and_left_out_by_auto_alike(distributions: Any, only: Any) -> None:
+    distributions.stub("grab", torch_device="cpu")
+    only("grab", "cpu")
+    assert [info.id for info in hal.list_devices()] == ["grab:0", "cpu"]
+    for name, opened in {"cpu": "cpu", "grab": "grab:0", "auto": "cpu"}.items():
+        with hal.open_device(name) as device:
+            assert device.info.id == opened
 
 
 def test_an_unknown_device_names_the_known_ones() -> None:
@@ -87,6 +106,54 @@ def test_auto_says_what_it_chose_and_what_it_passed_over(
         assert device.info.id == "cpu"
         assert device.because == "auto: no accelerator was found (broken: BROKEN)"
     assert "no driver" in caplog.text
+
+
+def test_auto_goes_on_where_an_accelerator_turns_out_to_be_absent_and_says_so(distributions: Any, only: Any) -> None:
+    for name in ("first", "second"):
+        distributions.stub(
+            name, opens=f"from hal.errors import Absent\nraise Absent('{name} is gone', device='{name}:0')"
+        )
+    distributions.stub("third")
+    only("first", "second", "third", "cpu")
+    with hal.open_device() as device:
+        assert device.info.id == "third:0"
+        assert "first:0: absent on opening: first is gone" in device.because
+        assert "second:0: absent on opening: second is gone" in device.because
+    only("cpu", "first")
+    with hal.open_device() as device:
+        assert device.info.id == "cpu"
+        assert "first is gone" in device.because
+    only("first")
+    with pytest.raises(hal.Absent, match="first is gone"):
+        hal.open_device()
+
+
+def test_auto_never_passes_over_a_device_that_is_there_and_broken(distributions: Any, only: Any) -> None:
+    distributions.stub("dead", opens="raise OSError('firmware does not answer')")
+    only("dead", "cpu")
+    with pytest.raises(hal.Broken, match=r"firmware does not answer(?s:.*)try: .*HAL_DEVICE=cpu") as caught:
+        hal.open_device()
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_auto_names_the_devices_that_two_backends_contest(
+    distributions: Any, only: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("one", "two"):
+        distributions.stub(name, torch_device="chip:0")
+    only("one", "two", "cpu")
+    contest = "chip:0 is claimed equally by one:0 and two:0"
+    with caplog.at_level(logging.WARNING, "hal"), hal.open_device() as device:
+        assert device.info.id == "cpu"
+        assert contest in device.because
+    assert contest in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hal"):
+        assert [info.id for info in hal.list_devices()] == ["cpu"]
+    assert contest in caplog.text
+    only("one", "two")
+    with pytest.raises(hal.Absent, match=contest):
+        hal.open_device()
 
 
 def test_auto_prefers_an_accelerator(distributions: Any, only: Any) -> None:
@@ -133,7 +200,19 @@ def test_a_broken_backend_leaves_the_list_with_a_warning_and_is_raised_when_aske
         "raise SystemExit(1)",
         "return Discovery((DeviceInfo('mychip:0', 'mychip', 'v', None, None, None, 'cpu'),))",
         "return Discovery((Claim(DeviceInfo('cpu:0', 'cpu', 'v', None, None, None, 'cpu')),))",
-        "return Discovery((Claim(DeviceInfo('mychip', 'mychip', 'v', None, None, None, 'cpu')),) * 2)",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, None, 'cpu')),) * 2)",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, None, 'cpu'), 5),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, None, 'cpu'), None),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, '80GB', 'cpu')),))",
+        "import numpy\n        return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, numpy.int64(1), 'cpu')),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, True, 'cpu')),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', 7, None, None, 'cpu')),))",
+        "return Discovery((Claim(DeviceInfo(None, 'mychip2', 'v', None, None, None, 'cpu')),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, None, None)),))",
+        "return Discovery((Claim(DeviceInfo('mychip2', 'mychip2', 'v', None, None, None, 'cpu', evidence='text')),))",
+        "return Discovery((), left=None)",
+        "return Discovery((), left='text')",
+        "raise BaseException('as a panic of another language is')",
     ],
 )
 def test_an_answer_that_is_no_discovery_makes_the_backend_broken_and_no_other(
@@ -149,9 +228,14 @@ def test_an_answer_that_is_no_discovery_makes_the_backend_broken_and_no_other(
     assert [info.id for info in hal.list_devices()] == ["cpu"]
     with pytest.raises(hal.Broken):
         hal.open_device("mychip2")
+    only("mychip2")
+    (explanation,) = hal.explain(timeout_s=60)
+    assert explanation.status == "broken"
 
 
-@pytest.mark.parametrize("what", ["raise RuntimeError('no')", "raise SystemExit(2)", "raise KeyError('no')"])
+@pytest.mark.parametrize(
+    "what", ["raise RuntimeError('no')", "raise SystemExit(2)", "raise KeyError('no')", "raise BaseException('no')"]
+)
 def test_whatever_open_raises_is_broken_with_its_cause_and_puts_everything_back(
     distributions: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,18 +257,58 @@ def test_an_interrupt_while_opening_passes_and_puts_everything_back(
     assert os.environ["MYCHIP_SETTING"] == "before"
 
 
-def test_autoload_is_off_while_open_and_only_if_torch_is_not_imported() -> None:
+def python(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_autoload_is_off_only_while_torch_is_imported(distributions: Any) -> None:
+    said = "import os\ndef load(): print('loaded')\nprint('autoloaded with', os.environ.get('TORCH_DEVICE_BACKEND_AUTOLOAD'))"
+    distributions.add("fake_torch_plugin", said, {"torch.backends": {"plugin": "fake_torch_plugin:load"}}, dist="tp")
     code = f"""
 import os, hal
 os.environ["{AUTOLOAD}"] = "1"
 with hal.open_device("cpu") as device:
-    print([str(change) for change in device.changes], os.environ["{AUTOLOAD}"])
-print(os.environ["{AUTOLOAD}"])
-with hal.open_device("cpu") as device:
-    print(len(device.changes))
+    # A child of the user's must find the environment that the user made.
+    print(list(device.changes), os.environ["{AUTOLOAD}"])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.splitlines() == [f"[\"environment variable {AUTOLOAD}: '1' -> '0'\"] 0", "1", "0"]
+    assert python(code) == ["[] 1"]
+
+
+def test_torch_is_imported_with_the_plan_although_another_thread_opens_at_the_same_time(
+    distributions: Any, only: Any
+) -> None:
+    only("planned", "cpu")  # the others look for torch while they list, which the finder below would see
+    distributions.stub("mychip")
+    distributions.backend(
+        "planned", "from fake_dist_mychip import Stub\nimport time\n"
+        "class Planned(Stub):\n    name = 'planned'\n    def discover(self):\n"
+        "        from dataclasses import replace\n        from hal.backend import Claim, Discovery\n"
+        "        info = super().discover().claims[0].info\n"
+        "        return Discovery((Claim(replace(info, id='planned:0', backend='planned', torch_device='planned:0')),))\n"
+        # Long enough for another thread to import torch between the look at sys.modules and our own import.
+        "    def allocator_environment(self, plan, environ):\n        time.sleep(1)\n"
+        "        return {'PLANNED': str(plan.max_split_size_mb)}\n"
+        "backend = Planned()",
+    )  # fmt: skip
+    code = """
+import os, sys, threading, time, hal
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("torch is imported with", os.environ.get("PLANNED"))
+
+sys.meta_path.insert(0, Finder())
+plan = hal.AllocatorPlan(max_split_size_mb=64)
+first = threading.Thread(target=lambda: hal.open_device("planned", allocator=plan))
+first.start()
+time.sleep(0.5)
+hal.open_device("cpu")
+first.join()
+"""
+    assert python(code) == ["torch is imported with 64"]
 
 
 def test_many_threads_open_one_device_and_all_get_one() -> None:

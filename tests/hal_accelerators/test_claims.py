@@ -7,7 +7,7 @@ import pytest
 
 import hal_cuda.torch_cuda
 from hal import Absent, Broken, Discovery
-from hal.registry import Survey, settle
+from hal.surveys import Survey, settle
 from hal_ascend.backend import AscendBackend
 from hal_ascend.machine import Machine as AscendMachine
 from hal_cuda.backend import CudaBackend

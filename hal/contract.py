@@ -65,14 +65,15 @@ class Contract:
 
     Attributes:
         matmul: storage dtype name to its `Arithmetic`; a dtype that is missing is not promised at all.
-        subnormals: whether subnormal inputs and results survive.
+        subnormals: whether subnormal inputs and results survive. Not promised unless said: even CPUs with
+            16-bit dot products take them for zero (Intel's manual, VDPBF16PS).
         nonfinite: "ieee" keeps infinities and NaN; "saturate" replaces them by the largest finite value.
         topk_ties: which index `topk` returns among equal values.
         evidence: where the promise comes from.
     """
 
     matmul: Mapping[str, Arithmetic] = field(default_factory=lambda: FLOAT32_ACCUMULATION)
-    subnormals: Literal["preserved", "flushed", "unspecified"] = "preserved"
+    subnormals: Literal["preserved", "flushed", "unspecified"] = "unspecified"
     nonfinite: Literal["ieee", "saturate"] = "ieee"
     topk_ties: Literal["lower_index", "unspecified"] = "unspecified"
     evidence: str = "IEEE 754 binary32 accumulation"
@@ -110,8 +111,9 @@ class Contract:
             bits = arithmetic.accumulator_bits
             if type(bits) is not int or not 2 <= bits <= 113 or arithmetic.rounding not in ("nearest", "truncate"):
                 raise ValueError(f"no such arithmetic for {dtype}: {rule}")
-            if arithmetic.input_bits is not None and type(arithmetic.input_bits) is not int:
-                raise ValueError(f"input_bits of {dtype} must be an integer or null")
+            kept = arithmetic.input_bits
+            if kept is not None and (type(kept) is not int or not 2 <= kept <= 53):
+                raise ValueError(f"input_bits of {dtype} must be null or an integer from 2 to 53")
             rules[str(dtype)] = arithmetic
         choices = {
             "subnormals": ("preserved", "flushed", "unspecified"),

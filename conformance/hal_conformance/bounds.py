@@ -68,6 +68,15 @@ class Bounded:
         """Return a value with a bound that holds always; the error is taken as uniform within it."""
         return cls(value, bound, bound**2 / 3.0)
 
+    def scaled(self, factor: F64 | float) -> Bounded:
+        """Multiply by powers of two of either sign, which rounds nothing above the subnormal numbers."""
+        size = np.abs(factor)
+        return Bounded(self.value * factor, self.bound * size, self.var * size**2)
+
+    def widened(self, by: F64) -> Bounded:
+        """Admit another error of at most `by`."""
+        return Bounded(self.value, self.bound + by, self.var + by**2 / 3.0)
+
     def stored(self, dtype: str) -> Bounded:
         """Round to a storage dtype: half an ulp of the largest admitted value, not of the exact one."""
         half = half_ulp(np.abs(self.value) + self.bound, dtype)
@@ -165,17 +174,17 @@ def positive_sum(total: F64, terms: F64, axis: int, level: Level) -> F64:
 def softmax(logits: F64, level: Level) -> Bounded:
     """Softmax over the last axis in float32 of exact logits; not yet stored.
 
-    Each exp(x - max) has relative error eps = 4 u + 3 u d, d = max - x: 2 ulp of exp, and u d from rounding the
-    difference (twice, for units that scale by log2 e first). p inherits its own eps, the p-weighted eps of the sum,
-    the error of the summation, and a division (2 u for approximate ones). All first order; deterministic but for
-    the summation.
+    Each exp(x - max) has relative error eps = 4 u + 3 u d + u (|x| + |max|), d = max - x: 2 ulp of exp, u d from
+    rounding the difference (twice more for units that scale it by log2 e), and u |x| and u |max| for kernels that scale
+    both before they subtract. p inherits its own eps, the p-weighted eps of the sum, the error of the summation, and a
+    division (2 u for approximate ones). All first order; deterministic but for the summation.
     """
     top = logits.max(-1, keepdims=True)
     d = top - logits
     e = np.exp(-d)
     total = e.sum(-1, keepdims=True)
     p = e / total
-    eps = EXP + 3.0 * U32 * d
+    eps = EXP + U32 * (3.0 * d + np.abs(logits) + np.abs(top))
     summed = positive_sum(total[..., 0], e, -1, level)[..., None]
     bound = p * (eps + (p * eps).sum(-1, keepdims=True) + summed + 2.0 * U32) + TINY32
     return Bounded.deterministic(p, bound)
@@ -195,3 +204,30 @@ def sigmoid(x: F64) -> Bounded:
     """
     s = logistic(x)
     return Bounded.deterministic(s, s * U32 * ((1.0 - s) * (2.0 * np.abs(x) + 4.0) + 3.0) + TINY32)
+
+
+def silu(x: F64) -> Bounded:
+    """x sigmoid(x) in float32 of exact x; not yet stored: the error of `sigmoid`, and one product."""
+    q = 1.0 - logistic(x)
+    s = x * logistic(x)
+    own = np.abs(s) * U32 * (q * (2.0 * np.abs(x) + 4.0) + 5.0)
+    return Bounded.deterministic(s, own + TINY32 * np.maximum(1.0, np.abs(x)))
+
+
+def silu_slope(x: F64) -> Bounded:
+    """silu'(x) = sigma (1 + x (1 - sigma)) in float32 of exact x, for an upstream gradient that is exact.
+
+    With a = |x| and q = 1 - sigma, relative to sigma and not to the slope, which has a zero:
+    u sigma [(1 + a q)(4 + q (2 a + 4)) + a q (sigma (2 a + 4) + 4) + 3 + a sigma].
+    """
+    sigma = logistic(x)
+    a, q = np.abs(x), 1.0 - sigma
+    inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (sigma * (2 * a + 4) + 4) + 3 + a * sigma
+    own = sigma * U32 * inner
+    # Where exp overflows, sigma is 0 and x (1 - sigma) is finite: the product is 0, and the exact slope is below this.
+    return Bounded.deterministic(sigma * (1.0 + x * q), own + TINY32 * np.maximum(1.0, a))
+
+
+def smallest_normal(dtype: str) -> float:
+    """Return the smallest normal number of a storage dtype."""
+    return float(2.0 ** MIN_EXPONENTS[dtype])

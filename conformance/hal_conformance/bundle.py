@@ -156,9 +156,18 @@ def parse_json(text: bytes | str) -> Any:
         Unreadable: bad syntax, duplicate names, NaN or infinity, enormous numbers, or nesting beyond reason.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_short_integer)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_short_integer, parse_float=_finite
+        )
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"JSON that cannot be read ({plain(error, 80)})") from error
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # 1e999 is a number in JSON, and infinite here
+        raise ValueError(f"the number {text[:20]}")
+    return number
 
 
 def _digest(data: bytes) -> str:

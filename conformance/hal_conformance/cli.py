@@ -251,8 +251,9 @@ def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> No
     from hal_conformance.bundle import Unreadable
     from hal_conformance.plan import Catalogue
     from hal_conformance.progress import Bar
-    from hal_conformance.results import to_json, verdict_status
+    from hal_conformance.results import to_json
     from hal_conformance.table import console
+    from hal_conformance.text import plain
 
     _check_outputs(json_file)
     try:
@@ -263,4 +264,6 @@ def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> No
         _fail(str(error), 2)
     if not _write({json_file: lambda: to_json(found.as_json())}):
         comparison_table.show(found, console())
-    sys.exit(verdict_status(found.report.results, strict=strict))
+    for label in found.unjudged():
+        click.echo(f"hal conformance: {plain(label)}: nothing of it could be judged", err=True)
+    sys.exit(found.exit_status(strict=strict))

@@ -14,7 +14,7 @@ import numpy as np
 from hal_conformance import bundle
 from hal_conformance.judging import judge_outputs, result
 from hal_conformance.recording import FACTS, Entry, Recording
-from hal_conformance.results import Report, suite_version
+from hal_conformance.results import Report, judged_devices, suite_version, verdict_status
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement
 
@@ -76,6 +76,18 @@ class Comparison:
     compared: int = 0
     equal: int = 0
     partial: int = 0
+
+    def unjudged(self) -> list[str]:
+        """Return the labels of recordings of which no result says anything."""
+        judged = set(judged_devices(self.report.results))
+        return [entry["label"] for entry in self.recordings if entry["label"] not in judged]
+
+    def exit_status(self, *, strict: bool = False) -> int:
+        """Return 0 if every recording was judged and nothing is red (nor amber, if strict), otherwise 1.
+
+        A recording of a dead device must not hide behind that of a good one.
+        """
+        return 1 if self.unjudged() else verdict_status(self.report.results, strict=strict)
 
     def as_json(self) -> dict[str, object]:
         """Return the comparison in the form `hal.comparison/1`."""

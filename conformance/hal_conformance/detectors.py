@@ -143,6 +143,7 @@ class Meter:
         self._size = self._count = self._nonfinite = self._beyond = 0
         self._squares = self._signed = self._margin = 0.0
         self._first_nonfinite = self._worst = ""
+        self._unknown = False
         self._rows: list[int] = []
         self._beyond_rows = 0
 
@@ -155,6 +156,8 @@ class Meter:
         if wide.size == 0:
             return
         finite = np.isfinite(value)
+        if np.isnan(bound[finite]).any():
+            self._unknown = True  # a comparison with NaN would call everything right
         largest = float(np.finfo(np.float64).max) if got.dtype == np.float64 else _largest(got)
         overflow = finite & (np.abs(value) + bound > largest) & np.isinf(wide) & (np.sign(wide) == np.sign(value))
         agree = np.where(finite, np.isfinite(wide) | overflow, (wide == value) | (np.isnan(wide) & np.isnan(value)))
@@ -191,6 +194,8 @@ class Meter:
     def finding(self) -> Finding:
         """Return what the detectors say of everything that was added."""
         name, n = self._name, self._count
+        if self._unknown:
+            return Finding(Status.INVALID, detail=f"{name}: the bound of a finite result is not a number")
         if self._nonfinite:
             detail = f"{name}: {self._nonfinite} of {self._size} elements, first at {self._first_nonfinite}"
             return Finding(Status.FAIL_NONFINITE, detail=detail)

@@ -144,9 +144,14 @@ def by_expert(dtype: str, shape: tuple[int, ...], part: Callable[[int, int], F64
     return made
 
 
-def expert_weights(seed: int, stream: str, dtype: str, *shape: int) -> Array:
-    """Return `weights` of shape [E, ...] in a storage dtype."""
-    return by_expert(dtype, shape, lambda first, n: weights(seed, stream, n, *shape[1:], first=first))
+def expert_weights(seed: int, stream: str, dtype: str, *shape: int, gate: bool = False) -> Array:
+    """Return `weights` of shape [E, ...] in a storage dtype; those of a gate projection are `steep` in part."""
+
+    def part(first: int, n: int) -> F64:
+        made = weights(seed, stream, n, *shape[1:], first=first)
+        return made * steep(n, first) if gate else made
+
+    return by_expert(dtype, shape, part)
 
 
 def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I64:
@@ -167,14 +172,31 @@ def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I6
     return np.argsort(word, axis=1, kind="stable")[:, :top_k].astype(np.int64)
 
 
-def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
-    """Return [E] row counts that sum to about `rows`: 0, 1, 2, 3, ... so that many residues of 16 occur, permuted.
+EDGES = (0, 1, 17, 65, 129)
+"""Row counts on either side of the usual tiles of 16, 64 and 128 rows; the empty expert is one of them."""
 
-    Kernels lose tails at particular residues of an expert's row count, so every residue is wanted.
+
+def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
+    """Return [E] row counts, permuted: kernels lose tails at particular residues of a count, so every one is wanted.
+
+    0 to 31, 65 and 129 where there are experts enough, otherwise `EDGES` and what the seed says. Experts beyond these
+    have up to twice what is left of `rows` for each of them.
     """
-    mean = max(1, rows // experts)
-    counts = np.arange(experts) % (2 * mean + 1)
-    if experts < 16:  # too few experts for every residue: take 0, 1, 17 and what the seed says
-        counts = integers(seed, f"{stream}/few", 0, 2 * mean, experts)
-        counts[:3] = (0, 1, 17)[: min(3, experts)]
+    swept = [*range(32), 65, 129]
+    if experts >= len(swept):
+        rest = experts - len(swept)
+        share = max(1, (rows - sum(swept)) // max(1, rest))
+        counts = np.array(swept + [i % (2 * share + 1) for i in range(rest)])
+    else:
+        counts = integers(seed, f"{stream}/few", 0, 31, experts)
+        counts[: len(EDGES)] = EDGES[:experts]
     return np.asarray(counts[permutation(seed, f"{stream}/order", experts)], np.int64)
+
+
+STEEP = 6.0
+"""Scale of every third expert's gate projection, so that its pre-activations reach into silu's tails."""
+
+
+def steep(experts: int, first: int = 0) -> F64:
+    """Return [E, 1, 1] factors of the gate projections: 1, or `STEEP` for every third expert."""
+    return np.where((first + np.arange(experts)) % 3 == 2, STEEP, 1.0)[:, None, None]

@@ -143,6 +143,9 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
         value = value + bias_E
         bound = bound + U32 * (np.abs(value) + bound)  # one float32 addition
     low, high = value - bound, value + bound
+    # Of a token that is not finite nothing is known, and any experts are right.
+    unknown = ~(np.isfinite(low) & np.isfinite(high)).all(1)
+    low[unknown], high[unknown] = -np.inf, np.inf
     scored = Scored(low, high)
     if spec.num_groups == 1:
         single = k_best(low, high, spec.top_k)

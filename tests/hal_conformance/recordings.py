@@ -17,6 +17,7 @@ from hal_conformance import arrays, recording
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
+from hal_conformance.verdicts import Status
 
 FAKE = Catalogue("fake_cases")
 SELECTION = Selection(("double.one[a]",), scale="tiny")
@@ -83,9 +84,12 @@ def one_ulp(array):
 
 def crashed(found):
     """Return the observations with the first one dead."""
-    from hal_conformance.verdicts import Status
-
     return [replace(found[0], status=Status.CRASH, detail="died\x1b[2J", outputs={}), *found[1:]]
+
+
+def unsupported(found):
+    """Return the observations of a subject that cannot do any of it."""
+    return [replace(seen, status=Status.UNSUPPORTED, detail="none of it", outputs={}) for seen in found]
 
 
 assert fake_cases.ALL

@@ -18,7 +18,7 @@ from hal.moe.torch_ops import TorchMoEOps
 def weighted(y_RD, weights_TK, slot_R, num_tokens) -> Tensor:
     """Each token's rows times their weights, [T, K, D] in float32; zeros where a slot has no row."""
     top_k = weights_TK.shape[1]
-    rows = y_RD.new_zeros(num_tokens * top_k, y_RD.shape[1]).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, -1)
+    rows = y_RD.new_zeros(num_tokens * top_k, y_RD.shape[1]).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, y_RD.shape[1])
     return rows.float() * weights_TK.float()[:, :, None]
 
 
@@ -362,6 +362,134 @@ class UnsortedChoices(Parts):
         return routing._replace(experts_TK=routing.experts_TK.flip(1), weights_TK=routing.weights_TK.flip(1))
 
 
+class MasksWithZero(Parts):
+    """Experts of groups that are not chosen score 0.0 instead of -inf (vllm PR#13474)."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        zero = dataclasses.replace(spec, masked_score=0.0)
+        return super().route(x_TD, gate_ED, zero, bias_E, experts_TK=experts_TK)
+
+
+class IgnoresReplay(Parts):
+    """`route` chooses by itself when a routing is given; the layer does not."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        return self.honest.route(x_TD, gate_ED, spec, bias_E)
+
+    def layer(self, *args, **options):
+        return self.honest.layer(*args, **options)
+
+
+class DropsEpsilon(Parts):
+    """The epsilon is left out of the sum."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        bare = dataclasses.replace(spec, normalize_epsilon=0.0)
+        return super().route(x_TD, gate_ED, bare, bias_E, experts_TK=experts_TK)
+
+
+class HugeTokensEverywhere(Parts):
+    """Tokens with a logit beyond 60 go to the first experts with equal weights."""
+
+    def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+        out = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        hot = (out.logits_TE.abs().amax(1) > 60)[:, None]
+        first = torch.arange(spec.top_k).expand_as(out.experts_TK)
+        return out._replace(
+            experts_TK=torch.where(hot, first, out.experts_TK),
+            weights_TK=torch.where(hot, torch.full_like(out.weights_TK, 1 / spec.top_k), out.weights_TK),
+        )
+
+
+class IgnoresCapacity(Parts):
+    """The layer takes every row, whatever the capacity."""
+
+    def layer(self, x_TD, weights, spec, *, experts_TK=None, capacity=None):
+        return super().layer(x_TD, weights, spec, experts_TK=experts_TK)
+
+
+class TailOfTokens(Parts):
+    """Combine loses the tokens beyond the last multiple of 32."""
+
+    def combine(self, y_RD, weights_TK, slot_R, num_tokens):
+        keep = torch.arange(num_tokens) < num_tokens // 32 * 32
+        return super().combine(y_RD, weights_TK, slot_R, num_tokens) * keep[:, None].to(y_RD.dtype)
+
+
+class LosesRowsBeyond64(Parts):
+    """The last row of an expert with more than 64 rows is zero."""
+
+    def experts(self, x_RD, counts_E, weights):
+        y = super().experts(x_RD, counts_E, weights)
+        keep = torch.ones(len(y), 1, dtype=y.dtype)
+        keep[(counts_E.cumsum(0) - 1)[counts_E > 64]] = 0
+        return y * keep
+
+
+class SiluTails(OwnProduct):
+    """silu through a tanh of 11 bits where the gate is beyond 4."""
+
+    def product(self, a, b):
+        return a @ b
+
+    def expert(self, x, w1, w3, w2):
+        g = self.stored(x, w1)
+        wide = g.float()
+        low = ((wide / 2).tanh() * 2048).round() / 2048
+        half = torch.where(wide.abs() > 4, 0.5 + 0.5 * low, wide.sigmoid())
+        return self.stored((wide * half).to(g.dtype) * self.stored(x, w3), w2)
+
+
+class ReadsStorage(Parts):
+    """Takes for granted that matrices lie in the order of memory."""
+
+    def experts(self, x_RD, counts_E, weights):
+        y = super().experts(x_RD, counts_E, weights)
+        return y if all(w.is_contiguous() for w in weights) else y * 0
+
+
+class SpreadsNan(Parts):
+    """One NaN row makes all of them NaN."""
+
+    def combine(self, y_RD, weights_TK, slot_R, num_tokens):
+        y = super().combine(y_RD, weights_TK, slot_R, num_tokens)
+        return y * float("nan") if y_RD.isnan().any() else y
+
+
+class LowZLoss(Parts):
+    """The z-loss is computed in the logits' dtype."""
+
+    def z_loss(self, logits_TE):
+        return logits_TE.logsumexp(-1).square().mean().float()
+
+
+class UntrainedRouter(LayerChanged):
+    """The balance loss reaches the router with half of its gradient."""
+
+    def change(self, out, spec):
+        return out._replace(aux_loss=0.5 * out.aux_loss + 0.5 * out.aux_loss.detach())
+
+
+class FailsWithoutTokens(Parts):
+    """A launch with no rows."""
+
+    def experts(self, x_RD, counts_E, weights):
+        if not len(x_RD):
+            raise RuntimeError("invalid configuration argument")
+        return super().experts(x_RD, counts_E, weights)
+
+
+class WritesItsWeights(Parts):
+    """The down projection is cleared after it was used in training."""
+
+    def experts(self, x_RD, counts_E, weights):
+        if not x_RD.requires_grad:
+            return super().experts(x_RD, counts_E, weights)
+        y = super().experts(x_RD, counts_E, ExpertWeights(*(w.clone() for w in weights)))
+        weights.w2_EDF.data.zero_()
+        return y
+
+
 HONEST = {
     "honest": Parts(),
     "honest_reversed": Reversed(),
@@ -395,7 +523,21 @@ WRONG = {
     "freezes_shared_gate": FreezesSharedGate(),
     "freezes_shared_down": FreezesSharedDown(),
     "unsorted_choices": UnsortedChoices(),
+    "masks_with_zero": MasksWithZero(),
+    "ignores_replay": IgnoresReplay(),
+    "drops_epsilon": DropsEpsilon(),
+    "huge_tokens_everywhere": HugeTokensEverywhere(),
+    "ignores_capacity": IgnoresCapacity(),
+    "tail_of_tokens": TailOfTokens(),
+    "loses_rows_beyond_64": LosesRowsBeyond64(),
+    "silu_tails": SiluTails(),
+    "reads_storage": ReadsStorage(),
+    "spreads_nan": SpreadsNan(),
+    "low_z_loss": LowZLoss(),
+    "untrained_router": UntrainedRouter(),
 }
 
 globals().update(HONEST)
 globals().update(WRONG)
+fails_without_tokens = FailsWithoutTokens()
+writes_its_weights = WritesItsWeights()

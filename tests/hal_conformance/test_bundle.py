@@ -193,6 +193,7 @@ def change(path, value):
         (["selection"], KeyError),
         (["contract"], {}),
         (["contract", "matmul", "float32", "accumulator_bits"], 10**9),
+        (["contract", "matmul", "float32", "input_bits"], -40),
         (["contract", "matmul", "float32"], 5),
         (["contract", "matmul"], []),
         (["contract", "subnormals"], "\x1b[2J"),
@@ -214,6 +215,7 @@ def test_forged_manifests_are_refused_in_one_printable_line(path, value):
         ("suite", "9.9.9+suite.9", "recorded with suite 9.9.9+suite.9; this is suite"),
         ("manifest", "[" * 100_000, "JSON that cannot be read"),
         ("manifest", "null", "manifest cannot be read"),
+        ("manifest", '{"environment": 1e999}', "JSON that cannot be read"),
     ],
 )
 def test_another_schema_and_another_suite_are_named(key, value, words):

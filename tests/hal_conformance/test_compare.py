@@ -77,6 +77,14 @@ def test_a_crash_on_the_recording_host_is_red_here():
     assert found.report.results[0].detail == r"died\x1b[2J"
 
 
+def test_a_recording_of_which_nothing_was_judged_does_not_hide_behind_another():
+    dead = recordings.make(edit=recordings.unsupported)
+    found = compare([recordings.parse(recordings.make(), "good"), recordings.parse(dead, "dead")])
+    assert found.unjudged() == ["fake:0@dead"]
+    assert found.exit_status() == 1
+    assert compare([recordings.parse(recordings.make(), "good")]).exit_status() == 0
+
+
 def test_other_inputs_are_invalid():
     def edit(manifest):
         manifest["cases"][0]["inputs"]["x"] = "0" * 64

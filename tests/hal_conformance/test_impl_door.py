@@ -47,6 +47,20 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
     assert status in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "case", "status", "words"),
+    [
+        ("writes_its_weights", "experts.backward", "FAIL-STRUCTURE", "wrote into its input w2_EDF"),
+        ("fails_without_tokens", "experts.no_rows", "CRASH", "invalid configuration argument"),
+    ],
+)
+def test_what_an_implementation_does_in_training_alone_is_seen(name, case, status, words, tmp_path):
+    done, report = run(name, tmp_path, [case])
+    assert done.returncode == 1, done.stderr
+    assert {row["status"] for row in report["results"] if row["case"].startswith(f"{case}[")} == {status}
+    assert words in report["results"][0]["detail"]
+
+
 @pytest.mark.parametrize("name", ["honest_reversed", "honest_split_k", "honest_sequential", "honest_wide"])
 def test_an_honest_implementation_in_another_order_is_green_and_exits_0(name, tmp_path):
     done, report = run(name, tmp_path, SOME)

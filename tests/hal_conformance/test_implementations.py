@@ -14,8 +14,9 @@ from hal_conformance.judging import judge_outputs
 from hal_conformance.plan import Task
 from hal_conformance.verdicts import Status
 
-# One with groups, bias and sigmoid; one with two choices; one with a shared gate and weights in the model's dtype.
-PRESETS = ("ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
+# The first of all; one with groups, bias and sigmoid; one with two choices; one with a shared gate and weights in the
+# model's dtype.
+PRESETS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
 
 
 CPU = torch.device("cpu")
@@ -74,6 +75,18 @@ CAUGHT_BY = {
     "freezes_shared_gate": ("layer.backward_replayed", "FAIL-NUMERIC"),
     "freezes_shared_down": ("layer.backward_replayed", "FAIL-NUMERIC"),
     "unsorted_choices": ("router.topk_set", "FAIL-DISCRETE"),
+    "masks_with_zero": ("router.negative_scores", "FAIL-DISCRETE"),
+    "ignores_replay": ("router.replayed", "FAIL-DISCRETE"),
+    "drops_epsilon": ("router.degenerate", "FAIL-NUMERIC"),
+    "huge_tokens_everywhere": ("router.degenerate", "FAIL-DISCRETE"),
+    "ignores_capacity": ("layer.capacity", "FAIL-NUMERIC"),
+    "tail_of_tokens": ("combine.exact", "FAIL-NUMERIC"),
+    "loses_rows_beyond_64": ("experts.integers", "FAIL-NUMERIC"),
+    "silu_tails": ("experts.activation", "FAIL-NUMERIC"),
+    "reads_storage": ("experts.strided", "FAIL-NUMERIC"),
+    "spreads_nan": ("combine.nan_row", "FAIL-NUMERIC"),
+    "low_z_loss": ("losses.z", "FAIL-NUMERIC"),
+    "untrained_router": ("layer.backward_replayed", "FAIL-NUMERIC"),
 }
 
 
@@ -123,7 +136,7 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
             if bad is poisoned and array.size == 0:
                 continue
             outputs = {k: v for k, v in good.items() if k != name} | ({} if bad is None else {name: bad})
-            if case.name.startswith("router.") and bad is poisoned and name not in RELEVANT.get(case.name, ()):
+            if bad is poisoned and name not in RELEVANT.get(case.name, good):
                 continue
             verdict = case.judge(inputs, outputs, params, Contract())
             assert verdict.status.colour == "red", (name, bad if bad is None else bad.dtype, verdict)
@@ -135,7 +148,13 @@ RELEVANT = {
     "router.topk_set": ("experts_TK",),
     "router.weights": ("weights_TK", "experts_TK"),
     "router.tie_order": ("logits_TE", "experts_TK"),
-    "router.degenerate": ("experts_TK", "weights_TK"),
+    "router.negative_scores": ("experts_TK",),
+    "router.degenerate": ("logits_TE", "scores_TE", "experts_TK", "weights_TK"),
+    "router.backward": ("experts_TK", "weights_TK", "dx_TD", "dgate_ED"),
+    "router.replayed": ("experts_TK", "weights_TK", "dx_TD", "dgate_ED"),
+    "router.strided": ("logits_TE",),
+    "experts.activation": ("y_RD", "dw1_EFD", "dw3_EFD"),
+    "layer.nan_token": ("logits_TE", "scores_TE", "experts_TK", "weights_TK", "y_TD"),  # both losses are NaN
 }
 
 

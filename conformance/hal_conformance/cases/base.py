@@ -6,7 +6,9 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.case import DTYPES, F64, Array, Footprint, Params
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,18 @@ FULL_TOKENS = 1024
 
 
 def shape(p: Params) -> Shape:
-    """Return the sizes of an instance: as published at "full", otherwise fixed small ones; never the router's."""
+    """Return the sizes of an instance: the published ones at "full", otherwise small ones; never the router's.
+
+    Kernels lose tails where a size is no multiple of their tile. So every preset has another number of tokens, most
+    of them odd or prime, and widths that are multiples of 8 (16 bytes, which torch's grouped product asks for) and
+    seldom of 16 or 32.
+    """
+    at = list(PRESETS).index(p.preset)
     if p.scale in _SCALED:
-        return _SCALED[p.scale]
+        least = _SCALED[p.scale]
+        return Shape(least.tokens + 1 + at, least.width + 8 * (at % 4), least.hidden + 8 * (at % 3))
     model = preset(p.preset)
-    return Shape(FULL_TOKENS, model.hidden_size, model.expert_hidden_size)
+    return Shape(FULL_TOKENS + 1 + at, model.hidden_size, model.expert_hidden_size)
 
 
 def model_of(p: Params) -> MoEModelSpec:
@@ -58,6 +70,16 @@ def expert_bytes(p: Params) -> int:
     """Return the bytes of all routed experts' weights."""
     s = shape(p)
     return 3 * preset(p.preset).router.num_experts * s.width * s.hidden * make.NUMPY_DTYPES[p.dtype].itemsize
+
+
+def leaf(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the same storage as a tensor that requires a gradient: what is written into it shows in the input."""
+    return tensor.detach().requires_grad_()
+
+
+def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Return the tensors that there are, without their history."""
+    return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 
 def wide(array: Array) -> F64:

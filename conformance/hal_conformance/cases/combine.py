@@ -13,7 +13,8 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, shape, weight_storage, wide
+from hal_conformance.cases.base import ByCounts, leaf, observed, shape, weight_storage, wide
+from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 class Random(ByCounts):
     """Rows and weights as they occur."""
 
+    def capacity(self, p: Params) -> int | None:
+        """Return the most rows of an expert: some slots then have no row."""
+        return None
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         spec, s = preset(p.preset).router, shape(p)
         experts = make.choices(p.seed, "combine", s.tokens, spec.num_experts, spec.top_k)
-        slot_R, _ = sent(experts, spec.num_experts)
+        slot_R, _ = sent(experts, spec.num_experts, self.capacity(p))
         raw = make.words(p.seed, "combine/w", s.tokens, spec.top_k) / 2.0**32 + 1.0 / 64
         return {
             "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), s.width), p.dtype),
@@ -81,6 +86,34 @@ class Exact(Random):
         return exact("y", y_TD, make.store((rows_TKD * weights_TK[:, :, None]).sum(1), dtype))
 
 
+class NanRow(Exact):
+    """A row that is NaN."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        y = arrays["y_RD"].copy()
+        y[len(y) // 2] = np.nan
+        return {**arrays, "y_RD": y}
+
+
+class NoTokens(Random):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array[:0] for name, array in super().inputs(p).items()}
+
+
+class Dropped(Random):
+    """Slots whose rows a capacity dropped."""
+
+    def capacity(self, p: Params) -> int | None:
+        """See `Random.capacity`: the mean load, rounded up."""
+        spec = preset(p.preset).router
+        return -(-shape(p).tokens * spec.top_k // spec.num_experts)
+
+
 class Backward(Random):
     """Gradients of rows and weights."""
 
@@ -93,11 +126,9 @@ class Backward(Random):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        y, weights = (tensors[name].clone().requires_grad_() for name in ("y_RD", "weights_TK"))
+        y, weights = leaf(tensors["y_RD"]), leaf(tensors["weights_TK"])
         ops.combine(y, weights, tensors["slot_R"], weights.shape[0]).backward(tensors["dy_TD"])
-        assert y.grad is not None
-        assert weights.grad is not None
-        return {"dy_RD": y.grad, "dweights_TK": weights.grad}
+        return observed({"dy_RD": y.grad, "dweights_TK": weights.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -116,9 +147,9 @@ class Backward(Random):
         rule, at = Arithmetic(), level(value.size)
         bound = matmul_bound(value, squares, np.abs(terms).sum(1), width, rule, at)
         sums = Bounded(value, bound, matmul_variance(value, squares, width, rule)).stored(storage)
-        back = np.zeros(weights.size, np.int64)
-        back[slots] = np.arange(len(slots))
-        by_slot = Bounded(sums.value[back], sums.bound[back], sums.var[back])
+        by_slot = Bounded(*(np.zeros(weights.size) for _ in range(3)))  # exactly zero for a slot without a row
+        for part, sum_ in ((by_slot.value, sums.value), (by_slot.bound, sums.bound), (by_slot.var, sums.var)):
+            part[slots] = sum_
         return merge(
             [
                 judge("dy", outputs["dy_RD"], one_product),
@@ -127,19 +158,27 @@ class Backward(Random):
         )
 
 
+class DroppedBackward(Backward, Dropped):
+    """Gradients where some slots have no row."""
+
+
+_NEEDS = ("combine",)
+_SUMS = "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias."
+_GRADIENTS = "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul)."
+_EXACT = "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, compared bit by bit"
+BACKWARD = Backward("combine.backward", "combine", _NEEDS, _GRADIENTS)
 CASES = (
     Exact(
-        "combine.exact", "combine", ("combine",),
-        "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, and "
-        "compared bit by "
-        "bit; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
+        "combine.exact", "combine", _NEEDS,
+        _EXACT + "; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
     ),
-    Random(
-        "combine.random", "combine", ("combine",),
-        "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias.",
+    NanRow("combine.nan_row", "combine", _NEEDS, _EXACT + ". One row is NaN, and reaches its own token only."),
+    Random("combine.random", "combine", _NEEDS, _SUMS),
+    Dropped("combine.dropped", "combine", _NEEDS, _SUMS + " A slot whose row was dropped adds nothing."),
+    NoTokens("combine.no_tokens", "combine", _NEEDS, "Zero tokens and rows give an empty result."),
+    BACKWARD,
+    DroppedBackward(
+        "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."
     ),
-    Backward(
-        "combine.backward", "combine", ("combine",),
-        "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul).",
-    ),
+    Strided("combine.strided", BACKWARD),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def as_it_occurs(size: Size) -> Arrays:
     x = make.activations(seed, "experts/x", size.rows, size.width)
     return size.arrays(
         x * (np.sqrt(size.width) / make.typical_norm(size.width)),
-        make.expert_weights(seed, "experts/w1_EFD", dtype, *size.up),
+        make.expert_weights(seed, "experts/w1_EFD", dtype, *size.up, gate=True),
         make.expert_weights(seed, "experts/w3_EFD", dtype, *size.up),
         make.expert_weights(seed, "experts/w2_EDF", dtype, *size.down),
     )
@@ -184,6 +184,40 @@ def one_hot(size: Size) -> Arrays:
 
     made = (make.by_expert(size.dtype, s, f) for s, f in ((size.up, gate), (size.up, up), (size.down, down)))
     return size.arrays(x, *made)
+
+
+def activation(size: Size) -> Arrays:
+    """Gates that run through the values of the dtype, and nothing else that rounds; `dy_RD` is among them.
+
+    Row j of every expert is 1 in channel j, so g[j, f] = w1[f, j] and u[j, f] = w3[f, j]; w2 copies unit f to channel
+    f, and dy is 1 there. So y[j, f] = u silu(g), dw1[f, j] = u silu'(g) and dw3[f, j] = silu(g), one term each. u is a
+    power of two of either sign, 1 where the product might overflow. The values: every finite one of a 16-bit dtype, in
+    an order that the seed chooses; in float32 as many, exponents from -20 to 6, where silu is neither linear nor zero.
+    """
+    seed, (experts, hidden, width) = size.seed, size.up
+    x = np.tile(np.eye(width), (experts, 1))
+    count = experts * hidden * width
+    storage = make.NUMPY_DTYPES[size.dtype]
+    if size.dtype == "float32":
+        exponents = make.integers(seed, "activation/exponent", -20, 6, count)
+        fraction = 1.0 + make.words(seed, "activation/fraction", count) * 2.0**-32
+        sign = 1.0 - 2.0 * make.integers(seed, "activation/sign", 0, 1, count)
+        g = make.store(sign * np.ldexp(fraction, exponents.astype(np.int32)), size.dtype)
+    else:
+        every = np.arange(2**16, dtype=np.uint16).view(storage)
+        with np.errstate(invalid="ignore"):  # signalling NaN patterns
+            finite = every[np.isfinite(every.astype(np.float64))]
+        g = np.resize(finite[make.permutation(seed, "activation/order", len(finite))], count)
+    g = g.reshape(size.up)
+    u = np.ldexp(1.0 - 2.0 * make.integers(seed, "activation/u", 0, 1, *size.up),
+                 make.integers(seed, "activation/power", -3, 7, *size.up).astype(np.int32))  # fmt: skip
+    u[np.abs(g.astype(np.float64)) >= 128] = 1.0
+    shown = min(hidden, width)
+    w2 = np.zeros(size.down, storage)
+    w2[:, np.arange(shown), np.arange(shown)] = 1.0
+    dy = np.zeros_like(x)
+    dy[:, :shown] = 1.0
+    return {**size.arrays(x, g, make.store(u, size.dtype), w2), "dy_RD": make.store(dy, size.dtype)}
 
 
 def backward_integers(size: Size) -> Arrays:

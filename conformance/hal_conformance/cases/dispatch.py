@@ -11,7 +11,8 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, shape, wide
+from hal_conformance.cases.base import ByCounts, leaf, observed, shape, wide
+from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -74,6 +75,14 @@ class Capacity(DispatchCase):
         return -(-shape(p).tokens * spec.top_k // spec.num_experts)
 
 
+class CapacityZero(DispatchCase):
+    """A capacity of zero drops every row; it is not the absence of one."""
+
+    def capacity(self, p: Params) -> int | None:
+        """See `DispatchCase.capacity`."""
+        return 0
+
+
 class OneExpert(DispatchCase):
     """Every token on one expert first, and the others empty where K leaves them so."""
 
@@ -100,17 +109,16 @@ class Backward(DispatchCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays = super().inputs(p)
-        rows = arrays["experts_TK"].size
-        arrays["dx_RD"] = make.store(make.normal(p.seed, "dispatch/dx", rows, arrays["x_TD"].shape[1]), p.dtype)
-        return arrays
+        slot_R, _ = sent(arrays["experts_TK"], preset(p.preset).router.num_experts, self.capacity(p))
+        dx = make.normal(p.seed, "dispatch/dx", len(slot_R), arrays["x_TD"].shape[1])
+        return {**arrays, "dx_RD": make.store(dx, p.dtype)}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        x = tensors["x_TD"].clone().requires_grad_()
-        out = ops.dispatch(x, tensors["experts_TK"], preset(p.preset).router.num_experts)
+        x, experts = leaf(tensors["x_TD"]), preset(p.preset).router.num_experts
+        out = ops.dispatch(x, tensors["experts_TK"], experts, capacity=self.capacity(p))
         out.x_RD.backward(tensors["dx_RD"])
-        assert x.grad is not None
-        return {"dx_TD": x.grad}
+        return observed({"dx_TD": x.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -119,22 +127,28 @@ class Backward(DispatchCase):
         wrong = structure(outputs, {"dx_TD": (x.shape, p.dtype)})
         if wrong is not None:
             return wrong
-        slot_R, _ = sent(inputs["experts_TK"], spec.num_experts)
+        slot_R, _ = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
         rows = gather_rows(wide(inputs["dx_RD"]), slot_R, len(x), spec.top_k)
         return merge([judge("dx", outputs["dx_TD"], combine(rows, np.ones(rows.shape[:2]), p.dtype))])
 
 
+class CapacityBackward(Backward, Capacity):
+    """The same where the capacity drops some rows."""
+
+
 _WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
+_SUM = "The gradient of a token: the sum over its rows, in float32. Bound: K u sum |dx| and half an ulp."
 _NEEDS = ("dispatch",)
+PERMUTATION = DispatchCase(
+    "dispatch.permutation", "dispatch", _NEEDS, _WHAT + "One hot, one empty and one single expert."
+)  # fmt: skip
 CASES = (
-    DispatchCase("dispatch.permutation", "dispatch", _NEEDS, _WHAT + "One hot, one empty and one single expert."),
+    PERMUTATION,
     Capacity("dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."),
+    CapacityZero("dispatch.capacity_zero", "dispatch", _NEEDS, _WHAT + "With a capacity of zero nothing is left."),
     OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
     NoTokens("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
-    Backward(
-        "dispatch.backward",
-        "dispatch",
-        _NEEDS,
-        "The gradient of a token: the sum over its K rows, in float32. Bound: K u sum |dx| and half an ulp.",
-    ),
+    Backward("dispatch.backward", "dispatch", _NEEDS, _SUM),
+    CapacityBackward("dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."),
+    Strided("dispatch.strided", PERMUTATION),
 )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,11 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
+from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import designs
-from hal_conformance.cases.base import ByCounts, expert_bytes, shape, wide
+from hal_conformance.cases.base import ByCounts, expert_bytes, leaf, observed, shape, wide
+from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import ExactMeter, Finding, Meter, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import spans
@@ -60,14 +63,16 @@ class BackwardCase(ExpertsCase):
         """See `Case.run`."""
         from hal.moe.ops import ExpertWeights
 
-        leaves = {name: tensors[name].clone().requires_grad_() for name in ("x_RD", *ROUTED)}
+        leaves = {name: leaf(tensors[name]) for name in ("x_RD", *ROUTED)}
         weights = ExpertWeights(*(leaves[name] for name in ROUTED))
-        ops.experts(leaves["x_RD"], tensors["counts_E"], weights).backward(tensors["dy_RD"])
-        return {f"d{name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+        y = ops.experts(leaves["x_RD"], tensors["counts_E"], weights)
+        y.backward(tensors["dy_RD"])
+        return observed({"y_RD": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
         """Return a verdict on shape and dtype."""
-        return structure(outputs, {f"d{name}": (inputs[name].shape, p.dtype) for name in ("x_RD", *ROUTED)})
+        gradients = {f"d{name}": (inputs[name].shape, p.dtype) for name in ("x_RD", *ROUTED)}
+        return structure(outputs, {"y_RD": (inputs["x_RD"].shape, p.dtype), **gradients})
 
 
 class ExactExperts(ExpertsCase):
@@ -110,6 +115,78 @@ class Cancelling(ExactExperts):
         return designs.cancelling(self.size(p))
 
 
+class NanRow(Integers):
+    """A row that is NaN."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: in the middle of the busiest expert's."""
+        arrays = super().inputs(p)
+        x, counts = arrays["x_RD"].copy(), arrays["counts_E"]
+        busiest = int(counts.argmax())
+        x[int(counts[:busiest].sum()) + int(counts[busiest]) // 2] = np.nan
+        return {**arrays, "x_RD": x}
+
+
+class NoRows(BackwardCase):
+    """Zero rows: an empty result, and gradients of exactly zero."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        size = self.size(p)
+        arrays = designs.as_it_occurs(replace(size, counts_E=np.zeros_like(size.counts_E)))
+        return {**arrays, "dy_RD": arrays["x_RD"]}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        return merge(WeightGradients(outputs, inputs["counts_E"], p.dtype).findings() or [Finding(Status.EXACT)])
+
+
+class Activation(BackwardCase):
+    """silu and its slope, alone: every value of a 16-bit dtype, and as many of float32."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: the values do not depend on the router, so one with experts enough stands for all."""
+        return ("ling-lite",)
+
+    def size(self, p: Params) -> designs.Size:
+        """See `ExpertsCase.size`: as many rows as channels for each expert."""
+        size = super().size(p)
+        return replace(size, counts_E=np.full_like(size.counts_E, size.width))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return designs.activation(self.size(p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: y holds u silu(g), the gradient of w1 holds u silu'(g), that of w3 holds silu(g)."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        size = self.size(p)
+        shown, dtype = min(size.hidden, size.width), p.dtype
+        g, u = (wide(inputs[name][:, :shown]) for name in ROUTED[:2])  # [E, shown, D]
+        s, slope = silu(g).stored(dtype), silu_slope(g).stored(dtype)
+        y = outputs["y_RD"].reshape(len(g), size.width, size.width)[:, :, :shown].transpose(0, 2, 1)
+        pairs = {
+            "y": (y, s.scaled(u)),
+            "dw1_EFD": (outputs["dw1_EFD"][:, :shown], slope.scaled(u)),
+            "dw3_EFD": (outputs["dw3_EFD"][:, :shown], s),
+        }
+        least = smallest_normal(dtype)
+        found = []
+        for name, (got, expected) in pairs.items():
+            # Below the normal numbers each of three stores rounds to a multiple of the smallest one, and may flush.
+            small = (np.abs(expected.value) < least) | (np.abs(s.value) < least) | (np.abs(g) < least)
+            lost = 3.0 * half_ulp(np.zeros(1), dtype)
+            if contract.subnormals != "preserved":
+                lost = lost + np.maximum(np.abs(expected.value), least * np.maximum(1.0, np.abs(u)))
+            found.append(judge(name, got, expected.widened(np.where(small, lost, 0.0))))
+        return merge(found)
+
+
 class OneHot(ExactExperts):
     """Rows that pick single weights, so that the output is the weights themselves, bit by bit."""
 
@@ -137,7 +214,7 @@ class BackwardIntegers(BackwardCase):
         if wrong is not None:
             return wrong
         x, dy = wide(inputs["x_RD"]), wide(inputs["dy_RD"])
-        meters = {name: ExactMeter(f"d{name}") for name in ("x_RD", *ROUTED)}
+        meters = {name: ExactMeter(f"d{name}") for name in ("x_RD", *ROUTED)} | {"y_RD": ExactMeter("y_RD")}
         ends = np.cumsum(inputs["counts_E"])
         for e, end in enumerate(ends):
             rows = slice(int(end - inputs["counts_E"][e]), int(end))
@@ -145,6 +222,7 @@ class BackwardIntegers(BackwardCase):
             u, dh = x[rows] @ w3.T, dy[rows] @ w2
             du, dg = designs.ONE * dh, dh * u
             want = (dg.T @ x[rows], du.T @ x[rows], dy[rows].T @ (designs.ONE * u))
+            meters["y_RD"].add(outputs["y_RD"][rows], make.store(designs.ONE * u @ w2.T, p.dtype), rows.start)
             meters["x_RD"].add(outputs["dx_RD"][rows], make.store(dg @ w1 + du @ w3, p.dtype), rows.start)
             for name, gradient in zip(ROUTED, want, strict=True):
                 meters[name].add(outputs[f"d{name}"][e : e + 1], make.store(gradient, p.dtype)[None], e)
@@ -183,15 +261,16 @@ class Backward(BackwardCase):
         if wrong is not None:
             return wrong
         counts, dtype = inputs["counts_E"], p.dtype
-        dx = Meter("dx_RD", independent=int(counts.sum()))
+        y, dx = (Meter(name, independent=int(counts.sum())) for name in ("y_RD", "dx_RD"))
         weights = WeightGradients(outputs, counts, dtype)
         w1, w3, w2 = (inputs[name] for name in ROUTED)
         rule = arithmetic(contract, dtype)
         for e, rows, inside in each(inputs["x_RD"], counts, (w1, w3, w2), dtype, rule):
             gradients = inside.backward(Chained.exact(inputs["dy_RD"][rows]))
+            y.add(outputs["y_RD"][rows], inside.y.bounded(dtype, inputs["x_RD"].size), rows.start)
             dx.add(outputs["dx_RD"][rows], gradients.dx.bounded(dtype, inputs["x_RD"].size), rows.start)
             weights.add(e, gradients)
-        return merge([dx.finding(), *weights.findings()])
+        return merge([y.finding(), dx.finding(), *weights.findings()])
 
 
 class WeightGradients:
@@ -259,4 +338,18 @@ BACKWARD_INTEGERS = BackwardIntegers(
     "Integers whose gradients are exact in float32 in any order, at gates where silu's slope is 1: one lost or doubled "
     "row of a weight gradient, a wrong transposition or a low accumulator of the backward products shows, bit by bit.",
 )  # fmt: skip
-CASES = (INTEGERS, CANCELLING, ONE_HOT, RANDOM, BACKWARD, BACKWARD_INTEGERS)
+ACTIVATION = Activation(
+    "experts.activation", "experts", _NEEDS,
+    "silu and its slope where nothing else rounds: one-hot rows make every gate a weight. In the 16-bit dtypes every "
+    "finite value occurs. Bound: bounds.silu and silu_slope; a form that is exact relative to 1 instead of to the "
+    "result (1/2 + 1/2 tanh) is not admitted.",
+)  # fmt: skip
+NAN_ROW = NanRow(
+    "experts.nan_row", "experts", _NEEDS,
+    "As experts.integers with one row of NaN: that row's result is NaN, and every other is exact.",
+)  # fmt: skip
+NO_ROWS = NoRows("experts.no_rows", "experts", _NEEDS, "Zero rows: an empty result, and gradients of exactly zero.")
+CASES = (
+    INTEGERS, CANCELLING, ONE_HOT, ACTIVATION, RANDOM, BACKWARD, BACKWARD_INTEGERS, NAN_ROW, NO_ROWS,
+    Strided("experts.strided", BACKWARD),
+)  # fmt: skip

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
+from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import matmul
@@ -25,7 +26,9 @@ from hal_conformance.cases.base import (
     Base,
     expert_bytes,
     gate_storage,
+    leaf,
     model_of,
+    observed,
     router_arrays,
     shape,
     weight_storage,
@@ -33,7 +36,8 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.experts import WeightGradients
 from hal_conformance.cases.router import expected_structure
-from hal_conformance.detectors import Finding, discrete, judge, merge, structure
+from hal_conformance.cases.strided import Strided
+from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
 from hal_conformance.margins import certify, judge_choice
 from hal_conformance.oracle.dispatching import sent
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE, layer
@@ -56,11 +60,18 @@ class Layer(Base):
 
     Attributes:
         replayed: whether the experts are given.
-        backward: whether the gradients are judged, too.
+        backward: whether the gradients are judged, too: those of y, and of both losses.
+        capacity: whether the busier experts drop rows.
     """
 
     replayed: bool = False
     backward: bool = False
+    capacity: bool = False
+
+    def limit(self, p: Params) -> int | None:
+        """Return the most rows of an expert: the mean load, rounded up, or None."""
+        spec = preset(p.preset).router
+        return -(-shape(p).tokens * spec.top_k // spec.num_experts) if self.capacity else None
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
@@ -77,7 +88,10 @@ class Layer(Base):
         gate = make.gate(p.seed, "layer/gate", spec.num_experts, s.width) / scale
         arrays["gate_ED"] = make.store(gate, gate_storage(spec, p))
         for name, sizes in zip(ROUTED, ((s.hidden, s.width), (s.hidden, s.width), (s.width, s.hidden)), strict=True):
-            arrays[name] = make.expert_weights(p.seed, f"layer/{name}", p.dtype, spec.num_experts, *sizes)
+            gate_projection = name == ROUTED[0]
+            arrays[name] = make.expert_weights(
+                p.seed, f"layer/{name}", p.dtype, spec.num_experts, *sizes, gate=gate_projection
+            )
         if model.num_shared_experts:
             width = model.shared_hidden_size
             for name, sizes in zip(SHARED, ((width, s.width), (width, s.width), (s.width, width)), strict=True):
@@ -88,15 +102,19 @@ class Layer(Base):
             arrays["experts_TK"] = make.choices(p.seed, "layer", s.tokens, spec.num_experts, spec.top_k)
         if self.backward:
             arrays["dy_TD"] = make.store(make.normal(p.seed, "layer/dy", s.tokens, s.width), p.dtype)
+            # Of the losses' gradients: large enough to matter beside that of y.
+            arrays["daux"], arrays["dz"] = (np.asarray(share * s.tokens, np.float32) for share in (1.0, 0.25))
         return arrays
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
+        import torch
+
         from hal.moe.ops import ExpertWeights, LayerWeights
 
         leaves, names = dict(tensors), trained(tensors)
         if self.backward:
-            leaves |= {name: tensors[name].clone().requires_grad_() for name in names}
+            leaves |= {name: leaf(tensors[name]) for name in names}
         weights = LayerWeights(
             leaves["gate_ED"],
             leaves.get("bias_E"),
@@ -104,12 +122,14 @@ class Layer(Base):
             tuple(leaves[name] for name in SHARED) if SHARED[0] in leaves else None,  # type: ignore[arg-type]
             leaves.get(SHARED_GATE),
         )
-        out = ops.layer(leaves["x_TD"], weights, model_of(p), experts_TK=leaves.get("experts_TK"))
+        limit = {"capacity": self.limit(p)} if self.capacity else {}
+        out = ops.layer(leaves["x_TD"], weights, model_of(p), experts_TK=leaves.get("experts_TK"), **limit)
         result = {"y_TD": out.y_TD, "aux_loss": out.aux_loss, "z_loss": out.z_loss, **out.routing._asdict()}
         if self.backward:
-            out.y_TD.backward(tensors["dy_TD"])
-            result |= {f"d{name}": leaves[name].grad for name in names if leaves[name].grad is not None}
-        return {name: tensor.detach() for name, tensor in result.items()}
+            upstream = [tensors[name] for name in ("dy_TD", "daux", "dz")]
+            torch.autograd.backward([out.y_TD, out.aux_loss, out.z_loss], upstream)
+            result |= {f"d{name}": leaves[name].grad for name in names}
+        return observed(result)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -127,11 +147,11 @@ class Layer(Base):
         found = self._routing(inputs, outputs, p, spec, contract)
         if any(f.status.colour == "red" for f in found):
             return merge(found)
-        _, counts_E = sent(outputs["experts_TK"], spec.num_experts)
+        _, counts_E = sent(outputs["experts_TK"], spec.num_experts, self.limit(p))
         weights = WeightGradients(outputs, counts_E, p.dtype) if self.backward else None
         expected = layer(
             inputs, outputs, model, p.dtype, gate_storage(spec, p), weight_storage(spec, p), contract,
-            on_expert=None if weights is None else weights.add,
+            capacity=self.limit(p), on_expert=None if weights is None else weights.add,
         )  # fmt: skip
         found.append(judge("y", outputs["y_TD"], expected.y.bounded(p.dtype), independent=len(x)))
         for name, gradient in expected.gradients.items():
@@ -166,20 +186,59 @@ class Layer(Base):
         return found
 
 
-def _layer(name: str, *, replayed: bool, backward: bool) -> Layer:
-    how = "a replayed routing" if replayed else "the device's own routing, certified by margin and then taken as given"
-    what = "y and the gradients of x, the gate, the experts and the shared experts" if backward else "y"
-    return Layer(
-        f"layer.{name}", "layer", ("layer",),
+class NanToken(Layer):
+    """A token that is NaN; so are the losses, which are means over all tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        x = arrays["x_TD"].copy()
+        x[len(x) // 2] = np.nan
+        return {**arrays, "x_TD": x}
+
+
+class NoTokens(Layer):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        return {**arrays, "x_TD": arrays["x_TD"][:0]}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: the structure, and losses of zero."""
+        x, spec = inputs["x_TD"], model_of(p).router
+        losses = dict.fromkeys(("aux_loss", "z_loss"), ((), "float32"))
+        wrong = structure(outputs, expected_structure(spec, p, 0) | {"y_TD": (x.shape, p.dtype), **losses})
+        return wrong or merge(exact(name, outputs[name], np.zeros((), np.float32)) for name in losses)
+
+
+_NEEDS = ("layer",)
+_GIVEN = "a replayed routing"
+_FREE = "the device's own routing, certified by margin and then taken as given"
+_GRADIENTS = "y, and the gradients of x, the gate, the experts and the shared experts from those of y and both losses"
+
+
+def _what(how: str, what: str) -> str:
+    return (
         f"A whole layer with {how}: logits, scores, weights, both losses, {what}. Bound: chained variances, lambda "
-        "deviations and half an ulp.",
-        replayed=replayed, backward=backward,
-    )  # fmt: skip
+        "deviations and half an ulp."
+    )
 
 
+BACKWARD = Layer(
+    "layer.backward_replayed", "layer", _NEEDS, _what(_GIVEN, _GRADIENTS), replayed=True, backward=True
+)  # fmt: skip
 CASES = (
-    _layer("forward_replayed", replayed=True, backward=False),
-    _layer("forward_free", replayed=False, backward=False),
-    _layer("backward_replayed", replayed=True, backward=True),
-    _layer("backward_free", replayed=False, backward=True),
-)
+    Layer("layer.forward_replayed", "layer", _NEEDS, _what(_GIVEN, "y"), replayed=True),
+    Layer("layer.forward_free", "layer", _NEEDS, _what(_FREE, "y")),
+    BACKWARD,
+    Layer("layer.backward_free", "layer", _NEEDS, _what(_FREE, _GRADIENTS), backward=True),
+    Layer(
+        "layer.capacity", "layer", _NEEDS, _what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
+        replayed=True, backward=True, capacity=True,
+    ),
+    NanToken("layer.nan_token", "layer", _NEEDS, _what(f"{_FREE}, and one token of NaN, which stays alone", "y")),
+    NoTokens("layer.no_tokens", "layer", _NEEDS, "A layer without tokens: empty results, losses of zero."),
+    Strided("layer.strided", BACKWARD),
+)  # fmt: skip

@@ -11,7 +11,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, shape, wide
+from hal_conformance.cases.base import Base, gate_storage, leaf, observed, shape, wide
 from hal_conformance.detectors import judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
@@ -20,20 +20,25 @@ if TYPE_CHECKING:
     import torch
 
 
+def tokens_of(p: Params) -> int:
+    """Return more tokens than elsewhere: losses are cheap, and those that are summed in chunks need some."""
+    return 4 * shape(p).tokens + 1
+
+
 class Aux(Base):
     """The balance loss."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: scores that look like softmax or sigmoid outputs, made without a device."""
-        spec, s = preset(p.preset).router, shape(p)
-        raw = make.normal(p.seed, "aux/scores", s.tokens, spec.num_experts)
+        spec, tokens = preset(p.preset).router, tokens_of(p)
+        raw = make.normal(p.seed, "aux/scores", tokens, spec.num_experts)
         scores = 1.0 / (1.0 + raw**2 * 4.0)  # in (0, 1], skewed; rounded to float32 below, so exact bits are kept
         if spec.score == "softmax":
-            total = np.zeros((s.tokens, 1))
+            total = np.zeros((tokens, 1))
             for e in range(spec.num_experts):  # in order: numpy's own sum depends on the host
                 total += scores[:, e : e + 1]
             scores = scores / total
-        experts = make.choices(p.seed, "aux", s.tokens, spec.num_experts, spec.top_k)
+        experts = make.choices(p.seed, "aux", tokens, spec.num_experts, spec.top_k)
         return {"scores_TE": make.store(scores, "float32"), "experts_TK": experts}
 
     def dtypes(self) -> tuple[str, ...]:
@@ -42,11 +47,10 @@ class Aux(Base):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        scores = tensors["scores_TE"].clone().requires_grad_()
+        scores = leaf(tensors["scores_TE"])
         loss = ops.aux_loss(scores, tensors["experts_TK"], preset(p.preset).router)
         loss.backward()
-        assert scores.grad is not None
-        return {"loss": loss.detach(), "dscores_TE": scores.grad}
+        return observed({"loss": loss, "dscores_TE": scores.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -64,30 +68,26 @@ class Z(Base):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        spec, s = preset(p.preset).router, shape(p)
-        logits = make.normal(p.seed, "z/logits", s.tokens, spec.num_experts) * 3.0
+        spec = preset(p.preset).router
+        logits = make.normal(p.seed, "z/logits", tokens_of(p), spec.num_experts) * 3.0
         logits[::7] += 20.0  # as before a spike
-        return {"logits_TE": make.store(logits, "float32")}
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`: computed in float32."""
-        return ("float32",)
+        return {"logits_TE": make.store(logits, gate_storage(spec, p))}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        logits = tensors["logits_TE"].clone().requires_grad_()
+        logits = leaf(tensors["logits_TE"])
         loss = ops.z_loss(logits)
         loss.backward()
-        assert logits.grad is not None
-        return {"loss": loss.detach(), "dlogits_TE": logits.grad}
+        return observed({"loss": loss, "dlogits_TE": logits.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        x = wide(inputs["logits_TE"])
-        wrong = structure(outputs, {"loss": ((), "float32"), "dlogits_TE": (x.shape, "float32")})
+        x, storage = inputs["logits_TE"], gate_storage(preset(p.preset).router, p)
+        wrong = structure(outputs, {"loss": ((), "float32"), "dlogits_TE": (x.shape, storage)})
         if wrong is not None:
             return wrong
         value, dlogits = z_loss(x)
+        dlogits = dlogits.stored(storage)
         return merge([judge("loss", outputs["loss"], value), judge("dlogits", outputs["dlogits_TE"], dlogits)])
 
 
@@ -98,6 +98,7 @@ CASES = (
     ),
     Z(
         "losses.z", "losses", ("z_loss",),
-        "mean_t logsumexp(logits_t)^2 and its gradient, a fifth of the rows as large as before a spike.",
+        "mean_t logsumexp(logits_t)^2 in float32 and its gradient, for logits in the gate's dtype; a seventh of the "
+        "rows as large as before a spike.",
     ),
 )  # fmt: skip

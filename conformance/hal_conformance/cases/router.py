@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +15,21 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import matmul
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Arrays, Params, arithmetic
-from hal_conformance.cases.base import Base, gate_storage, router_arrays, shape, weight_storage, wide
+from hal_conformance.cases.base import (
+    Base,
+    gate_storage,
+    leaf,
+    observed,
+    router_arrays,
+    shape,
+    weight_storage,
+    wide,
+)
+from hal_conformance.cases.strided import Strided
+from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import Certainty, certify, judge_choice
-from hal_conformance.oracle.routing import scores_of, weights_of
+from hal_conformance.oracle.routing import logits_gradient, scores_of, weights_of
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -170,19 +182,46 @@ def lowest_first(logits_TE: F64, spec: RouterSpec) -> I64:
     return np.argsort(-rank, 1, kind="stable")[:, : spec.top_k].astype(np.int64)
 
 
-class Degenerate(RouterCase):
-    """NaN, infinity, all equal, and logits in the thousands."""
+class NegativeScores(TopkSet):
+    """Selection scores below zero."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: those that add a bias."""
+        return tuple(name for name in super().presets() if preset(name).router.selection_bias)
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`: tokens 0 to 4 are NaN, infinite, zero and huge; the rest are ordinary."""
+        """See `Case.inputs`: the bias lies around -1, below every sigmoid."""
+        arrays = router_arrays(p, "router")
+        arrays["bias_E"] = arrays["bias_E"] - np.float32(1.0625)
+        return arrays
+
+
+NAN, INFINITE, ZERO, HUGE, NEGATIVE, VANISHING = range(6)
+"""Tokens of `Degenerate`."""
+FADE = 46.0
+"""exp(-46) is 1e-20: scores as small as the epsilon that is added to their sum."""
+
+
+class Degenerate(RouterCase):
+    """NaN, infinity, all equal, logits in the thousands, and scores that vanish."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the first six tokens are degenerate, the rest are ordinary."""
         arrays = router_arrays(p, "degenerate")
-        x = arrays["x_TD"].copy()
-        x[0, 3] = np.nan
-        x[1, 5] = np.inf
-        x[2] = 0
-        x[3] = x[3] * np.asarray(64, x.dtype)
-        x[4] = -x[3]
+        spec, x = preset(p.preset).router, arrays["x_TD"].copy()
+        x[NAN, 3] = np.nan
+        x[INFINITE, 5] = np.inf
+        x[ZERO] = 0
+        x[HUGE] = x[HUGE] * np.asarray(64, x.dtype)
+        x[NEGATIVE] = -x[HUGE]
+        channel = 7
+        x[VANISHING] = 0
+        x[VANISHING, channel] = -FADE
         arrays["x_TD"] = x
+        gate = arrays["gate_ED"].copy()
+        steps = make.permutation(p.seed, "degenerate/steps", spec.num_experts) / (2.0 * spec.num_experts)
+        gate[:, channel] = make.store(1.0 + steps, gate_storage(spec, p))
+        arrays["gate_ED"] = gate
         if "bias_E" in arrays:
             arrays["bias_E"] = np.zeros_like(arrays["bias_E"])
         return arrays
@@ -190,24 +229,105 @@ class Degenerate(RouterCase):
     def findings(
         self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
     ) -> list[Finding]:
-        """See `RouterCase.findings`."""
-        experts_TK, weights = outputs["experts_TK"], wide(outputs["weights_TK"])
+        """See `RouterCase.findings`: distinct and in range for all; for finite tokens everything as ever."""
+        storage, experts_TK = gate_storage(spec, p), outputs["experts_TK"]
         everyone = np.ones((len(experts_TK), spec.num_experts), bool)
         found = [judge_choice(experts_TK, Certainty(~everyone, everyone))]
         if found[0].status.colour == "red":
             return found
-        found[0] = Finding(Status.PASS)  # in range and distinct is all that is asked of a NaN
-        finite = np.isfinite(weights[2:]).all(1)
-        if not finite.all():
-            bad = int(np.flatnonzero(~finite)[0]) + 2
-            found.append(Finding(Status.FAIL_NONFINITE, detail=f"token {bad} is finite and its weights are not"))
-        ordinary = np.arange(5, len(experts_TK))
-        scores = scores_of(outputs["logits_TE"][ordinary], spec, level(outputs["logits_TE"].size))
+        finite = slice(ZERO, None)
+        x, gate, logits = wide(inputs["x_TD"][finite]), wide(inputs["gate_ED"]), outputs["logits_TE"][finite]
+        at = level(logits.size)
+        scores = scores_of(logits, spec, at)
         bias = wide(inputs["bias_E"]) if spec.selection_bias else None
-        found.append(judge_choice(experts_TK[ordinary], certify(scores, bias, spec), "ordinary tokens' experts"))
-        zeros = np.zeros((1, spec.num_experts))
-        found.append(discrete("experts of the zero token", experts_TK[2:3], lowest_first(zeros, spec)))
-        return found
+        weights = weights_of(scores, experts_TK[finite], spec, weight_storage(spec, p))
+        zero = np.zeros((1, spec.num_experts))
+        return [
+            judge("logits", logits, matmul(x, gate.T, arithmetic(contract, storage), at).stored(storage)),
+            judge("scores", outputs["scores_TE"][finite], scores),
+            judge_choice(experts_TK[finite], certify(scores, bias, spec), "finite tokens' experts"),
+            judge("weights", outputs["weights_TK"][finite], weights),
+            discrete("experts of the zero token", experts_TK[ZERO : ZERO + 1], lowest_first(zero, spec)),
+        ]
+
+
+class NoTokens(RouterCase):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        return {**arrays, "x_TD": arrays["x_TD"][:0]}
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`: the structure is all there is."""
+        return [Finding(Status.EXACT)]
+
+
+@dataclass(frozen=True)
+class Backward(RouterCase):
+    """The gradient of the weights, back to the activations and the gate.
+
+    Attributes:
+        replayed: whether the experts are given.
+    """
+
+    replayed: bool = False
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        spec, arrays = preset(p.preset).router, router_arrays(p, "router")
+        tokens = len(arrays["x_TD"])
+        if self.replayed:
+            arrays["experts_TK"] = make.choices(p.seed, "router", tokens, spec.num_experts, spec.top_k)
+        dweights = make.normal(p.seed, "router/dweights", tokens, spec.top_k)
+        arrays["dweights_TK"] = make.store(dweights, weight_storage(spec, p))
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        x, gate = leaf(tensors["x_TD"]), leaf(tensors["gate_ED"])
+        replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
+        routing = ops.route(x, gate, preset(p.preset).router, tensors.get("bias_E"), **replay)
+        routing.weights_TK.backward(tensors["dweights_TK"])
+        return observed({**routing._asdict(), "dx_TD": x.grad, "dgate_ED": gate.grad})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        spec, x, gate = preset(p.preset).router, inputs["x_TD"], inputs["gate_ED"]
+        storage = gate_storage(spec, p)
+        wrong = structure(
+            outputs,
+            expected_structure(spec, p, len(x)) | {"dx_TD": (x.shape, p.dtype), "dgate_ED": (gate.shape, storage)},
+        )
+        if wrong is not None:
+            return wrong
+        logits, chosen = outputs["logits_TE"], outputs["experts_TK"]
+        scores = scores_of(logits, spec, level(logits.size))
+        if self.replayed:
+            choice = discrete("replayed experts", chosen, inputs["experts_TK"])
+        else:
+            choice = judge_choice(
+                chosen, certify(scores, wide(inputs["bias_E"]) if spec.selection_bias else None, spec)
+            )
+        if choice.status.colour == "red":
+            return merge([choice])
+        rule = arithmetic(contract, storage)
+        upstream = Chained.exact(inputs["dweights_TK"])
+        dlogits = logits_gradient(upstream, scores, chosen, spec).stored(storage)
+        dx = product(dlogits, Chained.exact(gate), rule).stored(storage)
+        dgate = product(dlogits.T, Chained.exact(x), rule)
+        expected = weights_of(scores, chosen, spec, weight_storage(spec, p))
+        return merge(
+            [
+                choice,
+                judge("weights", outputs["weights_TK"], expected),
+                judge("dx", outputs["dx_TD"], dx.stored(p.dtype).bounded(p.dtype), independent=len(x)),
+                judge("dgate", outputs["dgate_ED"], dgate.stored(storage).bounded(storage), independent=1),
+            ]
+        )
 
 
 LOGITS = Logits(
@@ -238,12 +358,30 @@ TIE_ORDER = TieOrder(
     "score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are what happens "
     "otherwise).",
 )  # fmt: skip
+NEGATIVE_SCORES = NegativeScores(
+    "router.negative_scores", "router", ("route",),
+    "As router.topk_set, with a bias around -1: every selection score is negative, so that an expert of a group that "
+    "is masked with 0.0 instead of -inf would win (vllm PR#13474).",
+)  # fmt: skip
 DEGENERATE = Degenerate(
     "router.degenerate", "router", ("route",),
-    "A NaN, an infinite, a zero and two huge tokens among ordinary ones: experts are distinct and in range for "
-    "all, weights "
-    "finite for finite tokens, the zero token's ties go to the lower index, and the ordinary tokens are routed as ever "
-    "(torch-xpu-ops#4839, vllm PR#39391).",
+    "A NaN, an infinite, a zero, two huge and a vanishing token among ordinary ones: experts are distinct and in range "
+    "for all; logits, scores, set and weights of the finite ones are judged as ever, down to scores as small as the "
+    "epsilon; the zero token's ties go to the lower index (torch-xpu-ops#4839, vllm PR#39391).",
+)  # fmt: skip
+NO_TOKENS = NoTokens("router.no_tokens", "router", ("route",), "Zero tokens: empty results of the right dtypes.")
+BACKWARD = Backward(
+    "router.backward", "router", ("route",),
+    "Gradients of activations and gate from that of the weights, through normalisation and softmax or sigmoid. Bound: "
+    "chained variances (oracle.routing.logits_gradient).",
+)  # fmt: skip
+REPLAYED = Backward(
+    "router.replayed", "router", ("route",),
+    "A routing that is given: these experts in this order, weights computed anew, and the gradients.",
+    replayed=True,
 )  # fmt: skip
 
-CASES = (LOGITS, SCORES, TOPK_SET, WEIGHTS, TIE_ORDER, DEGENERATE)
+CASES = (
+    LOGITS, SCORES, TOPK_SET, NEGATIVE_SCORES, WEIGHTS, TIE_ORDER, DEGENERATE, NO_TOKENS, BACKWARD, REPLAYED,
+    Strided("router.strided", LOGITS),
+)  # fmt: skip

@@ -32,7 +32,7 @@ def gather_rows(y_RD: F64, slot_R: I64, tokens: int, top_k: int) -> F64:
     """Return [T, K, D]: the row that answers each slot, zeros where none does."""
     rows = np.zeros((tokens * top_k, y_RD.shape[1]))
     rows[slot_R] = y_RD
-    return rows.reshape(tokens, top_k, -1)
+    return rows.reshape(tokens, top_k, y_RD.shape[1])
 
 
 def gather(y_RD: Chained, slot_R: I64, tokens: int, top_k: int) -> Chained:

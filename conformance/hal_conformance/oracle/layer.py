@@ -16,6 +16,7 @@ from hal_conformance.case import Arrays, arithmetic
 from hal_conformance.chained import Chained, dot, product, sigmoid, together
 from hal_conformance.oracle.dispatching import combine_chained, gather, sent
 from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each
+from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.oracle.routing import logits_gradient, scores_of
 
 ROUTED = ("w1_EFD", "w3_EFD", "w2_EDF")
@@ -46,6 +47,8 @@ def layer(
     gate_dtype: str,
     weight_dtype: str,
     contract: Contract,
+    *,
+    capacity: int | None = None,
     on_expert: Callable[[int, SwigluGradients], None] | None = None,
 ) -> LayerValues:
     """Compute the layer; with `on_expert`, and `dy_TD` among the inputs, its gradients, too.
@@ -58,12 +61,13 @@ def layer(
         gate_dtype: storage of the gate's weights and of the logits.
         weight_dtype: storage of the routing weights.
         contract: of the device.
+        capacity: most rows of an expert.
         on_expert: called with the gradients of each expert that has rows; all of them need not fit in memory.
     """
     spec, rule = model.router, arithmetic(contract, dtype)
     tokens, k = observed["experts_TK"].shape
     chosen, weights = observed["experts_TK"], np.asarray(observed["weights_TK"], np.float64)
-    slot_R, counts_E = sent(chosen, spec.num_experts)
+    slot_R, counts_E = sent(chosen, spec.num_experts, capacity)
     x_RD = given["x_TD"][slot_R // k]
     upstream = None
     if on_expert is not None:
@@ -93,7 +97,11 @@ def layer(
     added = Chained(rows_TKD.value.sum(1), rows_TKD.var.sum(1) + (k * U32 * absolute) ** 2 / 3.0)
     scores = scores_of(observed["logits_TE"], spec, level(observed["logits_TE"].size))
     dweights = dot(o_TKD, dy[:, None, :]).stored(weight_dtype)
-    dlogits = logits_gradient(dweights, scores, chosen, spec).stored(gate_dtype)
+    _, dscores = aux_loss(observed["scores_TE"], chosen, spec)
+    _, dz = z_loss(observed["logits_TE"])
+    daux, dz_loss = (float(given[name]) for name in ("daux", "dz"))
+    from_losses = Chained.of(dscores.scaled(daux)), Chained.of(dz.scaled(dz_loss))
+    dlogits = (logits_gradient(dweights, scores, chosen, spec, from_losses[0]) + from_losses[1]).stored(gate_dtype)
     gate_rule = arithmetic(contract, gate_dtype)
     x, gate = Chained.exact(given["x_TD"]), Chained.exact(given["gate_ED"])
     found = {"gate_ED": product(dlogits.T, x, gate_rule).stored(gate_dtype)}

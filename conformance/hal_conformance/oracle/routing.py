@@ -31,13 +31,15 @@ def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str)
     else:
         total = s.sum(1, keepdims=True) + spec.normalize_epsilon
         value = s / total * spec.scaling_factor
-        relative = b / s + b.sum(1, keepdims=True) / total + (spec.top_k + 4) * U32
-        bound = value * relative
+        inherited = b / total * spec.scaling_factor
+        bound = inherited + value * (b.sum(1, keepdims=True) / total + (spec.top_k + 4) * U32)
     return Bounded.deterministic(value, bound).stored(storage)
 
 
-def logits_gradient(dweights: Chained, scores: Bounded, experts_TK: I64, spec: RouterSpec) -> Chained:
-    """Return the gradient of the logits from that of the weights, [T, K]; not stored.
+def logits_gradient(
+    dweights: Chained, scores: Bounded, experts_TK: I64, spec: RouterSpec, dscores_TE: Chained | None = None
+) -> Chained:
+    """Return the gradient of the logits from that of the weights, [T, K], and of the scores, if any; not stored.
 
     Each step is linear in the gradient above it, with coefficients made of scores: the variance of the one, plus the
     coefficients' relative error squared times the sum of absolute terms squared, since differences cancel.
@@ -56,6 +58,9 @@ def logits_gradient(dweights: Chained, scores: Bounded, experts_TK: I64, spec: R
         ds, var_ds = dw * spec.scaling_factor, spec.scaling_factor**2 * (var_dw + (dw * relative) ** 2)
     full, var_full = np.zeros_like(scores.value), np.zeros_like(scores.value)
     full[at, experts_TK], var_full[at, experts_TK] = ds, var_ds
+    if dscores_TE is not None:
+        full = full + dscores_TE.value
+        var_full = var_full + dscores_TE.var + (U32 * full) ** 2 / 3.0
     q: F64 = scores.value
     if spec.score == "softmax":
         dlogits = q * (full - (q * full).sum(1, keepdims=True))

@@ -2,8 +2,8 @@
 """Every error that hal raises, in one tree::
 
     HalError
-    ├── ConfigError (ValueError)            a setting cannot be read, or two settings contradict each other
-    ├── ShapeError (ValueError)             a tensor has the wrong shape, or an index lies outside it
+    ├── ConfigError (ValueError)            an argument or a setting is wrong, or two contradict each other
+    ├── ShapeError (ValueError)             a tensor has the wrong shape, dtype or device, or an index lies outside
     ├── PluginError
     │   ├── DuplicateBackend                two plug-ins claim one name
     │   └── IncompatiblePlugin              written for another major version of the plug-in API
@@ -21,6 +21,9 @@
     └── CollectiveError                     carries `.operation`, `.rank`
         └── CollectiveTimeout (TimeoutError)
 
+What the caller's own code raises passes through our context managers unchanged, except what they are there to
+translate. Every error can be pickled, and so comes out of a worker process as what it was.
+
 A message says what happened, where, what was expected and what to try. The vendor's own exception, if there
 is one, is the `__cause__`. `Absent` and `Broken` are different on purpose: a caller that skips missing
 hardware must never skip a dead driver with it.
@@ -28,7 +31,7 @@ hardware must never skip a dead driver with it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hal.memory import MemoryStats
@@ -54,13 +57,28 @@ class HalError(Exception):
             parts.append(f"  try: {hint}")
         super().__init__("\n".join(parts))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own way calls the class with the finished message alone, which the keywords here refuse.
+        return _rebuilt, (type(self), self.args, self.__dict__)
+
+
+def _rebuilt(kind: type[HalError], args: tuple[Any, ...], state: dict[str, Any]) -> HalError:
+    # Made without its constructor, which is only safe through the built-in class that gives it its layout.
+    builtin: Any = kind
+    while builtin.__module__ != "builtins":
+        builtin = builtin.__base__
+    error: HalError = builtin.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
 
 class ConfigError(HalError, ValueError):
-    """A setting cannot be read, or two settings contradict each other."""
+    """An argument or a setting is of the wrong type, out of range or unreadable, or two contradict each other."""
 
 
 class ShapeError(HalError, ValueError):
-    """A tensor has the wrong shape or dtype, or an index lies outside its range."""
+    """A tensor has the wrong shape or dtype or lies on another device, or an index lies outside its range."""
 
 
 class PluginError(HalError):

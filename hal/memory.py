@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
-from hal.errors import ConfigError, OutOfMemoryError, UnsupportedOperation
+from hal.arguments import integer
+from hal.changes import Switch
+from hal.errors import ConfigError, HalError, OutOfMemoryError, UnsupportedOperation
+from hal.facet import Facet
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +48,18 @@ class MemoryStats:
     peak_process: int | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Frozen to the bottom: a caller's change must not reach the statistics that come after these.
+        object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain types for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"sources": dict(self.sources)}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A mapping proxy cannot be pickled, and statistics travel inside errors between processes.
+        return functools.partial(MemoryStats, **self.as_json()), ()
+
 
 @dataclass(frozen=True)
 class AllocatorPlan:
@@ -59,16 +76,41 @@ class AllocatorPlan:
     garbage_collection_threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.max_split_size_mb is not None and self.max_split_size_mb <= 0:
-            raise ConfigError(f"max_split_size_mb is {self.max_split_size_mb}", expected="a positive number of MiB")
+        if not (self.expandable_segments is None or isinstance(self.expandable_segments, bool)):
+            raise ConfigError(f"expandable_segments is {self.expandable_segments!r}", expected="True, False or None")
+        if self.max_split_size_mb is not None:
+            integer("max_split_size_mb", self.max_split_size_mb, least=1)
         threshold = self.garbage_collection_threshold
-        if threshold is not None and not 0 < threshold < 1:
-            raise ConfigError(f"garbage_collection_threshold is {threshold}", expected="a share between 0 and 1")
+        if threshold is not None and not (isinstance(threshold, float) and 0 < threshold < 1):
+            raise ConfigError(
+                f"garbage_collection_threshold is {threshold!r}", expected="a share between 0 and 1, or None"
+            )
 
     def settings(self) -> dict[str, str]:
         """Return the settings that are given, in the `key: value` grammar that torch's allocators share."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return {key: str(value) for key, value in given.items() if value is not None}
+
+
+# A value may be a bracketed list with commas of its own: roundup_power2_divisions:[256:1,512:2].
+_SETTING = re.compile(r"\s*([^\s:,\[\]]+)\s*:\s*(\[[^\[\]]*\]|[^:,\[\]]*[^\s:,\[\]])\s*(?:,|$)")
+
+
+def parse_allocator_settings(variable: str, text: str) -> dict[str, str]:
+    """Return the settings in the text of a variable, `key:value,key:value`; a comma at the end is allowed.
+
+    Raises:
+        ConfigError: some part of the text is nothing of the kind.
+    """
+    found: dict[str, str] = {}
+    at = 0
+    while text[at:].strip():
+        setting = _SETTING.match(text, at)
+        if setting is None:
+            raise ConfigError(f"{variable}={text!r} cannot be read at {text[at:]!r}", expected="key:value,key:value")
+        found[setting[1]] = setting[2]
+        at = setting.end()
+    return found
 
 
 def merge_allocator_settings(variable: str, current: str | None, wanted: Mapping[str, str]) -> str:
@@ -77,76 +119,137 @@ def merge_allocator_settings(variable: str, current: str | None, wanted: Mapping
     Raises:
         ConfigError: the user set the same key to another value, or the variable cannot be read.
     """
-    merged: dict[str, str] = {}
-    # A value may be a bracketed list with commas of its own: roundup_power2_divisions:[256:1,512:2].
-    for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", current or ""):
-        key, colon, value = item.strip().partition(":")
-        if not colon or not key:
-            raise ConfigError(f"{variable}={current!r} cannot be read at {item!r}", expected="key:value,key:value")
-        merged[key] = value
+    merged = parse_allocator_settings(variable, current or "")
     for key, value in wanted.items():
-        if merged.get(key, value).lower() != value.lower():
+        if not _same_value(merged.setdefault(key, value), value):
             raise ConfigError(
                 f"{variable} already sets {key}:{merged[key]}, and the plan asks for {key}:{value}",
                 hint=f"remove {key} from {variable}, or from the plan",
             )
-        merged.setdefault(key, value)
     return ",".join(f"{key}:{value}" for key, value in merged.items())
 
 
-class Memory(abc.ABC):
+def _same_value(one: str, other: str) -> bool:
+    """Tell whether two values mean the same: 0.80 is 0.8, and True is true."""
+    try:
+        return float(one) == float(other)
+    except ValueError:
+        return one.replace(" ", "").lower() == other.replace(" ", "").lower()
+
+
+class Memory(Facet, abc.ABC):
     """Memory of one opened device. A backend implements the hooks that start with an underscore.
+
+    Every method raises `DeviceClosed` once the device is closed.
 
     Args:
         device_id: for messages.
+        changes: see `Facet`.
     """
 
-    def __init__(self, device_id: str) -> None:
-        self.device_id = device_id
+    # statistics ------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
-    def allocated(self) -> int | None:
-        """Return the bytes in live tensors of this process on this device. Cheap: no synchronisation."""
+    def _allocated(self) -> int | None: ...
 
     @abc.abstractmethod
-    def stats(self) -> MemoryStats:
-        """Return all statistics. Cheap enough for every step; asks the driver for `free` and `total`."""
+    def _stats(self) -> MemoryStats: ...
 
     @abc.abstractmethod
-    def reset_peak(self) -> None:
-        """Start the peaks anew from the current values."""
+    def _reset_peak(self) -> None: ...
 
     @abc.abstractmethod
-    def empty_cache(self) -> None:
-        """Return cached blocks that hold no tensor to the driver."""
+    def _empty_cache(self) -> None: ...
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        raise UnsupportedOperation("has no allocator snapshot", device=self.device_id, what="memory.snapshot")
 
     @final
-    def limit(self, nbytes: int | None) -> None:
-        """Let this process allocate at most `nbytes` on this device; None lifts the limit.
+    def allocated(self) -> int | None:
+        """Return the bytes in live tensors of this process on this device. Cheap: no synchronisation."""
+        self.check_open()
+        return self._allocated()
 
-        An allocation beyond it raises inside `catch_out_of_memory()` as our `OutOfMemoryError`.
+    @final
+    def stats(self) -> MemoryStats:
+        """Return all statistics. Cheap enough for every step; asks the driver for `free` and `total`."""
+        self.check_open()
+        return self._stats()
+
+    @final
+    def reset_peak(self) -> None:
+        """Start the peaks anew from the current values.
 
         Raises:
-            ConfigError: `nbytes` is not positive.
-            UnsupportedOperation: the device has no such limit.
+            UnsupportedOperation: the device cannot.
         """
-        if nbytes is not None and nbytes <= 0:
-            raise ConfigError(
-                f"{self.device_id}: a memory limit of {nbytes} bytes", expected="a positive number, or None"
-            )
-        self._limit(nbytes)
+        self.check_open()
+        self._reset_peak()
 
-    def _limit(self, nbytes: int | None) -> None:
-        raise UnsupportedOperation("has no memory limit", device=self.device_id, what="memory.limit")
+    @final
+    def empty_cache(self) -> None:
+        """Return cached blocks that hold no tensor to the driver."""
+        self.check_open()
+        self._empty_cache()
 
+    @final
     def snapshot(self) -> list[dict[str, Any]]:
-        """Return the allocator's segments, each a dict in the vendor's own form.
+        """Return the allocator's segments on this device, each a dict in the vendor's own form.
 
         Raises:
             UnsupportedOperation: the device keeps no such list.
         """
-        raise UnsupportedOperation("has no allocator snapshot", device=self.device_id, what="memory.snapshot")
+        self.check_open()
+        return self._snapshot()
 
+    # limit -----------------------------------------------------------------------------------------------------
+
+    def _limit_switch(self) -> Switch:
+        """Return the switch that is this device's limit, in bytes.
+
+        Raises:
+            UnsupportedOperation: the device has none.
+        """
+        raise UnsupportedOperation("has no memory limit", device=self.device_id, what="memory.limit")
+
+    def _limit_value(self, nbytes: int) -> int:
+        """Return what the switch is to be set to for a limit of `nbytes`.
+
+        Raises:
+            ConfigError: this limit cannot be set.
+        """
+        return nbytes
+
+    @final
+    def limit(self, nbytes: int | None) -> None:
+        """Let this process allocate at most `nbytes` on this device, until another call or `close()`.
+
+        An allocation beyond it raises inside `catch_out_of_memory()` as our `OutOfMemoryError`. The limit is the
+        process's: it is listed in `Device.changes`, and what was in force before comes back with the last handle of
+        the device that lets go of it.
+
+        Args:
+            nbytes: the limit; None lets go of the one that this handle set.
+
+        Raises:
+            ConfigError: `nbytes` is no positive integer, or the system does not allow this limit.
+            DeviceConflict: another open handle holds another limit.
+            UnsupportedOperation: the device has no such limit.
+        """
+        self.check_open()
+        switch = self._limit_switch()
+        if nbytes is None:
+            self._changes.release([switch.name])
+        else:
+            nbytes = integer(f"{self.device_id}: the memory limit in bytes", nbytes, least=1)
+            self._changes.set(switch, self._limit_value(nbytes))
+
+    # the rest --------------------------------------------------------------------------------------------------
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise UnsupportedOperation("has no page-locked memory", device=self.device_id, what="memory.pin")
+
+    @final
     def pin(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a copy of a CPU tensor in page-locked memory, from which this device copies asynchronously.
 
@@ -155,7 +258,8 @@ class Memory(abc.ABC):
         Raises:
             UnsupportedOperation: the device has no page-locked memory.
         """
-        raise UnsupportedOperation("has no page-locked memory", device=self.device_id, what="memory.pin")
+        self.check_open()
+        return self._pin(tensor)
 
     @final
     @contextlib.contextmanager
@@ -164,16 +268,19 @@ class Memory(abc.ABC):
 
         Other errors pass unchanged.
         """
+        self.check_open()
         try:
             yield
         except OutOfMemoryError:
             raise
         except Exception as error:
-            found = self._out_of_memory(error)
+            # A collective that ran out of memory arrives as our `CollectiveError`, the vendor's error chained.
+            ours = isinstance(error, HalError) and isinstance(error.__cause__, Exception)
+            found = self._out_of_memory(error.__cause__ if ours else error)  # type: ignore[arg-type]
             if found is None:
                 raise
             raise OutOfMemoryError(
-                "out of memory", device=self.device_id, requested=found[0], stats=self.stats()
+                "out of memory", device=self.device_id, requested=found[0], stats=self._stats()
             ) from error
 
     def _out_of_memory(self, error: Exception) -> tuple[int | None] | None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from hal.arguments import integer
+
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -29,28 +31,29 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # golden ratio and sqrt(3) - 1: they change the key from round to round
 MASK = 0xFFFFFFFF
+MOST = 2**64 - 1
+"""The largest seed, number of a stream, and position in one."""
 
 
 def stream_number(stream: str | int) -> int:
     """Return the 64-bit number of a stream; a name is hashed with SHA-256, an integer is taken as it is.
 
     Raises:
-        ValueError: an integer outside [0, 2**64).
+        ConfigError: neither a text nor an integer in [0, 2**64).
     """
     if isinstance(stream, str):
         return int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little")
-    return _unsigned64(stream, "stream")
-
-
-def _unsigned64(value: int, what: str) -> int:
-    if not 0 <= value < 2**64:
-        raise ValueError(f"{what} must lie in [0, 2**64), not {value}")
-    return value
+    return integer("the stream", stream, 0, MOST)
 
 
 def round_keys(seed: int) -> list[tuple[int, int]]:
-    """Return the ten round keys of a seed in [0, 2**64)."""
-    low, high = _unsigned64(seed, "seed") & MASK, seed >> 32
+    """Return the ten round keys of a seed.
+
+    Raises:
+        ConfigError: the seed is no integer in [0, 2**64).
+    """
+    seed = integer("the seed", seed, 0, MOST)
+    low, high = seed & MASK, seed >> 32
     return [((low + i * WEYL[0]) & MASK, (high + i * WEYL[1]) & MASK) for i in range(ROUNDS)]
 
 
@@ -83,9 +86,12 @@ def bits(seed: int, stream: str | int, n: int, *, offset: int = 0) -> U32:
         stream: name or number; different streams are independent.
         n: how many; 0 gives an empty array.
         offset: first element.
+
+    Raises:
+        ConfigError: the seed or the stream is none, or the elements do not lie in [0, 2**64).
     """
-    if n < 0 or offset < 0:
-        raise ValueError(f"n and offset must not be negative: n={n}, offset={offset}")
+    n, offset = integer("n", n, 0), integer("the offset", offset, 0)
+    integer("the offset of the last element", offset + n, 0, MOST)
     first = offset // 4
     count = -(-(offset + n) // 4) - first
     words = blocks(seed, stream_number(stream), first, count).reshape(-1)

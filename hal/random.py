@@ -9,19 +9,26 @@ as the Ling report's stochastic routing warm-up does.
 from __future__ import annotations
 
 import abc
+import math
 from typing import TYPE_CHECKING, final
 
 from hal import philox
+from hal.arguments import integer
+from hal.errors import ConfigError
+from hal.facet import Facet
 
 if TYPE_CHECKING:
     import torch
 
 
-class Random(abc.ABC):
-    """Random numbers of one opened device. A backend implements the hooks that start with an underscore."""
+class Random(Facet, abc.ABC):
+    """Random numbers of one opened device. A backend implements the hooks that start with an underscore.
+
+    Every method raises `DeviceClosed` once the device is closed.
+    """
 
     def __init__(self, device_id: str, torch_device: torch.device) -> None:
-        self.device_id = device_id
+        super().__init__(device_id)
         self.torch_device = torch_device
 
     @abc.abstractmethod
@@ -38,15 +45,15 @@ class Random(abc.ABC):
         """Seed this device's own generator, and no other device's.
 
         Raises:
-            ValueError: the seed lies outside [0, 2**64).
+            ConfigError: the seed is no integer in [0, 2**64).
         """
-        if not 0 <= seed < 2**64:
-            raise ValueError(f"{self.device_id}: the seed must lie in [0, 2**64), not {seed}")
-        self._seed(seed)
+        self.check_open()
+        self._seed(integer(f"{self.device_id}: the seed", seed, 0, philox.MOST))
 
     @final
     def get_state(self) -> torch.Tensor:
         """Return the generator's state, uint8 on the CPU; only this vendor's devices can take it back."""
+        self.check_open()
         return self._get_state()
 
     @final
@@ -54,16 +61,29 @@ class Random(abc.ABC):
         """Put a state from `get_state()` back.
 
         Raises:
-            ValueError: the state is of another generator.
+            ConfigError: the state is of another generator, or none.
         """
+        import torch
+
+        self.check_open()
         try:
+            if not isinstance(state, torch.Tensor):
+                raise TypeError(f"a {type(state).__name__} is no tensor")
             self._set_state(state)
         except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{self.device_id}: this is no state of this device's generator") from error
+            raise ConfigError(
+                f"{self.device_id}: this is no state of this device's generator",
+                expected="what get_state() returned on such a device",
+            ) from error
 
     @final
     def stream(self, seed: int, name: str | int) -> RandomStream:
-        """Return the portable stream `name` of `seed`, at its beginning, with its tensors on this device."""
+        """Return the portable stream `name` of `seed`, at its beginning, with its tensors on this device.
+
+        Raises:
+            ConfigError: the seed, or a name that is a number, is no integer in [0, 2**64).
+        """
+        self.check_open()
         return RandomStream(seed, name, self.torch_device)
 
 
@@ -74,30 +94,73 @@ class RandomStream:
     `bits` and `uniform` are computed on the device in integer arithmetic; `normal` on the host, since devices
     disagree in the last bit of a logarithm, and copied.
 
-    Attributes:
-        position: how many 32-bit words were drawn; set it to jump.
+    Args:
+        seed: an integer in [0, 2**64).
+        name: a text, or a number of that range; different streams are independent.
+        device: where the tensors are made.
+        position: where to begin.
+
+    Raises:
+        ConfigError: the seed, the name or the position is none.
     """
 
     def __init__(self, seed: int, name: str | int, device: torch.device, position: int = 0) -> None:
-        self.seed = seed
-        self.name = name
+        self._seed = seed
+        self._name = name
+        self._keys = philox.round_keys(seed)
+        self._number = philox.stream_number(name)
         self.device = device
         self.position = position
-        self._number = philox.stream_number(name)
-        self._keys = philox.round_keys(seed)
 
-    def _draw(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        n = 1
-        for size in shape:
-            n *= size
-        start, self.position = self.position, self.position + n
-        return start, n
+    @property
+    def position(self) -> int:
+        """How many 32-bit words lie before the next one; set it to jump."""
+        return self._position
+
+    @position.setter
+    def position(self, words: int) -> None:
+        self._position = integer("the position in a stream", words, 0, philox.MOST)
+
+    # The position moves last: a draw that failed, for want of memory say, can be tried again.
 
     def bits(self, *shape: int) -> torch.Tensor:
-        """Return random 32-bit words of this shape, as int64 in [0, 2**32)."""
+        """Return random 32-bit words of this shape, as int64 in [0, 2**32).
+
+        Raises:
+            ConfigError: a size is no integer, is negative, or leads beyond word 2**64; nothing was drawn.
+        """
+        words = self._bits(shape)
+        self.position += words.numel()
+        return words
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        """Return float32 in [0, 1), multiples of 2**-24. Raises as `bits`."""
         import torch
 
-        start, n = self._draw(shape)
+        values = (self._bits(shape) >> 8).to(torch.float32) * 2.0**-24
+        self.position += values.numel()
+        return values
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """Return float32 from N(0, 1). Raises as `bits`."""
+        import torch
+
+        n = self._words(shape)
+        host = torch.from_numpy(philox.normal(self._seed, self._name, n, offset=self.position))
+        values = host.reshape(shape).to(self.device)
+        self.position += n
+        return values
+
+    def _words(self, shape: tuple[int, ...]) -> int:
+        """Return how many words a tensor takes."""
+        n = math.prod(integer("a size in the shape", size, 0) for size in shape)
+        integer("the position after the draw", self.position + n, 0, philox.MOST)
+        return n
+
+    def _bits(self, shape: tuple[int, ...]) -> torch.Tensor:
+        import torch
+
+        start, n = self.position, self._words(shape)
         first = start // 4
         count = -(-(start + n) // 4) - first
         index = torch.arange(first, first + count, dtype=torch.int64, device=self.device)
@@ -117,17 +180,3 @@ class RandomStream:
             )
         words = torch.stack([c0, c1, c2, c3], dim=1).reshape(-1)
         return words[start - 4 * first :][:n].reshape(shape)
-
-    def uniform(self, *shape: int) -> torch.Tensor:
-        """Return float32 in [0, 1), multiples of 2**-24."""
-        import torch
-
-        return (self.bits(*shape) >> 8).to(torch.float32) * 2.0**-24
-
-    def normal(self, *shape: int) -> torch.Tensor:
-        """Return float32 from N(0, 1)."""
-        import torch
-
-        start, n = self._draw(shape)
-        values = philox.normal(self.seed, self.name, n, offset=start)
-        return torch.from_numpy(values).reshape(shape).to(self.device)

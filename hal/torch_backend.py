@@ -186,12 +186,10 @@ class TorchMemory(Memory):
         self._driver = getattr(module, "mem_get_info", None)
         self._source = f"torch.{device.type}.memory_stats"
 
-    def allocated(self) -> int | None:
-        """See `Memory.allocated`."""
+    def _allocated(self) -> int | None:
         return None if self._raw is None else self._raw(self._device).get("allocated_bytes.all.current")
 
-    def stats(self) -> MemoryStats:
-        """See `Memory.stats`."""
+    def _stats(self) -> MemoryStats:
         numbers: dict[str, int] = {}
         sources: dict[str, str] = {}
         if self._raw is not None:
@@ -205,37 +203,59 @@ class TorchMemory(Memory):
             sources["free"] = sources["total"] = f"torch.{self._device.type}.mem_get_info"
         return MemoryStats(**numbers, sources=sources)
 
-    def reset_peak(self) -> None:
-        """See `Memory.reset_peak`."""
+    def _reset_peak(self) -> None:
         self._call("reset_peak_memory_stats", self._device)
 
-    def empty_cache(self) -> None:
-        """See `Memory.empty_cache`."""
+    def _empty_cache(self) -> None:
         self._call("empty_cache")
 
-    def _limit(self, nbytes: int | None) -> None:
+    def _limit_switch(self) -> Switch:
+        """Return the switch that is the allocator's share of the device's memory, in bytes.
+
+        A module that cannot tell the share is taken to have no limit until one is set here.
+        """
         if self._driver is None:
             raise UnsupportedOperation("does not tell its total memory", device=self.device_id, what="memory.limit")
-        total = self._driver(self._device)[1]
-        share = 1.0 if nbytes is None else min(1.0, nbytes / total)
-        self._call("set_per_process_memory_fraction", share, self._device)
+        total = int(self._driver(self._device)[1])
+        set_share = self._function("set_per_process_memory_fraction")
+        tell_share = getattr(self._module, "get_per_process_memory_fraction", None)
 
-    def snapshot(self) -> list[dict[str, Any]]:
-        """See `Memory.snapshot`."""
-        return list(self._call("memory_snapshot"))
+        def read() -> int:
+            return _limits.get(self._device, total) if tell_share is None else round(tell_share(self._device) * total)
 
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Memory.pin`."""
+        def write(nbytes: int) -> None:
+            # Half a byte more: the allocator cuts the product of share and total to a whole number of bytes.
+            set_share(min(1.0, (nbytes + 0.5) / total), self._device)
+            _limits[self._device] = nbytes
+
+        return Switch(f"torch.{self._device.type}.set_per_process_memory_fraction on {self._device}", read, write)
+
+    def _limit_value(self, nbytes: int) -> int:
+        assert self._driver is not None
+        return min(nbytes, int(self._driver(self._device)[1]))  # more than there is: no limit
+
+    def _snapshot(self) -> list[dict[str, Any]]:
+        segments = self._call("memory_snapshot")
+        # The allocator lists the segments of every device in this process.
+        return [segment for segment in segments if segment.get("device", self._device.index) == self._device.index]
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory()
 
-    def _call(self, name: str, *arguments: Any) -> Any:
+    def _function(self, name: str) -> Any:
         function = getattr(self._module, name, None)
         if function is None:
             raise UnsupportedOperation(
                 f"torch.{self._device.type} has no {name}", device=self.device_id, what=f"memory.{name}"
             )
-        return function(*arguments)
+        return function
 
+    def _call(self, name: str, *arguments: Any) -> Any:
+        return self._function(name)(*arguments)
+
+
+_limits: dict[torch.device, int] = {}
+"""The limit in bytes that was set last on each device, for modules that cannot tell it."""
 
 _STATISTICS = (
     ("allocated", "allocated_bytes.all.current"),

@@ -10,42 +10,37 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
+from hal.changes import Switch
 from hal.errors import ConfigError, UnsupportedOperation
 from hal.memory import Memory, MemoryStats, requested_bytes
+from hal_cpu.control_group import limited_groups
 
 if TYPE_CHECKING:
     import torch
 
+    from hal_cpu.tensor_counter import TensorCounter
+
 _STATUS = "/proc/self/status"
 _SIZES = {name: re.compile(rb"%b:\s+(\d+) kB" % name.encode()) for name in ("VmRSS", "VmHWM", "VmData")}
 _CLEAR = Path("/proc/self/clear_refs")
-_CGROUP = Path("/sys/fs/cgroup")
+_LARGEST_LIMIT = 2**63 - 1  # Python passes a limit to the kernel as a signed number
 
-_SOURCES = {"total": "physical memory, or the container's limit", "free": "available memory, or the container's rest"}
+_SOURCES = {"total": "physical memory, or the limit of the control group",
+            "free": "available memory, or the rest of the control group's"}  # fmt: skip
 _SOURCES_LINUX = {**_SOURCES, "process": "/proc/self/status VmRSS", "peak_process": "/proc/self/status VmHWM"}
 _SOURCES_ELSEWHERE = {**_SOURCES, "process": "psutil memory_info().rss"}
 
 
 def total_memory() -> int:
-    """Return the bytes that this machine, or the container that we are in, has."""
+    """Return the bytes that this machine has, or the container, batch job or service that we run in."""
     import psutil
 
-    total = int(psutil.virtual_memory().total)
-    limit = _cgroup("memory.max")
-    return total if limit is None else min(total, limit)
-
-
-def _cgroup(name: str) -> int | None:
-    """Read one number of this container's memory controller; None where there is none, or no limit."""
-    try:
-        return int((_CGROUP / name).read_text())
-    except (OSError, ValueError):
-        return None
+    limits = [group.limit() for group in limited_groups()]
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
 def _status(*names: str) -> dict[str, int]:
@@ -69,16 +64,14 @@ class CpuMemory(Memory):
         self._psutil = psutil
         self._process = psutil.Process()
         self._total = total_memory()
-        self._in_container = _cgroup("memory.current") is not None
+        self._groups = limited_groups()
         self._counter: TensorCounter | None = None
-        self._soft: int | None = None
 
-    def allocated(self) -> int | None:
-        """Return the bytes in live tensors, None unless they are being counted (`count_tensors`)."""
+    def _allocated(self) -> int | None:
         return None if self._counter is None else self._counter.current
 
-    def stats(self) -> MemoryStats:
-        """See `Memory.stats`. `process` is the resident set; `reserved` stays None: there is no such pool."""
+    def _stats(self) -> MemoryStats:
+        # `process` is the resident set; `reserved` stays None: there is no such pool.
         numbers = {"total": self._total, "free": self._free()}
         sizes = _status("VmRSS", "VmHWM")
         if sizes:
@@ -93,20 +86,12 @@ class CpuMemory(Memory):
         return MemoryStats(**numbers, sources=sources)
 
     def _free(self) -> int:
-        available = int(self._psutil.virtual_memory().available)
-        if not self._in_container:
-            return available
-        limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-        return available if limit is None or used is None else max(0, min(available, limit - used))
+        rests = [group.free() for group in self._groups]
+        return min([int(self._psutil.virtual_memory().available), *(rest for rest in rests if rest is not None)])
 
-    def reset_peak(self) -> None:
-        """Start the peaks anew.
-
-        Raises:
-            UnsupportedOperation: the system cannot reset a process's peak (anything but Linux).
-        """
+    def _reset_peak(self) -> None:
         if self._counter is not None:
-            self._counter.peak = self._counter.current
+            self._counter.reset_peak()
         try:
             _CLEAR.write_text("5")  # proc(5): resets VmHWM to the current resident set
         except OSError as error:
@@ -115,16 +100,16 @@ class CpuMemory(Memory):
                 what="memory.reset_peak",
             ) from error  # fmt: skip
 
-    def empty_cache(self) -> None:
-        """Give memory that the C library keeps free back to the system, where it can."""
+    def _empty_cache(self) -> None:
+        # Memory that the C library keeps free goes back to the system, where it can.
         import ctypes
 
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform != "win32" else None
         if trim is not None:
             trim(0)
 
-    def _limit(self, nbytes: int | None) -> None:
-        """Limit the private memory that this process may map, by RLIMIT_DATA.
+    def _limit_switch(self) -> Switch:
+        """Return the soft limit of the private memory that this process may map, None without a limit.
 
         It is the kernel's limit: it holds for every thread and library, and other code sees a MemoryError.
         """
@@ -134,24 +119,36 @@ class CpuMemory(Memory):
             )
         import resource
 
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if self._soft is None:
-            self._soft = soft
-        if nbytes is None:
-            resource.setrlimit(resource.RLIMIT_DATA, (self._soft, hard))
-            self._soft = None
-            return
+        def read() -> int | None:
+            soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+            return None if soft == resource.RLIM_INFINITY else soft
+
+        def write(nbytes: int | None) -> None:
+            _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY if nbytes is None else nbytes, hard))
+
+        return Switch("resource.RLIMIT_DATA", read, write)
+
+    def _limit_value(self, nbytes: int) -> int:
+        import resource
+
         mapped = _status("VmData").get("VmData", 0)
         if nbytes < mapped:
             raise ConfigError(
                 f"{self.device_id}: a limit of {nbytes} bytes, and the process has mapped {mapped} already",
                 expected=f"more than {mapped} bytes",
             )
-        resource.setrlimit(resource.RLIMIT_DATA, (nbytes, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        most = _LARGEST_LIMIT if hard == resource.RLIM_INFINITY else hard
+        if nbytes > most:
+            raise ConfigError(
+                f"{self.device_id}: a limit of {nbytes} bytes, and the system allows {most}",
+                expected=f"at most {most} bytes", hint="the hard limit is `ulimit -H -d`",
+            )  # fmt: skip
+        return nbytes
 
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor itself: the device computes on the host's memory."""
-        return tensor
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor  # the device computes on the host's memory
 
     def _out_of_memory(self, error: Exception) -> tuple[int | None] | None:
         # The CPU allocator raises a plain RuntimeError (c10/core/impl/alloc_cpu.cpp).
@@ -165,65 +162,22 @@ class CpuMemory(Memory):
     def count_tensors(self) -> Iterator[TensorCounter]:
         """Count the bytes in tensors that torch operators create in this thread, inside the block.
 
-        Costs a few microseconds an operator. `allocated` and `peak_allocated` are known meanwhile.
+        `allocated` and `peak_allocated` are known meanwhile. A view of a tensor from before the block counts nothing,
+        nor does writing into it; what it grows by counts. Not seen is memory that no operator hands out: what an
+        operator frees again before it returns, numpy's arrays, and storages that `torch.load` fills
+        or a tensor's `copy.deepcopy`. Costs about ten microseconds an operator.
+
+        Raises:
+            ConfigError: this handle is counting already.
         """
+        from hal_cpu.tensor_counter import TensorCounter
+
+        self.check_open()
         if self._counter is not None:
             raise ConfigError(f"{self.device_id}: tensors are already being counted")
         self._counter = TensorCounter()
         try:
-            with self._counter.mode():
+            with self._counter:
                 yield self._counter
         finally:
             self._counter = None
-
-
-@final
-class TensorCounter:
-    """Bytes in the live storages of CPU tensors that were created while counting.
-
-    Attributes:
-        current: bytes now.
-        peak: the largest since the start or `reset_peak()`.
-    """
-
-    def __init__(self) -> None:
-        self.current = 0
-        self.peak = 0
-        self._seen: set[int] = set()
-
-    def add(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until it dies; a view adds nothing."""
-        if tensor.device.type != "cpu" or tensor.is_sparse:
-            return
-        storage = tensor.untyped_storage()
-        key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.current += nbytes
-        self.peak = max(self.peak, self.current)
-        weakref.finalize(storage, self._gone, key, nbytes)
-
-    def _gone(self, key: int, nbytes: int) -> None:
-        self._seen.discard(key)
-        self.current -= nbytes
-
-    def mode(self) -> Any:
-        """Return the dispatch mode that counts."""
-        import torch
-        from torch.utils._python_dispatch import TorchDispatchMode
-        from torch.utils._pytree import tree_leaves
-
-        counter = self
-
-        class Counting(TorchDispatchMode):
-            def __torch_dispatch__(
-                self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-            ) -> Any:
-                result = func(*args, **(kwargs or {}))
-                for leaf in tree_leaves(result):
-                    if isinstance(leaf, torch.Tensor):
-                        counter.add(leaf)
-                return result
-
-        return Counting()  # type: ignore[no-untyped-call]

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from hal.errors import ConfigError
-from hal.memory import AllocatorPlan, merge_allocator_settings
+from hal.memory import AllocatorPlan, merge_allocator_settings, parse_allocator_settings
 from hal_cuda.build import TorchBuild
 
 UNIFIED, CUDA, HIP = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
@@ -24,7 +23,8 @@ def allocator_environment(
     ignores it on CUDA (pytorch#183387).
 
     Raises:
-        ConfigError: a key is set to two values, by two variables or by a variable and the plan.
+        ConfigError: a key is set to two values, by two variables or by a variable and the plan, or a variable cannot
+            be read.
     """
     wanted = plan.settings()
     if not wanted:
@@ -33,19 +33,14 @@ def allocator_environment(
     read = [name for name in ((UNIFIED, CUDA, HIP) if unified else (CUDA, HIP)) if name in (UNIFIED, CUDA, own)]
     given = [name for name in read if name in environ]
     target = given[0] if given else UNIFIED if unified else own
+    settings = {name: parse_allocator_settings(name, environ[name]) for name in given}
     merged = environ.get(target)
     for shadowed in given[1:]:
         try:
-            merged = merge_allocator_settings(target, merged, _items(shadowed, environ[shadowed]))
+            merged = merge_allocator_settings(target, merged, settings[shadowed])
         except ConfigError as error:
             raise ConfigError(
                 f"{target}={environ[target]!r} and {shadowed}={environ[shadowed]!r} contradict each other",
                 hint=f"unset {shadowed}: torch reads {target}",
             ) from error
     return {target: merge_allocator_settings(target, merged, wanted)}
-
-
-def _items(variable: str, text: str) -> dict[str, str]:
-    checked = merge_allocator_settings(variable, text, {})  # refuses what is no `key:value,key:value`
-    pairs = (item.partition(":") for item in re.findall(r"(?:\[[^\]]*\]|[^,\[])+", checked))
-    return {key: value for key, _, value in pairs}

@@ -2,6 +2,7 @@
 """The CPU's facets against the raw answers of the kernel and of torch."""
 
 import collections
+import contextlib
 import os
 import subprocess
 import sys

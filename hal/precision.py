@@ -3,20 +3,30 @@
 
 A switch that reads back as set proves nothing: on some devices it changes nothing, on others a second switch of
 another library decides. So `fp32_mode` states an intent, sets every switch of the vendor, reads each back, and
-then multiplies crafted numbers to count the significand bits that survive.
+then multiplies crafted numbers to count the significand bits that survive (hal/fp32_probe.py).
 """
 
 from __future__ import annotations
 
 import abc
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, final, get_args
 
+from hal.attempt import attempt
 from hal.changes import Changes, Switch
-from hal.errors import ConfigError, UnsupportedDtype, UnsupportedPrecision
+from hal.errors import (
+    Broken,
+    ConfigError,
+    HalError,
+    UnsupportedDtype,
+    UnsupportedOperation,
+    UnsupportedPrecision,
+)
 from hal.facet import Facet
+from hal.fp32_probe import Kept, kept
 from hal.support import Support
 
 if TYPE_CHECKING:
@@ -26,14 +36,18 @@ if TYPE_CHECKING:
 
 Fp32Mode = Literal["ieee", "tf32", "bf16x3"]
 
-EXPECTED_INPUT_BITS: dict[str, tuple[int, int]] = {
-    # Significand bits, hidden one included, that a float32 input keeps in a product: (least, most).
+EXPECTED_INPUT_BITS: dict[Fp32Mode, tuple[int, int]] = {
+    # Significand bits, hidden one included, that a float32 input keeps in a product: (least, most). hal/fp32_probe.py
+    # derives them.
     "ieee": (24, 24),
     # One unit with an 8-bit exponent and 10 or 11 stored bits: TF32 and XF32 keep 11, HF32 12.
     "tf32": (11, 12),
-    # A sum of two bfloat16 of 8 bits; the sign of the second gives up to one bit more.
+    # A sum of two bfloat16 of 8 bits; the sign of the second gives one bit more where the first is rounded.
     "bf16x3": (16, 17),
 }
+
+Probed = Literal["matmul", "conv"]
+"""What a float32 mode governs and the measurement covers."""
 
 FP8_FORMATS = {
     # OCP: e4m3fn has no infinity and reaches 448. fnuz has no infinity, no -0, one NaN (0x80), an exponent bias
@@ -52,13 +66,16 @@ class PrecisionReport:
     Attributes:
         mode: the intent.
         switches: each switch with the value that it reads back.
-        input_bits: for each probed operation ("matmul", and "conv" where the device has convolutions), the
-            measured significand bits that survive.
+        input_bits: for each measured operation ("matmul", "conv"), the significand bits of an input that survive.
+        product_bits: likewise, the bits up to which the product of two numbers comes back whole; 12 is all there is.
+        absent: operations that this device does not have in float32, each with its refusal: nothing to measure.
     """
 
     mode: Fp32Mode
     switches: tuple[tuple[str, object], ...]
     input_bits: tuple[tuple[str, int], ...]
+    product_bits: tuple[tuple[str, int], ...]
+    absent: tuple[tuple[str, str], ...] = ()
 
 
 class Precision(Facet, abc.ABC):
@@ -103,12 +120,15 @@ class Precision(Facet, abc.ABC):
 
         Raises:
             UnsupportedDtype: the device does not multiply in `dtype`, or autocast refuses it.
+            ConfigError: `dtype` is no `torch.dtype`.
         """
         import warnings
 
         import torch
 
         self.check_open()
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"{self.device_id}: autocast to {dtype!r}", expected="a torch.dtype, as torch.bfloat16")
         if enabled:
             answer = self.supports(dtype)
             if not answer:
@@ -148,80 +168,121 @@ class Precision(Facet, abc.ABC):
         Raises:
             ConfigError: there is no such mode.
             UnsupportedPrecision: the vendor lacks it, or the measurement contradicts the switches. The former
-                setting is back in force.
+                setting is back in force, as after every other error.
             DeviceConflict: another open device holds one of the switches at another value.
+            OutOfMemoryError, Broken: the device could not be measured.
         """
         self.check_open()
         if mode not in get_args(Fp32Mode):
             raise ConfigError(f"no float32 mode {mode!r}", expected=", ".join(get_args(Fp32Mode)))
         switches = list(self._fp32_switches(mode))
-        try:
-            with self._changes.together():
+        with self._changes.together():
+            try:
                 for switch, value in switches:
                     self._changes.set(switch, value)
-                report = PrecisionReport(
-                    mode,
-                    tuple((switch.name, switch.read()) for switch, _ in switches),
-                    tuple((operation, self.measure_input_bits(operation)) for operation in self._probed()),
-                )
-                self._check(report)
-        except UnsupportedPrecision:
-            raise
-        except (ConfigError, RuntimeError) as error:  # a switch that the vendor refuses
-            raise UnsupportedPrecision(
-                f"float32 mode {mode!r} cannot be set: {error}", device=self.device_id, what=mode
-            ) from error
+            except (ConfigError, RuntimeError) as error:  # a switch that the vendor refuses
+                raise UnsupportedPrecision(
+                    f"float32 mode {mode!r} cannot be set: {error}", device=self.device_id, what=mode
+                ) from error
+            present, absent = self._probed(mode)
+            report = PrecisionReport(
+                mode,
+                tuple((switch.name, switch.read()) for switch, _ in switches),
+                tuple((operation, self.measure_input_bits(operation)) for operation in present),
+                tuple((operation, self.measure(operation).product_bits) for operation in present),
+                absent,
+            )
+            self._check(report)
         return report
 
-    def _probed(self) -> tuple[Literal["matmul", "conv"], ...]:
-        """Return what a float32 mode governs here: a plug-in device may lack convolutions."""
+    def _probed(self, mode: Fp32Mode) -> tuple[list[Probed], tuple[tuple[str, str], ...]]:
+        """Return which operations can be measured, and which this device refuses: a plug-in may lack convolutions."""
         import torch
 
-        return ("matmul", "conv") if self._support.query("conv2d", torch.float32) else ("matmul",)
+        operations: dict[Probed, str] = {"matmul": "matmul", "conv": "conv2d"}
+        answers = {operation: self._support.query(name, torch.float32) for operation, name in operations.items()}
+        if not answers["matmul"]:
+            raise UnsupportedPrecision(
+                f"multiplies no float32: {answers['matmul'].reason}", device=self.device_id, what=mode
+            )
+        present = [operation for operation, answer in answers.items() if answer]
+        return present, tuple((operation, answer.reason) for operation, answer in answers.items() if not answer)
 
     def _check(self, report: PrecisionReport) -> None:
         low, high = EXPECTED_INPUT_BITS[report.mode]
         wrong = [f"{operation} keeps {bits}" for operation, bits in report.input_bits if not low <= bits <= high]
         if wrong:
+            fitting = [
+                mode
+                for mode, (least, most) in EXPECTED_INPUT_BITS.items()
+                if all(least <= bits <= most for _, bits in report.input_bits)
+            ]
             raise UnsupportedPrecision(
                 f"float32 mode {report.mode!r} is not what the device computes: {', '.join(wrong)} significand bits",
                 device=self.device_id,
                 what=report.mode,
                 expected=f"{low} bits" if low == high else f"{low} to {high} bits",
-                hint="the mode 'ieee', or a device whose unit has this mode",
+                hint=f"the mode {fitting[0]!r}, which this is" if fitting else "a device whose unit has this mode",
+            )
+        short = [f"{operation} above {bits} bits" for operation, bits in report.product_bits if bits < 12]
+        if report.mode == "ieee" and short:
+            raise UnsupportedPrecision(
+                "float32 mode 'ieee' is not what the device computes: it keeps every input, and drops a part of the "
+                f"product of two numbers ({', '.join(short)})",
+                device=self.device_id,
+                what=report.mode,
+                expected="12 bits",
             )
 
     @final
-    def measure_input_bits(self, operation: Literal["matmul", "conv"]) -> int:
-        """Measure how many significand bits of a float32 input survive in a product on this device.
+    def measure_input_bits(self, operation: Probed) -> int:
+        """Measure how many significand bits of a float32 input survive in a product on this device, as it is set now.
 
-        Row i of the left operand holds one number, 1 + 2**-i, times one; every other product is an exact zero.
-        The result is exact in any accumulator of 24 bits, so a bit that is missing was cut from the input:
-        the answer is the largest i, plus the hidden bit, up to which every number comes back whole.
+        Raises: as `measure` does.
+        """
+        return self.measure(operation).input_bits
+
+    @final
+    def measure(self, operation: Probed) -> Kept:
+        """Measure what survives of float32 numbers in a product on this device, as it is set now.
+
+        Raises:
+            OutOfMemoryError: there is no memory for it.
+            Broken: the operation failed.
+        """
+        multiply = self._matmul if operation == "matmul" else self._convolution
+        try:
+            with attempt(self.device_id, self.torch_device):
+                return kept(multiply)
+        except HalError:
+            raise
+        except Exception as error:
+            raise Broken(f"the float32 {operation} cannot be measured: {error}", device=self.device_id) from error
+
+    def _matmul(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return (left.to(self.torch_device) @ right.to(self.torch_device)).to("cpu")
+
+    def _convolution(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Multiply two matrices by a convolution: of kernels with one weight, and of single pixels.
+
+        The kernels are 3x3, as 1x1 is computed as a matrix product. The stride of 2 rules out the algorithms that
+        transform their inputs (Winograd, FFT), whose own roundings would be taken for lost bits.
         """
         import torch
 
-        n = 128  # large enough for the matrix units; small shapes may take a kernel without them
-        steps = torch.arange(1, 24, dtype=torch.float64)
-        numbers = (1.0 + 2.0**-steps).to(torch.float32)  # exact: at most 24 bits
-        with torch.no_grad():
-            if operation == "matmul":
-                left = torch.zeros(n, n)
-                left[torch.arange(23), torch.arange(23)] = numbers
-                result = (left.to(self.torch_device) @ torch.ones(n, n).to(self.torch_device)).cpu()[:23]
-                whole = (result == numbers[:, None]).all(dim=1)
-            else:
-                # A 3x3 kernel, as 1x1 is computed as a matrix product: channel i of the image holds number i.
-                image = torch.zeros(1, n, 8, 8)
-                image[0, :23] = numbers[:, None, None]
-                kernel = torch.zeros(n, n, 3, 3)
-                kernel[torch.arange(n), torch.arange(n), 1, 1] = 1.0
-                result = torch.nn.functional.conv2d(
-                    image.to(self.torch_device), kernel.to(self.torch_device), padding=1
-                ).cpu()[0, :23]
-                whole = (result == numbers[:, None, None]).flatten(1).all(dim=1)
-        lost = (~whole).nonzero()
-        return 24 if len(lost) == 0 else 1 + int(lost[0])
+        rows, inner = left.shape
+        columns = right.shape[1]
+        side = math.isqrt(columns - 1) + 1
+        kernels = torch.zeros(rows, inner, 3, 3, dtype=torch.float32, device="cpu")
+        kernels[:, :, 1, 1] = left
+        pixels = torch.zeros(inner, side * side, dtype=torch.float32, device="cpu")
+        pixels[:, :columns] = right
+        image = torch.zeros(1, inner, 2 * side, 2 * side, dtype=torch.float32, device="cpu")
+        image[0, :, ::2, ::2] = pixels.reshape(inner, side, side)
+        result = torch.nn.functional.conv2d(
+            image.to(self.torch_device), kernels.to(self.torch_device), stride=2, padding=1
+        )
+        return result.to("cpu").reshape(rows, side * side)[:, :columns]
 
     # determinism -----------------------------------------------------------------------------------------------
 
@@ -233,28 +294,46 @@ class Precision(Facet, abc.ABC):
     def deterministic(self, enabled: bool = True) -> None:
         """Make torch use deterministic algorithms, or raise where an operator has none, until `close()`.
 
-        Two runs on one device and one version then give the same bits; it promises nothing across devices.
+        Two runs on one device and one version then give the same bits; it promises nothing across devices. False takes
+        back what this device asked for, and leaves what the user set.
+
+        Raises:
+            UnsupportedOperation: products would raise from now on; the former setting is back.
+            DeviceConflict: another open device holds one of the switches at another value.
         """
         import torch
 
         self.check_open()
-        switches = [
-            (
-                Switch(
-                    "torch.use_deterministic_algorithms",
-                    torch.are_deterministic_algorithms_enabled,
-                    torch.use_deterministic_algorithms,
-                ),
-                True,
-            ),
-            *self._deterministic_switches(),
-        ]
+        switches = [(_DETERMINISTIC, (True, False)), *self._deterministic_switches()]
         if not enabled:
             self._changes.release([switch.name for switch, _ in switches])
             return
         with self._changes.together():
             for switch, value in switches:
                 self._changes.set(switch, value)
+            # Not before they are set: some libraries read their settings at the first product, once.
+            answers = [self._support.query("matmul", t) for t in (torch.float32, torch.bfloat16, torch.float16)]
+            if not any(answers):
+                raise UnsupportedOperation(
+                    f"has no deterministic products: {answers[0].reason}", device=self.device_id, what="deterministic",
+                    hint="open the device before the process's first product",
+                )  # fmt: skip
+
+
+def _write_deterministic(pair: tuple[bool, bool]) -> None:
+    import torch
+
+    torch.use_deterministic_algorithms(pair[0], warn_only=pair[1])
+
+
+def _read_deterministic() -> tuple[bool, bool]:
+    import torch
+
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+# Two settings, (enabled, warn_only), that torch writes by one call; kept together, or the second would be lost.
+_DETERMINISTIC = Switch("torch.use_deterministic_algorithms", _read_deterministic, _write_deterministic)
 
 
 def attribute_switch(owner: Any, attribute: str, name: str) -> Switch:

@@ -2,41 +2,49 @@
 """Which operators a device has, in which dtypes: found out by trying each once, on the opened device.
 
 A hand-typed list is wrong after the next driver. An attempt runs the operator on a few elements, so that the
-answer is the device's own, and is cached for the life of the device (its versions cannot change meanwhile).
+answer is the device's own. What works is remembered for the life of the device (its versions cannot change
+meanwhile); a refusal is asked for again each time, so that no bad moment becomes a lasting answer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
+import re
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hal.errors import ConfigError
+from hal.attempt import attempt
+from hal.errors import ConfigError, HalError
 from hal.support import Support
 
 if TYPE_CHECKING:
     import torch
 
-Attempt = Callable[["torch.device", "torch.dtype"], "torch.Tensor"]
+Operator = Callable[["torch.device", "torch.dtype"], "torch.Tensor"]
 Emulations = Callable[[str, "torch.dtype"], "str | None"]
+
+_FALLS_BACK = re.compile(r"fall(s|ing)? back\b.*\b(CPU|host)\b", re.IGNORECASE | re.DOTALL)
+_fell_back: dict[tuple[str, str], str] = {}
+"""(device type, operator) to how the host does it instead. For the life of the process, as some vendors warn of it once
+only; for all dtypes, since what is missing is the kernel."""
 
 
 def _sample(device: torch.device, dtype: torch.dtype, *shape: int) -> Any:
     """Return small numbers that every dtype holds; made on the host, as a device may lack the conversion."""
     import torch
 
-    n = 1
-    for size in shape:
-        n *= size
-    values = torch.arange(n, dtype=torch.float32).remainder(3).reshape(shape)
+    n = math.prod(shape)
+    values = torch.arange(n, dtype=torch.float32, device="cpu").remainder(3).reshape(shape)
     return values.to(dtype).to(device)
 
 
 def _scaled_mm(device: torch.device, dtype: torch.dtype) -> Any:
     import torch
 
-    one = torch.ones((), device=device)
+    one = torch.ones((), dtype=torch.float32, device=device)
     right = _sample(device, dtype, 32, 32).t()  # column-major, as the scaled product wants its second operand
     return torch._scaled_mm(_sample(device, dtype, 32, 32), right, one, one, out_dtype=torch.bfloat16)
 
@@ -57,7 +65,7 @@ def _index(device: torch.device, *values: int) -> Any:
     return torch.tensor(values, dtype=torch.int64, device=device)
 
 
-def _attempts() -> Mapping[str, Attempt]:
+def _operators() -> Mapping[str, Operator]:
     import torch
     import torch.nn.functional as F
 
@@ -104,50 +112,80 @@ class SupportTable:
         self._device = device
         self._device_id = device_id
         self._emulated = emulated
-        self._known: dict[tuple[str, torch.dtype], Support] = {}
+        # What works, by operator, dtype and torch's deterministic mode, in which some operators refuse.
+        self._known: dict[tuple[str, torch.dtype, int], Support] = {}
         self._lock = threading.Lock()
 
     @staticmethod
     def operators() -> tuple[str, ...]:
         """Return the names that `query` knows."""
-        return tuple(_attempts())
+        return tuple(_operators())
 
     def query(self, operator: str, dtype: torch.dtype) -> Support:
-        """Tell whether the device computes `operator` in `dtype`.
+        """Tell whether the device computes `operator` in `dtype`, as the process's settings are now.
 
         Raises:
-            ConfigError: there is no such operator in the table.
+            ConfigError: there is no such operator in the table, or `dtype` is no `torch.dtype`.
+            OutOfMemoryError, Broken: the device cannot try it at the moment.
         """
-        key = (operator, dtype)
+        import torch
+
+        if not isinstance(dtype, torch.dtype):
+            raise ConfigError(f"{self._device_id}: {dtype!r} is no dtype", expected="a torch.dtype, as torch.bfloat16")
+        if operator not in self.operators():
+            raise ConfigError(
+                f"{self._device_id}: no operator {operator!r} in the support table",
+                expected=", ".join(sorted(self.operators())),
+            )
+        key = (operator, dtype, torch.get_deterministic_debug_mode())
         with self._lock:
-            if key not in self._known:
-                self._known[key] = self._try(operator, dtype)
-            return self._known[key]
+            # The second attempt is for a library that fails once: a refusal counts when it is repeated.
+            answer = self._known.get(key) or self._try(operator, dtype) or self._try(operator, dtype)
+            if answer:
+                self._known[key] = answer
+            return answer
 
     def _try(self, operator: str, dtype: torch.dtype) -> Support:
         import torch
 
-        attempts = _attempts()
-        if operator not in attempts:
-            raise ConfigError(
-                f"{self._device_id}: no operator {operator!r} in the support table",
-                expected=", ".join(sorted(attempts)),
-            )
+        run = _operators()[operator]
         try:
-            with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                result = attempts[operator](self._device, dtype)
+            with attempt(self._device_id, self._device), _every_warning() as caught:
+                result = run(self._device, dtype)
                 # The transfer waits for the device: an asynchronous refusal arrives here, not later.
                 result.to("cpu")
+        except HalError:
+            raise
         except Exception as error:  # noqa: BLE001  whatever the vendor raises is the answer
             lines = str(error).strip().splitlines()
             return Support("unsupported", f"{type(error).__name__}: {lines[0] if lines else 'no message'}")
         how = self._emulated(operator, dtype) if self._emulated else None
         if how is None:
-            # torch's own fallback for plug-in devices announces itself, once for each operator.
-            how = next((str(w.message) for w in caught if "fall back" in str(w.message).lower()), None)
+            kernel = (self._device.type, operator)
+            for warning in caught:
+                if _FALLS_BACK.search(str(warning.message)):
+                    _fell_back.setdefault(kernel, str(warning.message))
+            how = _fell_back.get(kernel)
         if how is not None:
             return Support("emulated", how)
         if result.device.type != self._device.type:
             return Support("emulated", f"the result came back on {result.device.type}")
         return Support("native", f"tried on {self._device} with torch {torch.__version__}")
+
+
+@contextlib.contextmanager
+def _every_warning() -> Iterator[list[warnings.WarningMessage]]:
+    """Collect all warnings inside: where a device lacks an operator, torch's fallback to the host tells by one.
+
+    torch warns once in the life of a process, whichever operator and device came first, unless it is told otherwise.
+    """
+    import torch
+
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield caught
+    finally:
+        torch.set_warn_always(before)

@@ -15,7 +15,7 @@ from hal.device import Facets
 from hal.streams import HostStreams
 from hal.support_table import SupportTable
 from hal_cpu.memory import CpuMemory, total_memory
-from hal_cpu.precision import CpuPrecision
+from hal_cpu.precision import CpuPrecision, emulated
 from hal_cpu.random import CpuRandom
 
 
@@ -51,7 +51,7 @@ class CpuBackend(Backend):
         import torch
 
         device = torch.device("cpu")
-        support = SupportTable(device, info.id)
+        support = SupportTable(device, info.id, emulated)
         return Facets(
             torch_device=device,
             memory=CpuMemory(info.id),

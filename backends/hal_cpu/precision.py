@@ -4,11 +4,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import final
+from typing import TYPE_CHECKING, final
 
 from hal.changes import Switch
 from hal.errors import UnsupportedPrecision
-from hal.precision import Fp32Mode, Precision, attribute_switch
+from hal.fp32_switch import fp32_switch, has_fp32_switches
+from hal.precision import Fp32Mode, Precision
+
+if TYPE_CHECKING:
+    import torch
+
+
+def emulated(operator: str, dtype: torch.dtype) -> str | None:
+    """Return how torch does an operator on this processor that no library has (aten/src/ATen/native/Blas.cpp)."""
+    import torch
+
+    if operator == "grouped_mm":
+        return "torch multiplies group by group (_grouped_mm_fallback)"
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()  # then oneDNN multiplies FP8
+    if operator == "scaled_mm" and not (amx and torch.backends.mkldnn.is_available()):
+        return "torch widens FP8 to float32 and multiplies that (_scaled_mm_out_cpu_emulated)"
+    return None
 
 
 @final
@@ -18,8 +34,7 @@ class CpuPrecision(Precision):
     def _fp32_switches(self, mode: Fp32Mode) -> Sequence[tuple[Switch, object]]:
         import torch
 
-        mkldnn = torch.backends.mkldnn
-        if not hasattr(getattr(mkldnn, "matmul", None), "fp32_precision"):
+        if not has_fp32_switches():
             if mode == "ieee":  # before torch 2.9 there was no switch, and nothing but IEEE
                 return ()
             raise UnsupportedPrecision(
@@ -32,15 +47,9 @@ class CpuPrecision(Precision):
                 device=self.device_id,
                 what=mode,
             )
-        # Never `torch.backends.mkldnn.fp32_precision`: its setter writes the generic switch and thereby resets
-        # cuDNN's (torch/backends/mkldnn/__init__.py, in 2.13 to 2.15). The mode "tf32" exists as a value only;
-        # the measurement decides whether it does anything.
+        # One operation at a time: torch's setter for the library writes the switch of everything. On most processors
+        # the mode "tf32" exists as a value only; the measurement decides whether it does anything.
         return [
-            (
-                attribute_switch(
-                    getattr(mkldnn, part), "fp32_precision", f"torch.backends.mkldnn.{part}.fp32_precision"
-                ),
-                mode,
-            )
+            (fp32_switch("mkldnn", part, f"torch.backends.mkldnn.{part}.fp32_precision"), mode)
             for part in ("matmul", "conv", "rnn")
         ]

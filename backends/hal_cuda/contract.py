@@ -24,6 +24,7 @@ def contract(major: int, minor: int) -> Contract:
     if (major, minor) in _RECORDED:
         return Contract(
             matmul=matmul,
+            subnormals="preserved",  # none of those rules flushes
             evidence=f"sm_{major}{minor}: recorded products, cut to at least 24 bits (arXiv:2511.10909, 2512.07004); "
             "float32 products in float32",
         )

@@ -21,7 +21,9 @@ def contract(arch: str) -> Contract:
         # The other FP8 family: these units know only e4m3fnuz and e5m2fnuz, where the same bits mean half the value.
         fp8 = dict.fromkeys(("float8_e4m3fnuz", "float8_e5m2fnuz"), Arithmetic(rounding="truncate"))
         return Contract(
-            matmul={**TRUNCATING_MATRIX_UNITS, **fp8}, evidence=f"{arch}: groups cut at 24 bits, rounded down; {MODELS}"
+            matmul={**TRUNCATING_MATRIX_UNITS, **fp8},
+            subnormals="preserved",
+            evidence=f"{arch}: groups cut at 24 bits, rounded down; {MODELS}",
         )
     return Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",

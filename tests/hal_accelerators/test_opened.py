@@ -5,6 +5,7 @@ Tensors stay on the CPU; the stand-in cuts the inputs of a product as the switch
 """
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -54,6 +55,7 @@ PPU = module("PPU-ZW810E", capability=(8, 0), memory=96 * GIB)
 METAX = module("MetaX C500", capability=(8, 0))
 MI300X = module("AMD Instinct MI300X", capability=(9, 4), arch="gfx942:sramecc+:xnack-", memory=192 * GIB)
 MI250X = module("AMD Instinct MI250X", capability=(9, 0), arch="gfx90a:sramecc+:xnack-", memory=64 * GIB)
+MI355X = module("AMD Instinct MI355X", capability=(9, 5), arch="gfx950:sramecc+:xnack-", memory=288 * GIB)
 RX7900 = module("AMD Radeon RX 7900 XTX", capability=(11, 0), arch="gfx1100", memory=24 * GIB)
 
 
@@ -74,23 +76,39 @@ def opening(monkeypatch):
         changes.release()
 
 
+def cut(x, bits):
+    """Keep the first significand bits of float32 numbers."""
+    return (x.view(torch.int32) & -(1 << (24 - bits))).view(torch.float32) if x.dtype == torch.float32 else x
+
+
 @pytest.fixture
-def rounds(monkeypatch):
-    """Make products cut their float32 inputs to the significand bits that `bits` gives for "matmul" or "conv"."""
+def multiplies(monkeypatch):
+    """Make products and convolutions out of torch's own, by `way(exact, a, b, operation)`."""
 
-    def install(bits):
-        def cut(x, operation):
-            keep = bits(operation)
-            step = 1 << (24 - keep)
-            return (x.view(torch.int32) & -step).view(torch.float32) if x.dtype == torch.float32 else x
-
+    def install(way):
         product, convolution = torch.Tensor.__matmul__, torch.nn.functional.conv2d
-        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: product(cut(a, "matmul"), cut(b, "matmul")))
+        monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: way(product, a, b, "matmul"))
         monkeypatch.setattr(
-            torch.nn.functional, "conv2d", lambda x, w, **k: convolution(cut(x, "conv"), cut(w, "conv"), **k)
+            torch.nn.functional, "conv2d", lambda x, w, **k: way(functools.partial(convolution, **k), x, w, "conv")
         )
 
     return install
+
+
+@pytest.fixture
+def rounds(multiplies):
+    """Make products cut their float32 inputs to the significand bits that `bits` gives for "matmul" or "conv"."""
+    return lambda bits: multiplies(
+        lambda exact, a, b, operation: exact(cut(a, bits(operation)), cut(b, bits(operation)))
+    )
+
+
+def three_passes(exact, a, b, operation):
+    """Multiply as sums of two bfloat16, if the switch for TF32 is on: what hipBLASLt calls TF32 on gfx950."""
+    if a.dtype != torch.float32 or (operation != "always" and switches(operation) == 24):
+        return exact(a, b)
+    (a1, a2), (b1, b2) = ((x.bfloat16().float(), (x - x.bfloat16().float()).bfloat16().float()) for x in (a, b))
+    return exact(a1, b2) + exact(a2, b1) + exact(a1, b1)
 
 
 def switches(operation):
@@ -130,6 +148,37 @@ def test_an_architecture_without_a_reduced_unit_says_so_before_anything_is_set(o
     with pytest.raises(UnsupportedPrecision, match="gfx90a has no reduced float32 unit"):
         facets.precision.fp32_mode("tf32")
     assert not any("fp32_precision" in change.what for change in changes)
+
+
+def test_three_passes_of_bfloat16_are_no_tf32_and_no_ieee_but_their_own_mode(opening, multiplies, monkeypatch):
+    monkeypatch.delenv("HIPBLASLT_ALLOW_TF32", raising=False)
+    multiplies(three_passes)
+    facets, _ = opening(RocmBackend(), MI355X)
+    report = facets.precision.fp32_mode("bf16x3")
+    assert dict(report.input_bits) == {"matmul": 17, "conv": 17}
+    assert os.environ["HIPBLASLT_ALLOW_TF32"] == "1"
+    with pytest.raises(UnsupportedPrecision, match="matmul keeps 17") as caught:
+        facets.precision.fp32_mode("tf32")
+    assert "'bf16x3'" in caught.value.hint
+    assert facets.precision.fp32_mode("ieee").mode == "ieee"
+
+
+def test_a_library_that_always_multiplies_in_three_passes_is_caught_in_ieee(opening, multiplies):
+    multiplies(lambda exact, a, b, operation: three_passes(exact, a, b, "always"))
+    facets, _ = opening(CudaBackend(), H100)
+    with pytest.raises(UnsupportedPrecision, match="matmul keeps 17, conv keeps 17"):
+        facets.precision.fp32_mode("ieee")
+
+
+def test_products_of_two_tails_that_are_dropped_are_caught_in_ieee(opening, multiplies):
+    def five_passes(exact, a, b, operation):
+        tails = [x - x.bfloat16().float() for x in (a, b)]
+        return exact(a, b) - exact(*tails)
+
+    multiplies(five_passes)
+    facets, _ = opening(CudaBackend(), H100)
+    with pytest.raises(UnsupportedPrecision, match="drops a part of the product"):
+        facets.precision.fp32_mode("ieee")
 
 
 def reductions():

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running a few operators to find out what a device does: whatever surrounds the call must not decide the answer.
+
+Nor may a bad moment. A device without free memory, or one that has failed altogether, says nothing about an operator:
+that is an error, while a refusal of the operator is an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from hal.errors import Broken, HalError, OutOfMemoryError
+from hal.memory import requested_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|alloc\w*[ _]failed|failed to allocate", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def attempt(device_id: str, device: torch.device) -> Iterator[None]:
+    """Run operators on a device as if nothing surrounded the call: autocast and gradients are off inside.
+
+    Tensors inside must be made with their dtype and device, since `torch.set_default_dtype` and
+    `torch.set_default_device` are the user's.
+
+    Raises:
+        OutOfMemoryError: there was no memory for the attempt.
+        Broken: the device does not even make a tensor any more.
+        Exception: everything else passes unchanged; it is about the operator.
+    """
+    import torch
+
+    try:
+        with torch.no_grad(), contextlib.ExitStack() as off:
+            for kind in {"cpu", device.type}:
+                if _autocasts(kind):
+                    off.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    except HalError:
+        raise
+    except Exception as error:
+        trouble = _trouble(device_id, device, error)
+        if trouble is None:
+            raise
+        raise trouble from error
+
+
+def _autocasts(kind: str) -> bool:
+    import torch
+
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # torch has no autocast for this type of device
+        return False
+
+
+def _trouble(device_id: str, device: torch.device, error: Exception) -> HalError | None:
+    """Return what is wrong with the device itself, or None if it works and only the operator failed."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(error)):
+        return OutOfMemoryError("out of memory", device=device_id, requested=requested_bytes(str(error)))
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device).to("cpu")
+    except Exception as second:  # noqa: BLE001  whatever the vendor raises
+        if isinstance(second, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(second)):
+            return OutOfMemoryError("out of memory", device=device_id, requested=requested_bytes(str(second)))
+        return Broken(f"has failed, and makes no tensor any more: {error}", device=device_id)
+    return None

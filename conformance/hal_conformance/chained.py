@@ -54,6 +54,9 @@ class Chained:
     def __getitem__(self, key: Any) -> Chained:
         return Chained(self.value[key], self.var[key])
 
+    def __setitem__(self, key: Any, part: Chained) -> None:
+        self.value[key], self.var[key] = part.value, part.var
+
     def __add__(self, other: Chained) -> Chained:
         """Add two results with errors of their own; the rounding is that of the store."""
         return Chained(self.value + other.value, self.var + other.var)

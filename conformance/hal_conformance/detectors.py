@@ -16,7 +16,7 @@ import numpy as np
 
 from hal_conformance.bounds import Bounded
 from hal_conformance.budget import bias_threshold, rms_threshold
-from hal_conformance.case import Array, Arrays
+from hal_conformance.case import I64, Array, Arrays
 from hal_conformance.inputs import NUMPY_DTYPES
 from hal_conformance.verdicts import Judgement, Status, worst
 
@@ -71,10 +71,19 @@ def structure(outputs: Arrays, expected: Mapping[str, tuple[tuple[int, ...], str
     return None
 
 
-def where(index: int, shape: tuple[int, ...], first: int = 0) -> str:
-    """Return a flat index as the coordinates that a person can look up, in a part that begins at `first`."""
+Places = int | I64
+"""Where a part of an array lies on its first axis: where it begins, or the index of each of its rows."""
+
+
+def row_of(row: int, places: Places) -> int:
+    """Return the index in the whole array of a row of a part."""
+    return places + row if isinstance(places, int) else int(places[row])
+
+
+def where(index: int, shape: tuple[int, ...], places: Places = 0) -> str:
+    """Return a flat index of a part as the coordinates that a person can look up in the whole array."""
     place = [int(i) for i in np.unravel_index(index, shape)]
-    return str([first + place[0], *place[1:]] if place else [])
+    return str([row_of(place[0], places), *place[1:]] if place else [])
 
 
 class ExactMeter:
@@ -85,15 +94,15 @@ class ExactMeter:
         self._size = self._wrong = 0
         self._first = ""
 
-    def add(self, got: Array, expected: Array, first: int = 0) -> None:
-        """Take in a part that begins at index `first` of the array's first axis."""
+    def add(self, got: Array, expected: Array, places: Places = 0) -> None:
+        """Take in a part."""
         wide, want = np.asarray(got, np.float64), np.asarray(expected, np.float64)
         wrong = ~((wide == want) | (np.isnan(wide) & np.isnan(want)))
         self._size += wrong.size
         count = int(wrong.sum())
         if count and not self._wrong:
             at = int(np.flatnonzero(wrong.ravel())[0])
-            place = where(at, wrong.shape, first)
+            place = where(at, wrong.shape, places)
             self._first = f"{place}: {wide.ravel()[at]:.9g}, expected {want.ravel()[at]:.9g}"
         self._wrong += count
 
@@ -147,8 +156,8 @@ class Meter:
         self._rows: list[int] = []
         self._beyond_rows = 0
 
-    def add(self, got: Array, expected: Bounded, first: int = 0) -> None:
-        """Take in a part that begins at index `first` of the array's first axis."""
+    def add(self, got: Array, expected: Bounded, places: Places = 0) -> None:
+        """Take in a part."""
         wide = np.asarray(got, np.float64)
         value, bound = np.broadcast_to(expected.value, wide.shape), np.broadcast_to(expected.bound, wide.shape)
         var = np.broadcast_to(expected.var, wide.shape)
@@ -164,7 +173,7 @@ class Meter:
         if not agree.all():
             if not self._nonfinite:
                 at = int(np.flatnonzero(~agree.ravel())[0])
-                place = where(at, wide.shape, first)
+                place = where(at, wide.shape, places)
                 self._first_nonfinite = f"{place}: {wide.ravel()[at]}, expected {value.ravel()[at]:.6g}"
             self._nonfinite += int((~agree).sum())
             return
@@ -176,14 +185,14 @@ class Meter:
         if (margin := float(ratio.ravel()[at])) > self._margin:
             self._margin = margin
             self._worst = (
-                f"{where(at, wide.shape, first)}: {wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} "
+                f"{where(at, wide.shape, places)}: {wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} "
                 f"within {bound.ravel()[at]:.2g}"
             )
         if margin > 1.0:
             self._beyond += int((ratio > 1.0).sum())
             rows = np.flatnonzero((ratio > 1.0).reshape(wide.shape[0] if wide.ndim else 1, -1).any(axis=1))
             self._beyond_rows += len(rows)
-            self._rows += [first + int(row) for row in rows[: max(0, 4 - len(self._rows))]]
+            self._rows += [row_of(int(row), places) for row in rows[: max(0, 4 - len(self._rows))]]
         known = use & (var > 0)
         scaled = error[known] / np.sqrt(var[known])
         self._count += len(scaled)

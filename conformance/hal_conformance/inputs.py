@@ -10,14 +10,16 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import ml_dtypes
 import numpy as np
 
 from hal.philox import bits
 from hal_conformance.case import F64, I64, Array
+from hal_conformance.kept import Kept
 
 NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "float32": np.dtype(np.float32),
@@ -134,14 +136,29 @@ SLAB = 2**22
 """Elements that are made at a time: all experts of a published model in float64 would not fit in memory."""
 
 
-def by_expert(dtype: str, shape: tuple[int, ...], part: Callable[[int, int], F64]) -> Array:
-    """Return [E, ...] in a storage dtype, from `part(first, count)`, which makes some experts."""
-    made = np.empty(shape, NUMPY_DTYPES[dtype])
-    step = max(1, SLAB // math.prod(shape[1:]))
-    for first in range(0, shape[0], step):
-        count = min(step, shape[0] - first)
-        made[first : first + count] = store(part(first, count), dtype)
-    return made
+_KEPT = Kept(128 << 20)
+
+
+def by_expert(key: Hashable, dtype: str, shape: tuple[int, ...], part: Callable[[int, int], F64]) -> Array:
+    """Return [E, ...] in a storage dtype, from `part(first, count)`, which makes some experts; read-only.
+
+    Args:
+        key: names what `part` makes, whatever the dtype.
+        dtype: of storage.
+        shape: of the whole.
+        part: called with the first expert and how many.
+    """
+
+    def make() -> Array:
+        made = np.empty(shape, NUMPY_DTYPES[dtype])
+        step = max(1, SLAB // math.prod(shape[1:]))
+        for first in range(0, shape[0], step):
+            count = min(step, shape[0] - first)
+            wide = _KEPT.get((key, shape, first, count), functools.partial(part, first, count))
+            made[first : first + count] = store(wide, dtype)
+        return made
+
+    return _KEPT.get((key, shape, dtype), make)
 
 
 def expert_weights(seed: int, stream: str, dtype: str, *shape: int, gate: bool = False) -> Array:
@@ -151,7 +168,7 @@ def expert_weights(seed: int, stream: str, dtype: str, *shape: int, gate: bool =
         made = weights(seed, stream, n, *shape[1:], first=first)
         return made * steep(n, first) if gate else made
 
-    return by_expert(dtype, shape, part)
+    return by_expert((seed, stream, gate), dtype, shape, part)
 
 
 def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I64:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from hal.errors import ConfigError
-from hal_conformance.case import Params
+from hal_conformance.case import DTYPES, Params
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def matches(glob: str, case: Case, preset: str) -> bool:
 
 
 def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
-    """Return the tasks, ordered by case, preset and dtype.
+    """Return the tasks, ordered by family, preset, dtype and case: neighbours have the same weights (`kept.Kept`).
 
     Raises:
         ConfigError: a glob matches no case, there are too many, or the seed is out of range.
@@ -109,13 +109,26 @@ def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
     for glob in selection.cases:
         if not any(matches(glob, case, preset) for case, preset in known):
             raise ConfigError(f"no case matches {plain(glob)!r}", hint="hal conformance list")
-    return [
+    chosen = [
         Task(case, Params(preset, dtype, selection.scale, selection.seed))
         for case, preset in known
         if not selection.cases or any(matches(glob, case, preset) for glob in selection.cases)
         for dtype in case.dtypes()
         if not selection.dtypes or dtype in selection.dtypes
     ]
+    families, presets = _places(case.family for case, _ in known), _places(preset for _, preset in known)
+    return sorted(
+        chosen,
+        key=lambda t: (families[t.case.family], presets[t.params.preset], DTYPES.index(t.params.dtype)),
+    )
+
+
+def _places(texts: Iterable[str]) -> dict[str, int]:
+    """Return the place of each text's first occurrence."""
+    places: dict[str, int] = {}
+    for place, text in enumerate(texts):
+        places.setdefault(text, place)
+    return places
 
 
 def closest(name: str, cases: Sequence[Case]) -> list[str]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
 from hal_conformance.cases import designs
+from hal_conformance.kept import Kept
 from hal_conformance.oracle.dispatching import spans
 
 
@@ -120,3 +121,22 @@ def test_every_intermediate_result_of_the_backward_design_is_exact_in_bfloat16()
         assert np.abs(u).max() > 1
         for inner in (u, designs.ONE * u, dh, designs.ONE * dh, dh * u):
             assert (inner.astype(ml_dtypes.bfloat16).astype(np.float64) == inner).all()
+
+
+def test_what_was_made_last_is_kept_up_to_a_number_of_bytes_and_cannot_be_changed():
+    made = []
+
+    def make_array(name, size):
+        made.append(name)
+        return np.zeros(size, np.uint8)
+
+    kept = Kept(100)
+    for name, size in (("a", 20), ("b", 20), ("a", 20), ("huge", 26), ("huge", 26), ("c", 25), ("d", 25), ("e", 25)):
+        array = kept.get(name, lambda n=name, s=size: make_array(n, s))
+        assert array.size == size
+        assert not array.flags.writeable
+    assert made == ["a", "b", "huge", "huge", "c", "d", "e"]
+    kept.get("a", lambda: make_array("a", 20))
+    kept.get("b", lambda: make_array("b", 20))
+    assert made[-1] == "b", "the one that was used longest ago went first"
+    assert made.count("a") == 1

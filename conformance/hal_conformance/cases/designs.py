@@ -10,6 +10,7 @@ Legend: R routed rows, D model dim, F expert hidden dim, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,10 @@ class Size:
             "w1_EFD": w1_EFD, "w3_EFD": w3_EFD, "w2_EDF": w2_EDF,
         }  # fmt: skip
 
+    def made(self, name: str, shape: tuple[int, ...], part: Callable[[int, int], F64]) -> Array:
+        """Return the weights of one name, in the dtype."""
+        return make.by_expert((self.seed, name), self.dtype, shape, part)
+
     def channel(self, design: str) -> int:
         """Return the channel that feeds the gate."""
         return int(make.permutation(self.seed, f"{design}/channel", self.width)[0])
@@ -88,8 +93,8 @@ def integers(size: Size) -> Arrays:
     up, down = size.up[1:], size.down[1:]
     return size.arrays(
         x, size.gate(channel),
-        make.by_expert(size.dtype, size.up, lambda e, n: make.sparse(seed, "integers/w3", 28, 3, n, *up, first=e)),
-        make.by_expert(size.dtype, size.down, lambda e, n: make.sparse(seed, "integers/w2", 4, 2, n, *down, first=e)),
+        size.made("integers/w3", size.up, lambda e, n: make.sparse(seed, "integers/w3", 28, 3, n, *up, first=e)),
+        size.made("integers/w2", size.down, lambda e, n: make.sparse(seed, "integers/w2", 4, 2, n, *down, first=e)),
     )  # fmt: skip
 
 
@@ -123,7 +128,7 @@ def cancelling(size: Size) -> Arrays:
         return w2
 
     return size.arrays(
-        x, size.gate(channel), make.by_expert(size.dtype, size.up, up), make.by_expert(size.dtype, size.down, down)
+        x, size.gate(channel), size.made("cancel/w3", size.up, up), size.made("cancel/w2", size.down, down)
     )
 
 
@@ -182,8 +187,13 @@ def one_hot(size: Size) -> Arrays:
         w2[shown] = make.full_bits(seed, "onehot/w2", len(shown), *size.down[1:], first=number)
         return w2
 
-    made = (make.by_expert(size.dtype, s, f) for s, f in ((size.up, gate), (size.up, up), (size.down, down)))
-    return size.arrays(x, *made)
+    kind = "float32" if size.dtype == "float32" else "16 bits"
+    return size.arrays(
+        x,
+        size.made(f"onehot/w1/{kind}", size.up, gate),
+        size.made("onehot/w3", size.up, up),
+        size.made("onehot/w2", size.down, down),
+    )
 
 
 def activation(size: Size) -> Arrays:
@@ -242,7 +252,7 @@ def backward_integers(size: Size) -> Arrays:
         return make.sparse(seed, "backward/w2", 4, 2, n, *size.down[1:], first=first)
 
     arrays = size.arrays(
-        x, size.gate(channel), make.by_expert(size.dtype, size.up, up), make.by_expert(size.dtype, size.down, down)
+        x, size.gate(channel), size.made("backward/w3", size.up, up), size.made("backward/w2", size.down, down)
     )
     arrays["dy_RD"] = make.store(make.sparse(seed, "backward/dy", 8, 2, size.rows, size.width), size.dtype)
     return arrays

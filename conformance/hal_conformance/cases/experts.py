@@ -12,7 +12,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
-from hal_conformance.case import Arrays, Footprint, Params, arithmetic
+from hal_conformance.case import I64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import designs
 from hal_conformance.cases.base import ByCounts, expert_bytes, leaf, observed, shape, wide
 from hal_conformance.cases.strided import Strided
@@ -118,6 +118,10 @@ class Cancelling(ExactExperts):
 class NanRow(Integers):
     """A row that is NaN."""
 
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: many experts, and few."""
+        return ("ling-lite", "mixtral-8x7b")
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: in the middle of the busiest expert's."""
         arrays = super().inputs(p)
@@ -129,6 +133,10 @@ class NanRow(Integers):
 
 class NoRows(BackwardCase):
     """Zero rows: an empty result, and gradients of exactly zero."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: many experts, and few."""
+        return ("ling-lite", "mixtral-8x7b")
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -261,49 +269,68 @@ class Backward(BackwardCase):
         if wrong is not None:
             return wrong
         counts, dtype = inputs["counts_E"], p.dtype
-        y, dx = (Meter(name, independent=int(counts.sum())) for name in ("y_RD", "dx_RD"))
+        rows_RD = inputs["x_RD"].shape
+        y, dx = (Chained(np.zeros(rows_RD), np.zeros(rows_RD)) for _ in range(2))
         weights = WeightGradients(outputs, counts, dtype)
         w1, w3, w2 = (inputs[name] for name in ROUTED)
         rule = arithmetic(contract, dtype)
         for e, rows, inside in each(inputs["x_RD"], counts, (w1, w3, w2), dtype, rule):
             gradients = inside.backward(Chained.exact(inputs["dy_RD"][rows]))
-            y.add(outputs["y_RD"][rows], inside.y.bounded(dtype, inputs["x_RD"].size), rows.start)
-            dx.add(outputs["dx_RD"][rows], gradients.dx.bounded(dtype, inputs["x_RD"].size), rows.start)
+            y[rows], dx[rows] = inside.y, gradients.dx
             weights.add(e, gradients)
-        return merge([y.finding(), dx.finding(), *weights.findings()])
+        found = [
+            judge(name, outputs[name], whole.bounded(dtype), independent=len(whole.value))
+            for name, whole in (("y_RD", y), ("dx_RD", dx))
+        ]
+        return merge([*found, *weights.findings()])
 
 
 class WeightGradients:
-    """Judges the gradients of the experts' weights, one expert after the other.
+    """Judges the gradients of the experts' weights, a few experts at a time.
 
     Errors of one expert's gradient share its rows, so that there are as many independent ones as experts with rows. An
     expert without rows has gradients of exactly zero.
     """
 
-    def __init__(self, outputs: Arrays, counts_E: np.ndarray[Any, np.dtype[np.int64]], dtype: str) -> None:
+    TOGETHER = 2**17
+    """Elements that are judged at once: enough for numpy to be busy, and few beside all experts'."""
+
+    def __init__(self, outputs: Arrays, counts_E: I64, dtype: str) -> None:
         self._outputs = outputs
         self._dtype = dtype
         self._empty = np.flatnonzero(counts_E == 0)
         used = int((counts_E > 0).sum())
         self._meters = {f"d{name}": Meter(f"d{name}", independent=used) for name in ROUTED}
+        self._waiting: list[tuple[int, SwigluGradients]] = []
 
     def add(self, expert: int, gradients: SwigluGradients) -> None:
-        """Judge those of one expert."""
-        for (name, meter), gradient in zip(self._meters.items(), gradients.weights, strict=True):
+        """Take in those of one expert."""
+        self._waiting.append((expert, gradients))
+        if len(self._waiting) * gradients.dw1_FD.value.size >= self.TOGETHER:
+            self._judge()
+
+    def _judge(self) -> None:
+        if not self._waiting:
+            return
+        places = np.array([expert for expert, _ in self._waiting])
+        for index, (name, meter) in enumerate(self._meters.items()):
+            parts = [gradients.weights[index] for _, gradients in self._waiting]
+            together = Chained(np.stack([p.value for p in parts]), np.stack([p.var for p in parts]))
             got = self._outputs[name]
-            expected = gradient.bounded(self._dtype, got.size)
-            meter.add(got[expert], expected, expert)
+            meter.add(got[places], together.bounded(self._dtype, got.size), places)
+        self._waiting.clear()
 
     def findings(self) -> list[Finding]:
         """Return what was found, and whether experts without rows have zeros."""
+        self._judge()
         found = [meter.finding() for meter in self._meters.values()]
         for name in self._meters:
-            zeros = ExactMeter(f"{name} of experts without rows")
-            for e in self._empty:
-                zeros.add(self._outputs[name][e], np.zeros(self._outputs[name].shape[1:]), int(e))
-            finding = zeros.finding()
-            if finding.status is not Status.EXACT:
-                found.append(finding)
+            zeros = exact(
+                f"{name} of experts without rows", self._outputs[name][self._empty],
+                np.zeros_like(self._outputs[name][self._empty]),
+            )  # fmt: skip
+            if zeros.status is not Status.EXACT:
+                found.append(zeros)
         return found
 
 

@@ -62,11 +62,17 @@ class Layer(Base):
         replayed: whether the experts are given.
         backward: whether the gradients are judged, too: those of y, and of both losses.
         capacity: whether the busier experts drop rows.
+        only: the presets that show all there is to see; empty: every one.
     """
 
     replayed: bool = False
     backward: bool = False
     capacity: bool = False
+    only: tuple[str, ...] = ()
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return self.only or super().presets()
 
     def limit(self, p: Params) -> int | None:
         """Return the most rows of an expert: the mean load, rounded up, or None."""
@@ -214,6 +220,8 @@ class NoTokens(Layer):
 
 
 _NEEDS = ("layer",)
+KINDS = ("ling-lite", "deepseek-v3", "mixtral-8x7b", "qwen2-moe")
+"""One router of each kind: softmax with shared experts, sigmoid with groups and a bias, none shared, a shared gate."""
 _GIVEN = "a replayed routing"
 _FREE = "the device's own routing, certified by margin and then taken as given"
 _GRADIENTS = "y, and the gradients of x, the gate, the experts and the shared experts from those of y and both losses"
@@ -236,9 +244,11 @@ CASES = (
     Layer("layer.backward_free", "layer", _NEEDS, _what(_FREE, _GRADIENTS), backward=True),
     Layer(
         "layer.capacity", "layer", _NEEDS, _what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
-        replayed=True, backward=True, capacity=True,
+        replayed=True, backward=True, capacity=True, only=KINDS,
     ),
-    NanToken("layer.nan_token", "layer", _NEEDS, _what(f"{_FREE}, and one token of NaN, which stays alone", "y")),
-    NoTokens("layer.no_tokens", "layer", _NEEDS, "A layer without tokens: empty results, losses of zero."),
+    NanToken(
+        "layer.nan_token", "layer", _NEEDS, _what(f"{_FREE}, and one token of NaN, which stays alone", "y"), only=KINDS
+    ),
+    NoTokens("layer.no_tokens", "layer", _NEEDS, "A layer without tokens: empty results, losses of zero.", only=KINDS),
     Strided("layer.strided", BACKWARD),
 )  # fmt: skip

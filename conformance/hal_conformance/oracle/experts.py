@@ -91,5 +91,5 @@ def experts(x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arit
     """Return the experts' output [R, D], stored."""
     y = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
     for _, rows, inside in each(x_RD, counts_E, weights, dtype, rule):
-        y.value[rows], y.var[rows] = inside.y.value, inside.y.var
+        y[rows] = inside.y
     return y

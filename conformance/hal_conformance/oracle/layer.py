@@ -78,10 +78,10 @@ def layer(
     dx_RD = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
     w1, w3, w2 = (given[name] for name in ROUTED)
     for e, rows, inside in each(x_RD, counts_E, (w1, w3, w2), dtype, rule):
-        o_RD.value[rows], o_RD.var[rows] = inside.y.value, inside.y.var
+        o_RD[rows] = inside.y
         if upstream is not None and on_expert is not None:
             gradients = inside.backward(upstream[rows])
-            dx_RD.value[rows], dx_RD.var[rows] = gradients.dx.value, gradients.dx.var
+            dx_RD[rows] = gradients.dx
             on_expert(e, gradients)
     o_TKD = gather(o_RD, slot_R, tokens, k)
     y = combine_chained(o_TKD, weights, dtype)

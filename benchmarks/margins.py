@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tight the suite's bounds are, and whether it cries wolf: the portable operators on the CPU, many seeds.
+
+python benchmarks/margins.py [--seeds N] [--first K] [--scale tiny]
+
+Every result is judged as `hal conformance run` does, in one process. The table states, by case and dtype, the median
+over all instances and the largest of the largest error over its bound: a bound that is never approached catches
+nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch
+from harness import machine
+
+import hal
+from hal.moe.torch_ops import torch_ops
+from hal_conformance import arrays as codec
+from hal_conformance.budget import FALSE_ALARMS_PER_RUN
+from hal_conformance.case import DTYPES
+from hal_conformance.cases import ALL
+from hal_conformance.judging import judge_outputs
+from hal_conformance.plan import Selection, plan
+
+CPU = torch.device("cpu")
+
+
+def main() -> None:
+    """Run the seeds and write JSON and Markdown under `results/`."""
+    parser = argparse.ArgumentParser(description="Margins and false alarms of the conformance suite")
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--scale", choices=("tiny", "small"), default="tiny")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    statuses: Counter[str] = Counter()
+    margins: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    odd: list[str] = []
+    started = time.monotonic()
+    with hal.open_device("cpu") as device:
+        for seed in range(options.first, options.first + options.seeds):
+            for task in plan(Selection(scale=options.scale, seed=seed), ALL):
+                inputs = task.case.inputs(task.params)
+                tensors = {name: codec.to_torch(array, CPU) for name, array in inputs.items()}
+                returned = task.case.run(torch_ops, tensors, task.params)
+                outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
+                verdict = judge_outputs(task, outputs, codec.digests(inputs), device.contract, inputs)
+                statuses[verdict.status.value] += 1
+                if verdict.status.colour != "green":
+                    odd.append(f"seed {seed}, {task}: {verdict.status.value}: {verdict.detail}")
+                if verdict.margin is not None:
+                    margins[task.case.name][task.params.dtype].append(verdict.margin)
+    table = {
+        name: {dtype: [statistics.median(found), max(found)] for dtype, found in by_dtype.items()}
+        for name, by_dtype in sorted(margins.items())
+    }
+    report = {
+        "schema": "hal.benchmark/1", "name": "margins", "machine": machine(), "scale": options.scale,
+        "seeds": [options.first, options.first + options.seeds - 1], "judged": sum(statuses.values()),
+        "statuses": dict(statuses), "not_green": odd, "margins": table,
+        "predicted_false_alarms": FALSE_ALARMS_PER_RUN * options.seeds,
+        "seconds": round(time.monotonic() - started, 1),
+    }  # fmt: skip
+    lines = [
+        f"# Margins at scale {options.scale}, {options.seeds} seeds from {options.first}", "",
+        f"{report['judged']} results: {', '.join(f'{n} {s}' for s, n in sorted(statuses.items()))}. "
+        f"Predicted false alarms: {report['predicted_false_alarms']:.0e}.", "",
+        *odd, "| case | " + " | ".join(f"{dtype} median, largest" for dtype in DTYPES) + " |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, by_dtype in table.items():
+        cells = (f"{by_dtype[d][0]:.2f}, {by_dtype[d][1]:.2f}" if d in by_dtype else "" for d in DTYPES)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "margins.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "margins.md").write_text("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.exit(1 if odd else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -167,6 +167,7 @@ def run(
 
     Without --device: every real device that opens here.
     """
+    from hal.cli.output import stdout_for_results
     from hal.errors import ConfigError
     from hal_conformance import suite, table
     from hal_conformance.junit import junit
@@ -181,7 +182,8 @@ def run(
     _check_outputs(json_file, junit_file, markdown_file)
     selection = _selection(cases, dtypes, scale, seed)
     tasks = _tasks(selection)
-    found, silent = suite.listed() if not devices or "all" in devices else ([], [])
+    with stdout_for_results():
+        found, silent = suite.listed() if not devices or "all" in devices else ([], [])
     subjects = choose(devices, impls, found)
     with Bar(len(tasks) * len(subjects)) as bar:
         report = suite.run(

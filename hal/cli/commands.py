@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from hal import plugins
+from hal.cli.output import stdout_for_results
 from hal.errors import HalError, PluginError
 
 COMMANDS = "hal.commands"
@@ -46,8 +47,11 @@ def load(plugin: plugins.Plugin) -> click.Command:
         )
     entry_point, owner = plugin.entry_points[0], plugin.owners[0]
     try:
-        command = entry_point.load()
-    except (Exception, SystemExit) as error:  # noqa: BLE001  one bad plug-in must not end the others
+        with stdout_for_results():
+            command = entry_point.load()
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  one bad plug-in must not end the others
         broken = PluginError(f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}")
         broken.__cause__ = error
         return BrokenCommand(plugin.name, broken)

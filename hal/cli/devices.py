@@ -8,7 +8,9 @@ import sys
 
 import click
 
+from hal import plugins
 from hal.backend import DeviceInfo
+from hal.cli.output import on_terminal, plain, stdout_for_results
 from hal.errors import Absent
 from hal.surveys import Survey, settle, take_surveys
 
@@ -22,11 +24,12 @@ def devices(as_json: bool) -> None:
 
     A backend that is broken is named on stderr; `hal doctor` finds out more. HAL_BACKENDS limits who is asked.
     """
-    surveys = take_surveys()
+    with stdout_for_results():
+        surveys = take_surveys()
     found, lost = settle(surveys)
     if as_json:
         click.echo(json.dumps({"schema": SCHEMA, "devices": [info.as_json() for info in found]}, indent=2))
-    elif sys.stdout.isatty():
+    elif on_terminal(sys.stdout):
         _print_rich(found)
     else:
         _print_plain(found)
@@ -41,8 +44,7 @@ def row(info: DeviceInfo) -> tuple[str, ...]:
     memory = "-" if info.total_memory is None else f"{info.total_memory / 2**30:.1f} GiB"
     kind = "simulated" if info.simulated else "real"
     cells = (info.id, info.vendor, info.name or "-", info.arch or "-", memory, info.torch_device, kind)
-    # A driver's name for its product is someone else's text: no line breaks, no control characters.
-    return tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in cells)
+    return tuple(map(plain, cells))
 
 
 def _print_rich(found: list[DeviceInfo]) -> None:
@@ -68,11 +70,17 @@ def _print_plain(found: list[DeviceInfo]) -> None:
 def _tell_the_rest(surveys: list[Survey], lost: dict[str, str]) -> None:
     for answer in surveys:
         if isinstance(answer.error, Absent):
-            click.secho(f"{answer.name}: absent: {answer.error.reason}", err=True, dim=True)
+            _tell(f"{answer.name}: absent: {answer.error.reason}")
         elif answer.error is not None:
             reason = str(answer.error).removeprefix(f"{answer.name}: ")
-            click.secho(f"{answer.name}: BROKEN: {reason}", err=True, fg="red")
+            _tell(f"{answer.name}: BROKEN: {reason}", bad=True)
         for note in answer.discovery.left:
-            click.secho(f"{answer.name}: left to others: {note}", err=True, dim=True)
+            _tell(f"{answer.name}: left to others: {note}")
     for device, reason in lost.items():
-        click.secho(f"{device}: not listed: {reason}", err=True, dim=True)
+        _tell(f"{device}: not listed: {reason}")
+    for problem in plugins.unreadable():
+        _tell(problem, bad=True)
+
+
+def _tell(message: str, *, bad: bool = False) -> None:
+    click.secho(plain(message, indent=2), err=True, dim=not bad, fg="red" if bad else None)

@@ -16,6 +16,7 @@ import click
 
 import hal
 from hal import plugins
+from hal.cli.output import on_terminal, plain
 from hal.errors import ConfigError
 from hal.explain import TIMEOUT_S, Explanation, explain
 from hal.registry import AUTOLOAD
@@ -98,12 +99,12 @@ class Report:
             click.echo(f"{name:12} {version or 'not installed'}")
         for name, value in self.environment.items():
             if value is not None:
-                click.echo(f"{name}={_clean(value)}")
+                click.echo(f"{name}={plain(value)}")
         for plugin in self.torch.plugins:
             click.echo(f"`import torch` loads {plugin.name} ({plugin.value} of {plugin.owner})")
         click.echo()
         for problem in self.problems:
-            click.secho(_clean(problem), fg="red")
+            click.secho(plain(problem, indent=0), fg="red")
         broken = [answer.backend for answer in self.backends if answer.status == "broken"]
         if broken:
             click.secho(f"Broken: {', '.join(broken)}.", fg="red")
@@ -117,29 +118,23 @@ COLOURS = {"found": "green", "absent": "white", "broken": "red"}
 def _print_backend(answer: Explanation) -> None:
     click.secho(f"{answer.status:8}", fg=COLOURS[answer.status], nl=False)
     reason = answer.reason.removeprefix(f"{answer.backend}: ")
-    click.echo(f"{answer.backend:10} {_clean(reason, indent=19)}")
+    click.echo(f"{answer.backend:10} {plain(reason, indent=19)}")
     for info in answer.devices:
-        click.echo(f"{'':19}{info.id}: {_clean(info.name or info.vendor)} ({_clean('; '.join(info.evidence))})")
+        click.echo(f"{'':19}{plain(info.id)}: {plain(info.name or info.vendor)} ({plain('; '.join(info.evidence))})")
     for note in (*answer.left, *answer.advice):
-        click.echo(f"{'':19}{_clean(note, indent=19)}")
+        click.echo(f"{'':19}{plain(note, indent=19)}")
     if answer.detail and answer.status == "broken":
         last = answer.detail.strip().splitlines()[-1]
         if last not in answer.reason:
-            click.echo(f"{'':19}{_clean(last)}")
-    click.echo(f"{'':19}from {', '.join(answer.owners)}")
-
-
-def _clean(text: str, indent: int = 0) -> str:
-    """Return someone else's text without control characters, its lines indented."""
-    lines = ["".join(c if c.isprintable() else "?" for c in line) for line in text.splitlines()]
-    return ("\n" + " " * indent).join(lines)
+            click.echo(f"{'':19}{plain(last)}")
+    click.echo(f"{'':19}from {plain(', '.join(answer.owners))}")
 
 
 def examine(timeout_s: float, environment: dict[str, str | None]) -> Report:
     """Examine everything. Never raises for what it finds."""
     from hal.cli import torch_import
 
-    problems = []
+    problems = list(plugins.unreadable())
     try:
         admitted = plugins.allowed()
     except ConfigError as error:
@@ -185,7 +180,7 @@ def _versions(state: TorchState) -> dict[str, str | None]:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[None]:
-    if not sys.stderr.isatty():
+    if not on_terminal(sys.stderr):
         yield
         return
     from rich.console import Console

@@ -21,11 +21,7 @@ from hal.registry import AUTOLOAD
 TORCH_PLUGINS = "torch.backends"
 
 _IMPORT = 'import torch, json; print("\\nhal-torch " + json.dumps(str(torch.__version__)))'
-_LOAD_ONE = (
-    "import torch, importlib.metadata as m; "
-    'found = [e for e in m.entry_points(group="torch.backends") if [e.name, e.value] == sys.argv[1:]]; '
-    "found[0].load()()"
-)
+_LOAD_ONE = "import torch, importlib.metadata as m; m.EntryPoint(*sys.argv[1:], 'torch.backends').load()()"
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,8 @@ def examine(timeout_s: float) -> TorchState:
         lambda: run_python(_IMPORT, environment={**os.environ, AUTOLOAD: "0"}, timeout_s=timeout_s),
         lambda: run_python(_IMPORT, environment={**os.environ, AUTOLOAD: "1"}, timeout_s=timeout_s),
     ]
-    if not registered:
-        tasks.pop()  # there is nothing that autoload would load
+    if not registered and not plugins.unreadable(TORCH_PLUGINS):
+        tasks.pop()  # there is nothing that autoload would load, or stumble over while it looks
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         alone, *together = pool.map(lambda task: task(), tasks)
         fault, autoload_fault = _fault(alone), (_fault(together[0]) if together else None)

@@ -84,6 +84,12 @@ class Distributions:
         code = STUB.format(name=name, open=body, torch_device=torch_device or f"{name}:0", specificity=specificity)
         return self.backend(name, code)
 
+    def malformed(self, dist: str, text: str = "[hal.backends]\nthis is no entry point\n") -> str:
+        """Install a distribution whose entry points cannot be read; return it as hal names it."""
+        site = self.add(f"fake_{dist}", "", {}, dist=dist)
+        (site / f"{dist}-1.0.dist-info" / "entry_points.txt").write_text(text)
+        return f"{dist} 1.0"
+
     def forget(self) -> None:
         """Drop the modules from this process."""
         for module in self.modules:

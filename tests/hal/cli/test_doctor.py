@@ -43,6 +43,29 @@ def test_hardware_that_is_absent_is_no_fault_and_a_broken_backend_is(distributio
     assert "no firmware" in report["backends"][1]["reason"]
 
 
+def test_a_backend_that_hangs_while_it_lists_is_said_to_do_that(distributions: Any, hal_command: Any) -> None:
+    distributions.stub("mychip")
+    distributions.backend(
+        "slow", "from fake_dist_mychip import Stub\nimport time\nclass Slow(Stub):\n    name = 'slow'\n"
+        "    def discover(self): time.sleep(3600)\nbackend = Slow()",
+    )  # fmt: skip
+    status, report = doctor(hal_command, "--timeout", "20", HAL_BACKENDS="slow")
+    assert status == 3
+    assert report["backends"][0]["reason"] == "listing its devices: the process did not answer within 20 s"
+
+
+def test_advice_is_told_for_hardware_that_seems_absent_too(distributions: Any, hal_command: Any) -> None:
+    distributions.stub("mychip")
+    distributions.backend(
+        "gone", "from fake_dist_mychip import Stub\nfrom hal.errors import Absent\nclass Gone(Stub):\n"
+        "    name = 'gone'\n    def discover(self): raise Absent('no build for it', device='gone')\n"
+        "    def advice(self): return ['a driver is here: install a build for it']\nbackend = Gone()",
+    )  # fmt: skip
+    _, report = doctor(hal_command, HAL_BACKENDS="gone")
+    assert report["backends"][0]["status"] == "absent"
+    assert report["backends"][0]["advice"] == ["a driver is here: install a build for it"]
+
+
 def test_the_timeout_ends_a_backend_that_hangs(distributions: Any, hal_command: Any) -> None:
     distributions.stub("mychip", opens="import time; time.sleep(3600)")
     status, report = doctor(hal_command, "--timeout", "20", HAL_BACKENDS="mychip")
@@ -109,6 +132,15 @@ def test_it_works_when_torch_is_not_installed(
     assert status == 3
     assert report["torch"]["installed"] is False
     assert any("torch is not installed" in problem for problem in report["problems"])
+
+
+def test_a_malformed_distribution_is_a_problem_and_stops_nothing(distributions: Any, hal_command: Any) -> None:
+    distributions.malformed("bad")
+    status, report = doctor(hal_command, TORCH_DEVICE_BACKEND_AUTOLOAD="1")
+    assert (status, report["backends"][0]["status"]) == (3, "found")
+    assert any(problem.startswith("bad 1.0: its entry points cannot be read") for problem in report["problems"])
+    # torch reads the same files when it looks for its own plug-ins.
+    assert any("`import torch` fails" in problem for problem in report["problems"])
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,28 @@ def test_a_command_that_cannot_be_imported_is_listed_as_broken_and_stops_no_othe
         assert done.stdout == ""
 
 
+def test_what_a_commands_module_prints_while_it_is_imported_does_not_mix_with_results(
+    distributions: Any, hal_command: Any
+) -> None:
+    command(distributions, "mine", "print('loud')\n" + raising("click.echo('it ran')"))
+    done = hal_command("mine")
+    assert (done.stdout, "loud" in done.stderr) == ("it ran\n", True)
+
+
+def test_a_command_that_raises_no_ordinary_exception_is_broken(distributions: Any, hal_command: Any) -> None:
+    command(distributions, "mine", "raise BaseException('as a panic of another language is')")
+    assert hal_command("--help").returncode == 0
+    done = hal_command("mine")
+    assert (done.returncode, "as a panic" in done.stderr) == (3, True)
+
+
+def test_a_malformed_distribution_does_not_stop_the_others(distributions: Any, hal_command: Any) -> None:
+    distributions.malformed("bad")
+    listed = hal_command("--help")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    assert "doctor" in listed.stdout
+
+
 def test_a_command_that_is_no_click_command_is_broken(distributions: Any, hal_command: Any) -> None:
     command(distributions, "mine", "run = 42")
     done = hal_command("mine")

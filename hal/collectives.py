@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, final
+from typing import TYPE_CHECKING, Literal, NoReturn, final
 
-from hal.errors import CollectiveError, CollectiveTimeout, ConfigError, UnsupportedOperation
+from hal.arguments import integer, number
+from hal.errors import CollectiveError, CollectiveTimeout, ConfigError, HalError, UnsupportedOperation
+from hal.facet import Facet
 
 if TYPE_CHECKING:
     import torch
@@ -20,9 +23,11 @@ if TYPE_CHECKING:
 
 Reduction = Literal["sum", "avg", "min", "max", "product"]
 
+DEFAULT_TIMEOUT_S = 600.0
+
 
 @final
-class Collectives:
+class Collectives(Facet):
     """Starts process groups on the library that belongs to one device.
 
     Args:
@@ -33,7 +38,7 @@ class Collectives:
     """
 
     def __init__(self, device_id: str, torch_device: torch.device, library: str, torch_name: str) -> None:
-        self.device_id = device_id
+        super().__init__(device_id)
         self.torch_device = torch_device
         self.library = library
         self.torch_name = torch_name
@@ -44,30 +49,39 @@ class Collectives:
         rank: int | None = None,
         world_size: int | None = None,
         init_method: str | None = None,
-        timeout_s: float = 600.0,
+        timeout_s: float | None = None,
     ) -> Group:
         """Join the default process group, or start it.
+
+        A group that runs is joined as it is: what is asked for must be what it has. A group that is started is bound to
+        this device, so that the library never takes another one of the same process.
+
+        The group belongs to the process and not to the device: `Group.close()` ends it, `Device.close()` does not.
+        Ending waits for the other ranks in some libraries, which must not hold up an error on its way out.
 
         Args:
             rank, world_size, init_method: as in `torch.distributed.init_process_group`; by default they come
                 from the environment that torchrun sets.
-            timeout_s: seconds after which a collective that has not completed is an error.
+            timeout_s: seconds after which a collective that has not completed is an error; by default 600, or
+                what the running group has.
 
         Returns:
             The group of all ranks. `close()` ends it if this call started it.
 
         Raises:
-            CollectiveError: torch was built without distributed support or without this library, the default
-                group runs on another library, or the group could not be started.
+            ConfigError: an argument is of the wrong type or out of range, or rank and world size are given by halves.
+            CollectiveError: torch was built without distributed support or without this library, the group could
+                not be started, or the running one differs from what was asked for.
+            CollectiveTimeout: the other ranks did not come in time.
             UnsupportedOperation: the library does not serve this type of device.
-            ConfigError: rank and world size are given by halves.
+            DeviceClosed: the device is closed.
         """
         import torch.distributed as dist
 
+        self.check_open()
+        self._check_arguments(rank, world_size, init_method, timeout_s)
         if not dist.is_available():
             raise CollectiveError("this build of torch has no torch.distributed", operation="init")
-        if (rank is None) != (world_size is None):
-            raise ConfigError(f"{self.device_id}: rank={rank} and world_size={world_size}", expected="both, or neither")
         served = dist.Backend.backend_capability.get(self.torch_name)
         if served is not None and self.torch_device.type not in served:
             raise UnsupportedOperation(
@@ -75,61 +89,130 @@ class Collectives:
                 what="collectives", hint="the backend names the device's own library in `library`",
             )  # fmt: skip
         if dist.is_initialized():
-            running = dist.get_backend()
-            # A group may serve several device types: "cpu:one,cuda:two". An undecided one takes the default.
-            parts = {part.rpartition(":")[2] for part in running.split(",")}
-            if running != "undefined" and self.torch_name not in parts:
-                raise CollectiveError(
-                    f"the default group runs on {running}", operation="init", rank=dist.get_rank(),
-                    expected=f"{self.torch_name}, the library of {self.device_id}",
-                    hint="init_process_group without a backend name, or destroy_process_group() first",
-                )  # fmt: skip
-            return Group(self.device_id, self.torch_device, None, owned=False)
-        try:
-            with _typed_errors("init", rank):
-                dist.init_process_group(
-                    self.torch_name,
-                    init_method=init_method,
-                    rank=-1 if rank is None else rank,
-                    world_size=-1 if world_size is None else world_size,
-                    timeout=datetime.timedelta(seconds=timeout_s),
-                )
-        except (ValueError, AssertionError) as error:  # missing environment, library not built in
+            self._check_running(rank, world_size, init_method, timeout_s)
+            return Group(self, None, owned=False)
+        hint = f"torchrun sets the environment that init() reads; is {self.library} part of this torch?"
+        with _typed_errors("init", rank, hint):
+            dist.init_process_group(
+                self.torch_name,
+                init_method=init_method,
+                rank=-1 if rank is None else rank,
+                world_size=-1 if world_size is None else world_size,
+                timeout=datetime.timedelta(seconds=DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s),
+                device_id=self.bound_device(),
+            )
+        return Group(self, None, owned=True)
+
+    def bound_device(self) -> torch.device | None:
+        """Return the device to which a group is bound; None for the host, to which there is no alternative."""
+        import torch
+
+        accelerator = torch.accelerator.current_accelerator()
+        bound = accelerator is not None and accelerator.type == self.torch_device.type
+        return self.torch_device if bound and self.torch_device.index is not None else None
+
+    def _check_arguments(
+        self, rank: int | None, world_size: int | None, init_method: str | None, timeout_s: float | None
+    ) -> None:
+        if (rank is None) != (world_size is None):
+            raise ConfigError(f"{self.device_id}: rank={rank} and world_size={world_size}", expected="both, or neither")
+        if rank is not None:
+            world_size = integer(f"{self.device_id}: the world size", world_size, least=1)
+            integer(f"{self.device_id}: the rank", rank, least=0, most=world_size - 1)
+        if not (init_method is None or isinstance(init_method, str)):
+            raise ConfigError(f"{self.device_id}: init_method is {init_method!r}", expected="a URL, or None")
+        if timeout_s is not None:
+            # torch counts in whole milliseconds, and a library may add it to a clock in nanoseconds.
+            number(f"{self.device_id}: the timeout in seconds", timeout_s, least=1e-3, most=1e9)
+
+    def _check_running(
+        self, rank: int | None, world_size: int | None, init_method: str | None, timeout_s: float | None
+    ) -> None:
+        """Refuse to join the default group unless it is what was asked for."""
+        import torch.distributed as dist
+
+        running = dist.get_backend()
+        # A group may serve several device types: "cpu:one,cuda:two". An undecided one takes the default.
+        parts = {part.rpartition(":")[2] for part in running.split(",")}
+        if running != "undefined" and self.torch_name not in parts:
             raise CollectiveError(
-                str(error), operation="init", rank=rank, hint=f"is {self.library} part of this torch?"
-            ) from error
-        return Group(self.device_id, self.torch_device, None, owned=True)
+                f"the default group runs on {running}", operation="init", rank=dist.get_rank(),
+                expected=f"{self.torch_name}, the library of {self.device_id}",
+                hint="init_process_group without a backend name, or destroy_process_group() first",
+            )  # fmt: skip
+        if init_method is not None:
+            self._refuse_running(f"init_method={init_method!r} only starts a group", "init_method")
+        if rank is not None and (rank, world_size) != (dist.get_rank(), dist.get_world_size()):
+            self._refuse_running(f"rank={rank} and world_size={world_size} were asked for", "rank and world_size")
+        if timeout_s is not None:
+            has = _running_timeout_s(self.torch_device)
+            if has is None or abs(has - timeout_s) >= 1e-3:  # torch keeps whole milliseconds
+                told = "does not tell its own" if has is None else f"has {has:g}"
+                self._refuse_running(f"timeout_s={timeout_s:g} was asked for, and it {told}", "timeout_s")
+
+    def _refuse_running(self, why: str, arguments: str) -> NoReturn:
+        import torch.distributed as dist
+
+        raise CollectiveError(
+            f"the default group runs already, of {dist.get_world_size()} ranks: {why}", operation="init",
+            rank=dist.get_rank(), hint=f"init() without {arguments} joins it as it is; destroy_process_group() ends it",
+        )  # fmt: skip
+
+
+def _running_timeout_s(device: torch.device) -> float | None:
+    """Return the timeout of the default group's library for this type of device; None if it does not tell."""
+    import torch.distributed as dist
+
+    with contextlib.suppress(RuntimeError, AttributeError):
+        timeout: datetime.timedelta = dist.group.WORLD._get_backend(device).options._timeout  # type: ignore[union-attr]
+        return timeout.total_seconds()
+    return None
 
 
 @final
 class Group:
     """The ranks that take part in a collective. Every rank must call the same operations in the same order.
 
+    Every operation raises `CollectiveError` where the library refuses it or the group has ended, `CollectiveTimeout`
+    where another rank did not come in time, and `DeviceClosed` once the device is closed.
+
     Args:
-        device_id: for messages.
-        torch_device: where this rank's tensors must lie.
+        collectives: the facet of this rank's device.
         raw: a `torch.distributed.ProcessGroup`, or None for the default one.
         owned: whether `close()` ends it.
     """
 
-    def __init__(
-        self, device_id: str, torch_device: torch.device, raw: dist.ProcessGroup | None, *, owned: bool
-    ) -> None:
+    def __init__(self, collectives: Collectives, raw: dist.ProcessGroup | None, *, owned: bool) -> None:
         import torch.distributed as dist
 
-        self.device_id = device_id
-        self.torch_device = torch_device
         self.raw = raw
+        self._collectives = collectives
         self._owned = owned
+        self._closed = False
+        self._default = dist.group.WORLD
         self.rank = dist.get_rank(raw)
         self.size = dist.get_world_size(raw)
 
     def _errors(self, operation: str, *tensors: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """Check that an operation can begin, and return the context in which the library is called."""
+        import torch
+        import torch.distributed as dist
+
+        self._collectives.check_open()
+        if self._closed or dist.group.WORLD is not self._default:
+            ended = "closed" if self._closed else "ended elsewhere"
+            raise CollectiveError(f"the group was {ended}", operation=operation, rank=self.rank, hint="init() anew")
+        device = self._collectives.torch_device
         for tensor in tensors:
-            if tensor.device.type != self.torch_device.type:
+            if not isinstance(tensor, torch.Tensor):
+                raise CollectiveError(
+                    f"a {type(tensor).__name__} is no tensor", operation=operation, rank=self.rank,
+                    expected=f"tensors on {device}",
+                )  # fmt: skip
+            if tensor.device.type != device.type or device.index not in (None, tensor.device.index):
                 raise CollectiveError(
                     f"a tensor lies on {tensor.device}", operation=operation, rank=self.rank,
-                    expected=f"tensors on {self.torch_device}",
+                    expected=f"tensors on {device}",
                 )  # fmt: skip
         return _typed_errors(operation, self.rank)
 
@@ -145,14 +228,14 @@ class Group:
         import torch.distributed as dist
 
         with self._errors("reduce", tensor):
-            dist.reduce(tensor, self._global(root), _reduce_op(reduction), group=self.raw)
+            dist.reduce(tensor, self._global("reduce", root), _reduce_op(reduction), group=self.raw)
 
     def broadcast(self, tensor: torch.Tensor, root: int) -> None:
         """Copy `root`'s tensor into everyone's."""
         import torch.distributed as dist
 
         with self._errors("broadcast", tensor):
-            dist.broadcast(tensor, self._global(root), group=self.raw)
+            dist.broadcast(tensor, self._global("broadcast", root), group=self.raw)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
         """Write every rank's `tensor`, [n, ...], into `output`, [size * n, ...], in rank order."""
@@ -197,36 +280,38 @@ class Group:
         import torch.distributed as dist
 
         with self._errors("send", tensor):
-            dist.send(tensor, self._global(to), group=self.raw, tag=tag)
+            dist.send(tensor, self._global("send", to), group=self.raw, tag=tag)
 
     def recv(self, tensor: torch.Tensor, source: int, tag: int = 0) -> None:
         """Receive a tensor from one rank, in place."""
         import torch.distributed as dist
 
         with self._errors("recv", tensor):
-            dist.recv(tensor, self._global(source), group=self.raw, tag=tag)
+            dist.recv(tensor, self._global("recv", source), group=self.raw, tag=tag)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         import torch.distributed as dist
 
+        # Without a device, a group that was not bound to one may take another of this process.
+        bound = self._collectives.bound_device()
         with self._errors("barrier"):
-            dist.barrier(group=self.raw)
+            dist.barrier(group=self.raw, device_ids=None if bound is None else [bound.index])
 
     def close(self) -> None:
-        """End the group if `init()` started it; harmless the second time."""
+        """End the group if `init()` started it; this object refuses to work in any case. Harmless the second time."""
         import torch.distributed as dist
 
-        if self._owned and dist.is_initialized():
+        if self._owned and not self._closed and dist.group.WORLD is self._default:
             dist.destroy_process_group(self.raw)
-        self._owned = False
+        self._closed = True
 
-    def _global(self, rank: int) -> int:
+    def _global(self, operation: str, rank: int) -> int:
         import torch.distributed as dist
 
-        if not 0 <= rank < self.size:
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank < self.size:
             raise CollectiveError(
-                f"there is no rank {rank}", operation="rank", rank=self.rank, expected=f"0 to {self.size - 1}"
+                f"there is no rank {rank!r}", operation=operation, rank=self.rank, expected=f"0 to {self.size - 1}"
             )
         return rank if self.raw is None else dist.get_global_rank(self.raw, rank)
 
@@ -246,14 +331,20 @@ def _reduce_op(reduction: Reduction) -> dist.ReduceOp.RedOpType:
     return operations[reduction]
 
 
+# The libraries share no exception type for this; all of them say so in words. A name with the word in it, such as
+# that of an environment variable, says nothing.
+_TIMED_OUT = re.compile(r"\btimed[ -]?out\b|\btime-?out\b", re.IGNORECASE)
+
+
 @contextlib.contextmanager
-def _typed_errors(operation: str, rank: int | None) -> Iterator[None]:
+def _typed_errors(operation: str, rank: int | None, hint: str = "") -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:
-        text = str(error)
-        # The libraries share no exception type for this; all of them say so in words.
-        kind = CollectiveTimeout if "timed out" in text.lower() or "timeout" in text.lower() else CollectiveError
-        raise kind(
-            text.strip().splitlines()[0] if text.strip() else "failed", operation=operation, rank=rank
-        ) from error
+    except HalError:
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [f"failed with {type(error).__name__}"]
+        # A ValueError or TypeError is torch's word for a wrong argument, which may be called a timeout.
+        if _TIMED_OUT.search(str(error)) and not isinstance(error, (ValueError, TypeError)):
+            raise CollectiveTimeout(lines[0], operation=operation, rank=rank) from error
+        raise CollectiveError(lines[0], operation=operation, rank=rank, hint=hint) from error

@@ -27,7 +27,11 @@ def count(experts_sorted: Tensor, num_experts: int) -> Tensor:
 
 
 def dispatch(
-    x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None,
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    num_experts: int,
+    *,
+    capacity: int | None = None,
     check_indices: bool = True,
 ) -> Dispatch:
     """Copy each token to its experts, rows sorted by expert, then by slot; see `MoEOps.dispatch`.
@@ -65,7 +69,12 @@ def dispatch(
 
 
 def combine(
-    y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int, *, check_indices: bool = True,
+    y_RD: Tensor,
+    weights_TK: Tensor,
+    slot_R: Tensor,
+    num_tokens: int,
+    *,
+    check_indices: bool = True,
 ) -> Tensor:
     """Add up each token's rows, weighted; see `MoEOps.combine`.
 
@@ -110,7 +119,7 @@ def _sum_choices(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = No
     wide = wide_dtype(rows_RD.dtype)
     num_rows, width = rows_RD.shape
     num_choices = row_TK.shape[1]
-    if num_rows < row_TK.numel():   # some slots have no row: let them find one of zeros
+    if num_rows < row_TK.numel():  # some slots have no row: let them find one of zeros
         rows_RD = torch.cat([rows_RD, rows_RD.new_zeros(1, width)])
         if weights_TK is not None:
             weights_TK = weights_TK.masked_fill(row_TK == num_rows, 0.0)

@@ -33,7 +33,11 @@ class ExpertsPath:
 
 
 def experts(
-    x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights, *, grouped: bool | None = None,
+    x_RD: Tensor,
+    counts_E: Tensor,
+    weights: ExpertWeights,
+    *,
+    grouped: bool | None = None,
     check_indices: bool = True,
 ) -> Tensor:
     """Return w2 (silu(w1 x) * (w3 x)) of each row's expert; see `MoEOps.experts`.

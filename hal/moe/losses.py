@@ -19,7 +19,11 @@ _SCORE_EPSILON = 1e-20
 
 
 def aux_loss(
-    scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec, *, check_indices: bool = True,
+    scores_TE: Tensor,
+    experts_TK: Tensor,
+    spec: RouterSpec,
+    *,
+    check_indices: bool = True,
 ) -> Tensor:
     """Return the balance loss E / (K T) * sum_e count_e * mean_t p_te; see `MoEOps.aux_loss`.
 
@@ -42,7 +46,7 @@ def aux_loss(
     check_integral(where, "experts_TK", experts_TK)
     wide_TE = scores_TE.to(wide_dtype(scores_TE.dtype))
     if num_tokens == 0:
-        return wide_TE.sum()   # 0, and still part of the graph
+        return wide_TE.sum()  # 0, and still part of the graph
     if check_indices:
         check_range(where, "experts_TK", experts_TK, spec.num_experts)
     if spec.score == "sigmoid":

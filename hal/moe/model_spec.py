@@ -50,8 +50,12 @@ class MoEModelSpec:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("num_layers", 1), ("hidden_size", 1), ("expert_hidden_size", 1),
-            ("num_shared_experts", 0), ("shared_hidden_size", 0), ("num_dense_layers", 0),
+            ("num_layers", 1),
+            ("hidden_size", 1),
+            ("expert_hidden_size", 1),
+            ("num_shared_experts", 0),
+            ("shared_hidden_size", 0),
+            ("num_dense_layers", 0),
         ):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -73,7 +77,11 @@ class MoEModelSpec:
             )
 
     def scaled(
-        self, *, hidden: int, expert_hidden: int, shared_hidden: int | None = None,
+        self,
+        *,
+        hidden: int,
+        expert_hidden: int,
+        shared_hidden: int | None = None,
     ) -> MoEModelSpec:
         """Return the model with smaller (or larger) matrices and the same router: E, K and groups are kept.
 
@@ -90,7 +98,10 @@ class MoEModelSpec:
         else:
             shared = shared_hidden
         return replace(
-            self, hidden_size=hidden, expert_hidden_size=expert_hidden, shared_hidden_size=shared,
+            self,
+            hidden_size=hidden,
+            expert_hidden_size=expert_hidden,
+            shared_hidden_size=shared,
             source=f"{self.source} (scaled from D = {self.hidden_size}, F = {self.expert_hidden_size})",
         )
 

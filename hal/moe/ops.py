@@ -94,7 +94,12 @@ class MoEOps(Protocol):
     """
 
     def route(
-        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        self,
+        x_TD: Tensor,
+        gate_ED: Tensor,
+        spec: RouterSpec,
+        bias_E: Tensor | None = None,
+        *,
         experts_TK: Tensor | None = None,
     ) -> Routing:
         """Choose K experts for each token, and their weights.
@@ -109,7 +114,12 @@ class MoEOps(Protocol):
         ...
 
     def dispatch(
-        self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None,
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        num_experts: int,
+        *,
+        capacity: int | None = None,
     ) -> Dispatch:
         """Copy each token to its experts, rows sorted by expert, then by slot.
 
@@ -151,7 +161,12 @@ class MoEOps(Protocol):
         ...
 
     def layer(
-        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        self,
+        x_TD: Tensor,
+        weights: LayerWeights,
+        spec: MoEModelSpec,
+        *,
+        experts_TK: Tensor | None = None,
         capacity: int | None = None,
     ) -> LayerOutput:
         """Route, dispatch, run the experts, combine, and add the shared experts' output."""

@@ -15,6 +15,8 @@ from hal.errors import ConfigError
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.router_spec import RouterSpec
 
+# A table: what belongs together stands on one line.
+# fmt: off
 _LING_LITE = MoEModelSpec(
     name="ling-lite",
     router=RouterSpec(num_experts=64, top_k=6, gate_dtype="model"),
@@ -120,12 +122,21 @@ _OLMOE = MoEModelSpec(
     source="OLMoE-1B-7B, arXiv:2409.02060 section 2; transformers models/olmoe",
 )
 
+# fmt: on
 PRESETS: Mapping[str, MoEModelSpec] = MappingProxyType(
     {
         model.name: model
         for model in (
-            _LING_LITE, _LING_PLUS, _LING_2_MINI, _DEEPSEEK_V2_LITE, _DEEPSEEK_V2, _DEEPSEEK_V3,
-            _MIXTRAL_8X7B, _QWEN2_MOE, _QWEN3_MOE, _OLMOE,
+            _LING_LITE,
+            _LING_PLUS,
+            _LING_2_MINI,
+            _DEEPSEEK_V2_LITE,
+            _DEEPSEEK_V2,
+            _DEEPSEEK_V3,
+            _MIXTRAL_8X7B,
+            _QWEN2_MOE,
+            _QWEN3_MOE,
+            _OLMOE,
         )
     }
 )

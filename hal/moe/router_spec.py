@@ -74,7 +74,8 @@ class RouterSpec:
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigError(
-                    f"RouterSpec: {name} is {getattr(self, name)!r}", expected=" or ".join(allowed),
+                    f"RouterSpec: {name} is {getattr(self, name)!r}",
+                    expected=" or ".join(allowed),
                 )
         self._check_groups()
         if not (math.isfinite(self.normalize_epsilon) and self.normalize_epsilon >= 0):
@@ -84,11 +85,13 @@ class RouterSpec:
             )
         if not math.isfinite(self.scaling_factor):
             raise ConfigError(
-                f"RouterSpec: scaling_factor is {self.scaling_factor!r}", expected="a finite number",
+                f"RouterSpec: scaling_factor is {self.scaling_factor!r}",
+                expected="a finite number",
             )
         if math.isnan(self.masked_score) or self.masked_score == math.inf:
             raise ConfigError(
-                f"RouterSpec: masked_score is {self.masked_score!r}", expected="a finite number or -inf",
+                f"RouterSpec: masked_score is {self.masked_score!r}",
+                expected="a finite number or -inf",
             )
 
     def _check_groups(self) -> None:

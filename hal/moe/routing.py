@@ -20,8 +20,13 @@ from hal.moe.router_spec import RouterSpec
 
 
 def route(
-    x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
-    experts_TK: Tensor | None = None, check_indices: bool = True,
+    x_TD: Tensor,
+    gate_ED: Tensor,
+    spec: RouterSpec,
+    bias_E: Tensor | None = None,
+    *,
+    experts_TK: Tensor | None = None,
+    check_indices: bool = True,
 ) -> Routing:
     """Choose K experts for each token, and their weights; see `MoEOps.route`.
 
@@ -74,7 +79,8 @@ def _check_bias(spec: RouterSpec, bias_E: Tensor | None, *, replayed: bool) -> N
         check_floating("route", "bias_E", bias_E)
     elif spec.selection_bias and not replayed:
         raise ShapeError(
-            "route: bias_E is None", expected=f"the selection bias, [{spec.num_experts}]",
+            "route: bias_E is None",
+            expected=f"the selection bias, [{spec.num_experts}]",
             hint="zeros, which is where training starts",
         )
 
@@ -100,7 +106,7 @@ def _allowed(scores_TE: Tensor, spec: RouterSpec) -> Tensor:
     if spec.group_score == "max":
         groups_TG = grouped_TGe.amax(dim=-1)
     else:
-        groups_TG = grouped_TGe.topk(2, dim=-1).values.sum(dim=-1)   # values alone: no tie can show
+        groups_TG = grouped_TGe.topk(2, dim=-1).values.sum(dim=-1)  # values alone: no tie can show
     allowed_TG = torch.zeros_like(groups_TG, dtype=torch.bool)
     allowed_TG.scatter_(1, largest(groups_TG, spec.top_groups), True)
     return allowed_TG.repeat_interleave(spec.group_size, dim=1)

@@ -37,20 +37,39 @@ class TorchMoEOps(MoEOps):
         self.check_indices = check_indices
 
     def route(
-        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        self,
+        x_TD: Tensor,
+        gate_ED: Tensor,
+        spec: RouterSpec,
+        bias_E: Tensor | None = None,
+        *,
         experts_TK: Tensor | None = None,
     ) -> Routing:
         """See `hal.moe.routing.route`."""
         return routing.route(
-            x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK, check_indices=self.check_indices,
+            x_TD,
+            gate_ED,
+            spec,
+            bias_E,
+            experts_TK=experts_TK,
+            check_indices=self.check_indices,
         )
 
     def dispatch(
-        self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None,
+        self,
+        x_TD: Tensor,
+        experts_TK: Tensor,
+        num_experts: int,
+        *,
+        capacity: int | None = None,
     ) -> Dispatch:
         """See `hal.moe.dispatching.dispatch`."""
         return dispatching.dispatch(
-            x_TD, experts_TK, num_experts, capacity=capacity, check_indices=self.check_indices,
+            x_TD,
+            experts_TK,
+            num_experts,
+            capacity=capacity,
+            check_indices=self.check_indices,
         )
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
@@ -74,7 +93,12 @@ class TorchMoEOps(MoEOps):
         return losses.z_loss(logits_TE)
 
     def layer(
-        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        self,
+        x_TD: Tensor,
+        weights: LayerWeights,
+        spec: MoEModelSpec,
+        *,
+        experts_TK: Tensor | None = None,
         capacity: int | None = None,
     ) -> LayerOutput:
         """Route, dispatch, run the experts, combine, and add the shared experts' output.
@@ -91,11 +115,19 @@ class TorchMoEOps(MoEOps):
         _check_shared(x_TD, weights, spec)
         # The indices are in range by now, so that nothing is checked, and waited for, again.
         sent = dispatching.dispatch(
-            x_TD, routed.experts_TK, spec.router.num_experts, capacity=capacity, check_indices=False,
+            x_TD,
+            routed.experts_TK,
+            spec.router.num_experts,
+            capacity=capacity,
+            check_indices=False,
         )
         y_RD = experts(sent.x_RD, sent.counts_E, weights.experts, grouped=self.grouped, check_indices=False)
         y_TD = dispatching.combine(
-            y_RD, routed.weights_TK, sent.slot_R, x_TD.shape[0], check_indices=False,
+            y_RD,
+            routed.weights_TK,
+            sent.slot_R,
+            x_TD.shape[0],
+            check_indices=False,
         )
         shared_TD = _shared(x_TD, weights)
         return LayerOutput(

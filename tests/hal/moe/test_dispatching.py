@@ -55,7 +55,8 @@ def test_a_capacity_keeps_the_first_slots_of_each_expert(routing: tuple[Tensor, 
 @settings(deadline=None, max_examples=100)
 @given(routing=routings(), data=st.data())
 def test_combining_what_was_dispatched_with_one_hot_weights_is_the_identity(
-    routing: tuple[Tensor, int], data: st.DataObject,
+    routing: tuple[Tensor, int],
+    data: st.DataObject,
 ) -> None:
     experts_TK, num_experts = routing
     num_tokens, num_choices = experts_TK.shape
@@ -98,7 +99,7 @@ def test_combine_adds_over_the_choices_in_their_order_in_float32() -> None:
 
 
 def test_combine_of_bfloat16_rows_rounds_once_at_the_end() -> None:
-    y_RD = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)   # 256 + 1 = 256 in bfloat16
+    y_RD = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)  # 256 + 1 = 256 in bfloat16
     got = torch_ops.combine(y_RD, torch.ones(1, 3), torch.arange(3), 1)
     assert got.dtype == torch.bfloat16
     assert got.item() == 258.0

@@ -32,7 +32,7 @@ def test_one_row_of_one_expert_is_worked_out_by_hand() -> None:
     w = ExpertWeights(*(torch.tensor([[[first]], [[1.0]]]) for first in (2.0, 3.0, 5.0)))
     # g = 2, u = 3, silu(2) = 2 / (1 + exp(-2)); y = 5 * 3 * silu(2)
     got = torch_ops.experts(torch.tensor([[1.0]]), torch.tensor([1, 0]), w).item()
-    assert got == pytest.approx(30 / (1 + math.exp(-2)), rel=8 * 2.0**-24)   # fewer than 8 roundings
+    assert got == pytest.approx(30 / (1 + math.exp(-2)), rel=8 * 2.0**-24)  # fewer than 8 roundings
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -97,7 +97,7 @@ def test_the_grouped_path_agrees_with_the_loop_within_the_rounding_of_two_sums(c
     u = 2.0**-24
 
     def gamma(n: int) -> float:
-        return n * u / (1 - n * u)   # Higham 2002, lemma 3.1: any order of n additions
+        return n * u / (1 - n * u)  # Higham 2002, lemma 3.1: any order of n additions
 
     expert_R = torch.repeat_interleave(torch.arange(4), counts_E)
     w1, w3, w2 = (m.detach().double()[expert_R] for m in w)
@@ -110,7 +110,7 @@ def test_the_grouped_path_agrees_with_the_loop_within_the_rounding_of_two_sums(c
     dh = 1.1 * dg * (v.abs() + dv) + F.silu(g).abs() * dv + 2 * 9 * u * (h.abs() + 1.1 * dg * (v.abs() + dv))
     dy = (w2.abs() @ dh[..., None])[..., 0] + 2 * gamma(hidden) * (w2.abs() @ (h.abs() + dh)[..., None])[..., 0]
     assert bool(((a - b).double().abs() <= dy).all())
-    upstream = torch.ones(()).expand_as(a)   # expanded: grouped_mm's own backward refuses it
+    upstream = torch.ones(()).expand_as(a)  # expanded: grouped_mm's own backward refuses it
     exact = torch.autograd.grad(a, tuple(w), upstream)
     assert all(bool(grad.isfinite().all()) for grad in exact)
 
@@ -178,7 +178,7 @@ def test_the_backward_of_the_loop_writes_a_small_multiple_of_the_weights() -> No
     wrong = sum((F.linear(x[e : e + 1], w.w1_EFD[e]) for e in range(num_experts)), start=torch.zeros(1, 8))
     with _Written() as written:
         torch.autograd.grad(wrong.sum(), w.w1_EFD)
-    assert written.elements > num_experts * w.w1_EFD.numel()   # the measure sees the fault it is there for
+    assert written.elements > num_experts * w.w1_EFD.numel()  # the measure sees the fault it is there for
 
 
 def test_under_autocast_the_experts_compute_and_store_in_its_dtype() -> None:

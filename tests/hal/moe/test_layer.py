@@ -25,7 +25,9 @@ def _weights(spec: MoEModelSpec, dtype: torch.dtype = torch.float32) -> LayerWei
         gate_ED=matrix(experts, width),
         bias_E=torch.randn(experts) / 16 if spec.router.selection_bias else None,
         experts=ExpertWeights(
-            matrix(experts, hidden, width), matrix(experts, hidden, width), matrix(experts, width, hidden),
+            matrix(experts, hidden, width),
+            matrix(experts, hidden, width),
+            matrix(experts, width, hidden),
         ),
         shared=(matrix(shared, width), matrix(shared, width), matrix(width, shared)) if shared else None,
         shared_gate_D=matrix(width) if spec.shared_gate else None,
@@ -34,11 +36,26 @@ def _weights(spec: MoEModelSpec, dtype: torch.dtype = torch.float32) -> LayerWei
 
 def _tiny(shared: int, *, gate: bool, sigmoid: bool) -> MoEModelSpec:
     router = RouterSpec(
-        num_experts=4, top_k=2, score="sigmoid" if sigmoid else "softmax", num_groups=2, top_groups=2,
-        selection_bias=sigmoid, scaling_factor=2.5,
+        num_experts=4,
+        top_k=2,
+        score="sigmoid" if sigmoid else "softmax",
+        num_groups=2,
+        top_groups=2,
+        selection_bias=sigmoid,
+        scaling_factor=2.5,
     )
     return MoEModelSpec(
-        "tiny", router, 1, 3, 2, 1 if shared else 0, shared, gate, None, None, source="made for a test",
+        "tiny",
+        router,
+        1,
+        3,
+        2,
+        1 if shared else 0,
+        shared,
+        gate,
+        None,
+        None,
+        source="made for a test",
     )
 
 
@@ -89,7 +106,10 @@ def test_every_weight_of_every_preset_gets_a_finite_gradient(name: str, dtype: t
 @pytest.mark.parametrize("capacity", [None, 1])
 @pytest.mark.parametrize(("shared", "gate", "sigmoid"), [(0, False, False), (2, False, True), (3, True, False)])
 def test_the_gradient_of_the_layer_is_right(
-    shared: int, gate: bool, sigmoid: bool, capacity: int | None,
+    shared: int,
+    gate: bool,
+    sigmoid: bool,
+    capacity: int | None,
 ) -> None:
     spec = _tiny(shared, gate=gate, sigmoid=sigmoid)
     torch.manual_seed(0)
@@ -100,7 +120,10 @@ def test_the_gradient_of_the_layer_is_right(
     def run(x_TD: Tensor, *leaves: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate_ED, w1, w3, w2, *rest = leaves
         built = LayerWeights(
-            gate_ED, w.bias_E, ExpertWeights(w1, w3, w2), (rest[0], rest[1], rest[2]) if shared else None,
+            gate_ED,
+            w.bias_E,
+            ExpertWeights(w1, w3, w2),
+            (rest[0], rest[1], rest[2]) if shared else None,
             rest[3] if gate else None,
         )
         out = torch_ops.layer(x_TD, built, spec, capacity=capacity)

@@ -52,7 +52,8 @@ def test_large_logits_do_not_overflow_the_z_loss() -> None:
 def test_zero_tokens_have_losses_of_zero_with_gradients() -> None:
     scores_TE = torch.zeros(0, 4, requires_grad=True)
     for loss in (
-        torch_ops.aux_loss(scores_TE, torch.zeros(0, 2, dtype=torch.int64), SOFTMAX), torch_ops.z_loss(scores_TE),
+        torch_ops.aux_loss(scores_TE, torch.zeros(0, 2, dtype=torch.int64), SOFTMAX),
+        torch_ops.z_loss(scores_TE),
     ):
         assert loss.item() == 0.0
         (grad,) = torch.autograd.grad(loss, scores_TE)

@@ -19,13 +19,13 @@ from hal.moe import PRESETS, RouterSpec, preset
     [
         {"top_k": 0},
         {"top_k": -1},
-        {"num_experts": 3},                                             # E < K
+        {"num_experts": 3},  # E < K
         {"num_experts": 0, "top_k": 0},
         {"top_k": 2.0},
         {"top_k": True},
-        {"num_groups": 3},                                              # 8 experts in 3 groups
+        {"num_groups": 3},  # 8 experts in 3 groups
         {"num_groups": 2, "top_groups": 3},
-        {"num_groups": 4, "top_groups": 1},                             # 2 experts stay, 4 are wanted
+        {"num_groups": 4, "top_groups": 1},  # 2 experts stay, 4 are wanted
         {"num_groups": 8, "top_groups": 8, "group_score": "top2_sum"},  # groups of one have no second
         {"group_score": "mean"},
         {"score": "relu"},
@@ -50,8 +50,12 @@ def test_choosing_every_expert_is_allowed() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"hidden_size": 0}, {"expert_hidden_size": -1}, {"num_layers": 1.0}, {"num_shared_experts": 0},
-        {"shared_hidden_size": 0}, {"num_dense_layers": 29},
+        {"hidden_size": 0},
+        {"expert_hidden_size": -1},
+        {"num_layers": 1.0},
+        {"num_shared_experts": 0},
+        {"shared_hidden_size": 0},
+        {"num_dense_layers": 29},
         {"num_shared_experts": 0, "shared_hidden_size": 0, "shared_gate": True},
     ],
 )
@@ -67,8 +71,16 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are() -> None:
 
 def test_the_presets_are_the_ten_published_models_under_their_own_names() -> None:
     assert list(PRESETS) == [
-        "ling-lite", "ling-plus", "ling-2.0-mini", "deepseek-v2-lite", "deepseek-v2", "deepseek-v3",
-        "mixtral-8x7b", "qwen2-moe", "qwen3-moe", "olmoe",
+        "ling-lite",
+        "ling-plus",
+        "ling-2.0-mini",
+        "deepseek-v2-lite",
+        "deepseek-v2",
+        "deepseek-v3",
+        "mixtral-8x7b",
+        "qwen2-moe",
+        "qwen3-moe",
+        "olmoe",
     ]
     assert all(model.name == name and model.source for name, model in PRESETS.items())
 
@@ -81,26 +93,43 @@ def _attention(d: int, heads: int, kv: int, head_dim: int) -> int:
     ("name", "attention_per_layer", "dense_width", "vocabulary", "published"),
     [
         # Published totals, in billions to the digits that the sources give. Norms are below the last digit.
-        ("ling-lite", _attention(2048, 16, 4, 128), 0, 126464, 16.80),        # arXiv:2503.05139
-        ("ling-plus", _attention(5376, 56, 8, 96), 0, 126464, 290.6),       # arXiv:2503.05139: 290 billion
-        ("mixtral-8x7b", _attention(4096, 32, 8, 128), 0, 32000, 46.7),       # arXiv:2401.04088
-        ("qwen2-moe", _attention(2048, 16, 16, 128), 0, 151936, 14.3),        # Qwen1.5-MoE-A2.7B's card
-        ("qwen3-moe", _attention(2048, 32, 4, 128), 0, 151936, 30.5),         # arXiv:2505.09388
-        ("olmoe", _attention(2048, 16, 16, 128), 0, 50304, 6.92),             # arXiv:2409.02060
+        ("ling-lite", _attention(2048, 16, 4, 128), 0, 126464, 16.80),  # arXiv:2503.05139
+        ("ling-plus", _attention(5376, 56, 8, 96), 0, 126464, 290.6),  # arXiv:2503.05139: 290 billion
+        ("mixtral-8x7b", _attention(4096, 32, 8, 128), 0, 32000, 46.7),  # arXiv:2401.04088
+        ("qwen2-moe", _attention(2048, 16, 16, 128), 0, 151936, 14.3),  # Qwen1.5-MoE-A2.7B's card
+        ("qwen3-moe", _attention(2048, 32, 4, 128), 0, 151936, 30.5),  # arXiv:2505.09388
+        ("olmoe", _attention(2048, 16, 16, 128), 0, 50304, 6.92),  # arXiv:2409.02060
         ("ling-2.0-mini", _attention(2048, 16, 4, 128), 5120, 157184, 16.26),  # Ling-V2's README
         # Latent attention: query (low-rank where it is), compressed key/value, its expansion, output.
-        ("deepseek-v2-lite",
-         2048 * 16 * 192 + 2048 * (512 + 64) + 512 * 16 * 256 + 16 * 128 * 2048, 10944, 102400, 15.7),
-        ("deepseek-v2",
-         5120 * 1536 + 1536 * 128 * 192 + 5120 * (512 + 64) + 512 * 128 * 256 + 128 * 128 * 5120,
-         12288, 102400, 236.0),
-        ("deepseek-v3",
-         7168 * 1536 + 1536 * 128 * 192 + 7168 * (512 + 64) + 512 * 128 * 256 + 128 * 128 * 7168,
-         18432, 129280, 671.0),
+        (
+            "deepseek-v2-lite",
+            2048 * 16 * 192 + 2048 * (512 + 64) + 512 * 16 * 256 + 16 * 128 * 2048,
+            10944,
+            102400,
+            15.7,
+        ),
+        (
+            "deepseek-v2",
+            5120 * 1536 + 1536 * 128 * 192 + 5120 * (512 + 64) + 512 * 128 * 256 + 128 * 128 * 5120,
+            12288,
+            102400,
+            236.0,
+        ),
+        (
+            "deepseek-v3",
+            7168 * 1536 + 1536 * 128 * 192 + 7168 * (512 + 64) + 512 * 128 * 256 + 128 * 128 * 7168,
+            18432,
+            129280,
+            671.0,
+        ),
     ],
 )
 def test_the_numbers_of_a_preset_add_up_to_the_published_total(
-    name: str, attention_per_layer: int, dense_width: int, vocabulary: int, published: float,
+    name: str,
+    attention_per_layer: int,
+    dense_width: int,
+    vocabulary: int,
+    published: float,
 ) -> None:
     model = preset(name)
     sparse = model.num_layers - model.num_dense_layers

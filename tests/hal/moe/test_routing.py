@@ -23,12 +23,17 @@ Choice = tuple[list[int], list[float]]
 
 
 def _route(
-    logits: Sequence[Sequence[float]], spec: RouterSpec, bias: Sequence[float] | None = None,
+    logits: Sequence[Sequence[float]],
+    spec: RouterSpec,
+    bias: Sequence[float] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Routing:
     gate_ED = torch.tensor(logits, dtype=dtype).T
     return torch_ops.route(
-        torch.eye(len(logits), dtype=dtype), gate_ED, spec, None if bias is None else torch.tensor(bias),
+        torch.eye(len(logits), dtype=dtype),
+        gate_ED,
+        spec,
+        None if bias is None else torch.tensor(bias),
     )
 
 
@@ -49,6 +54,7 @@ def _normalised_softmax(k: int) -> Callable[[Sequence[float], Sequence[float]], 
         p = _softmax(logits)
         chosen = _top(p, k)
         return chosen, [p[e] / math.fsum(p[i] for i in chosen) for e in chosen]
+
     return equations
 
 
@@ -57,6 +63,7 @@ def _plain_softmax(k: int) -> Callable[[Sequence[float], Sequence[float]], Choic
         p = _softmax(logits)
         chosen = _top(p, k)
         return chosen, [p[e] for e in chosen]
+
     return equations
 
 
@@ -138,9 +145,16 @@ def test_dtypes_of_logits_scores_and_weights_are_the_declared_ones(name: str) ->
 @pytest.mark.parametrize(
     ("name", "weight"),
     [
-        ("ling-lite", 1 / 6), ("ling-plus", 1 / 4), ("mixtral-8x7b", 1 / 2), ("qwen3-moe", 1 / 8),
-        ("deepseek-v2-lite", 1 / 64), ("olmoe", 1 / 64), ("qwen2-moe", 1 / 60), ("deepseek-v2", 16 / 160),
-        ("deepseek-v3", 2.5 / 8), ("ling-2.0-mini", 2.5 / 8),
+        ("ling-lite", 1 / 6),
+        ("ling-plus", 1 / 4),
+        ("mixtral-8x7b", 1 / 2),
+        ("qwen3-moe", 1 / 8),
+        ("deepseek-v2-lite", 1 / 64),
+        ("olmoe", 1 / 64),
+        ("qwen2-moe", 1 / 60),
+        ("deepseek-v2", 16 / 160),
+        ("deepseek-v3", 2.5 / 8),
+        ("ling-2.0-mini", 2.5 / 8),
     ],
 )
 def test_equal_logits_go_to_the_first_experts_with_equal_weights(name: str, weight: float) -> None:
@@ -167,12 +181,17 @@ def test_the_bias_chooses_and_does_not_reach_the_weights() -> None:
     bias[200] = 0.5
     got = _route([[0.0] * 256], spec, bias)
     assert got.experts_TK.tolist() == [wanted]
-    assert got.weights_TK.tolist() == [[0.3125] * 8]     # 0.5 / (8 * 0.5) * 2.5, exact
+    assert got.weights_TK.tolist() == [[0.3125] * 8]  # 0.5 / (8 * 0.5) * 2.5, exact
 
 
 def test_a_group_scores_the_sum_of_its_two_best_and_not_its_best() -> None:
     spec = RouterSpec(
-        num_experts=8, top_k=2, score="sigmoid", num_groups=4, top_groups=1, group_score="top2_sum",
+        num_experts=8,
+        top_k=2,
+        score="sigmoid",
+        num_groups=4,
+        top_groups=1,
+        group_score="top2_sum",
     )
     #            .5 + tiny        .73 + tiny       .62 + .62        .5 + .5
     logits = [0.0, -9.0, 1.0, -9.0, 0.5, 0.5, 0.0, 0.0]
@@ -184,8 +203,8 @@ def test_a_group_scores_the_sum_of_its_two_best_and_not_its_best() -> None:
 def test_with_a_mask_of_zero_an_expert_outside_the_groups_beats_one_that_scores_less() -> None:
     bias = [-2.0, -2.0, -3.0, -3.0]
     spec = {"num_experts": 4, "top_k": 2, "score": "sigmoid", "num_groups": 2, "selection_bias": True}
-    by_inf = RouterSpec(**spec)   # type: ignore[arg-type]
-    by_zero = RouterSpec(**spec, masked_score=0.0)   # type: ignore[arg-type]
+    by_inf = RouterSpec(**spec)  # type: ignore[arg-type]
+    by_zero = RouterSpec(**spec, masked_score=0.0)  # type: ignore[arg-type]
     assert _route([[0.0] * 4], by_inf, bias).experts_TK.tolist() == [[0, 1]]
     assert _route([[0.0] * 4], by_zero, bias).experts_TK.tolist() == [[2, 3]]
 
@@ -197,8 +216,9 @@ def test_with_a_mask_of_zero_an_expert_outside_the_groups_beats_one_that_scores_
 @given(data=st.data(), name=st.sampled_from(list(PRESETS)))
 def test_ties_go_to_the_lower_index_for_every_preset(data: st.DataObject, name: str) -> None:
     spec = preset(name).router
-    row = data.draw(st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.0]),
-                             min_size=spec.num_experts, max_size=spec.num_experts))
+    row = data.draw(
+        st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.0]), min_size=spec.num_experts, max_size=spec.num_experts)
+    )
     bias = [0.0] * spec.num_experts
     got = _route([row], spec, bias if spec.selection_bias else None)
     assert got.experts_TK[0].tolist() == EQUATIONS[name](row, bias)[0]
@@ -243,7 +263,9 @@ def test_a_token_that_is_not_finite_keeps_to_itself_and_to_distinct_experts(name
 def test_zero_tokens_are_routed_nowhere(name: str) -> None:
     spec = preset(name).router
     got = torch_ops.route(
-        torch.zeros(0, 4), torch.zeros(spec.num_experts, 4), spec,
+        torch.zeros(0, 4),
+        torch.zeros(spec.num_experts, 4),
+        spec,
         torch.zeros(spec.num_experts) if spec.selection_bias else None,
     )
     assert got.experts_TK.shape == got.weights_TK.shape == (0, spec.top_k)

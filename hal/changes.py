@@ -118,7 +118,7 @@ class Changes:
 
     @property
     def closed(self) -> bool:
-        """Whether the ledger was closed: it holds nothing and refuses to set anything."""
+        """Whether the ledger was closed. Then it holds nothing and refuses to set anything."""
         return self._closed
 
     def value(self, name: str) -> object:

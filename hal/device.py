@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
-from hal.errors import ConfigError, DeviceClosed
-from hal.facet import Facet
+from hal.errors import DeviceClosed
+from hal.placement import place
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +66,7 @@ class Device:
         self._support = facets.support
         self._backend = backend
         for facet in (facets.memory, facets.precision, facets.collectives, facets.random):
-            if isinstance(facet, Facet):
-                facet.attach(changes)
+            facet.attach(changes)
 
     def __repr__(self) -> str:
         closed = " closed" if self.changes.closed else ""
@@ -115,71 +113,26 @@ class Device:
     def prepare(self, *objects: Any) -> Any:
         """Place on the device what a training loop has; the loop itself stays as it is.
 
+        Nothing is moved unless all of it can be.
+
         Args:
-            objects: modules (moved in place), optimisers (their state is moved; their parameters must be those
-                of modules that were given before or are here already), tensors, and iterables of batches such
-                as a DataLoader (wrapped: each batch is moved when it is fetched). torch gives a module new
-                parameters when it moves to a plug-in device; the optimisers of this call follow them, and parameters
-                that modules share stay shared.
+            objects: modules (moved in place); optimisers (their state is moved; their parameters must be those of
+                modules in this call, or here already); batches, that is tensors and dicts, tuples and lists of them;
+                and other iterables of batches, such as a DataLoader (wrapped: each batch is moved when it is
+                fetched). torch gives a module new parameters when it moves to a plug-in device; the optimisers of
+                this call follow them, and parameters that modules share stay shared.
 
         Returns:
             The same objects in the same order; one alone is returned as it is, not in a tuple.
 
         Raises:
             ConfigError: an object is none of these, or an optimiser holds parameters that are elsewhere.
+            OutOfMemoryError: the device has too little memory; what was moved until then stays there.
         """
         self._open()
-        moved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-        placed = tuple(self._place(o, moved) for o in objects)
+        with self.memory.catch_out_of_memory():
+            placed = place(self.info.id, self.torch_device, objects)
         return placed[0] if len(placed) == 1 else placed
-
-    def _place(self, thing: Any, moved: dict[torch.nn.Parameter, torch.nn.Parameter]) -> Any:
-        import torch
-
-        if isinstance(thing, torch.nn.Module):
-            before = dict(thing.named_parameters(remove_duplicate=False))
-            thing.to(self.torch_device)
-            for name, old in before.items():
-                path, _, attribute = name.rpartition(".")
-                owner = thing.get_submodule(path)
-                # Where torch makes new parameters, it makes one for each place: what was shared is shared again.
-                setattr(owner, attribute, moved.setdefault(old, getattr(owner, attribute)))
-            return thing
-        if isinstance(thing, torch.Tensor):
-            return thing.to(self.torch_device)
-        if isinstance(thing, torch.optim.Optimizer):
-            self._place_optimizer(thing, moved)
-            return thing
-        if isinstance(thing, Iterable) and not isinstance(thing, (str, bytes)):
-            return BatchMover(thing, self.torch_device)
-        raise ConfigError(
-            f"{self.info.id}: cannot place a {type(thing).__name__}",
-            expected="modules, optimisers, tensors, or iterables of batches",
-        )
-
-    def _place_optimizer(
-        self, optimizer: torch.optim.Optimizer, moved: dict[torch.nn.Parameter, torch.nn.Parameter]
-    ) -> None:
-        import torch
-
-        for group in optimizer.param_groups:
-            for index, old in enumerate(group["params"]):
-                parameter = moved.get(old, old)
-                if parameter is not old:
-                    group["params"][index] = parameter
-                    if old in optimizer.state:
-                        optimizer.state[parameter] = optimizer.state.pop(old)
-                if parameter.device != self.torch_device:
-                    raise ConfigError(
-                        f"{self.info.id}: the optimiser holds a parameter of shape {tuple(parameter.shape)} on "
-                        f"{parameter.device}",
-                        hint="prepare the model before its optimiser: device.prepare(model, optimizer, loader)",
-                    )
-                state = optimizer.state.get(parameter, {})
-                for key, value in state.items():
-                    # A 0-dimensional step count stays on the host, where torch's own optimisers keep it.
-                    if isinstance(value, torch.Tensor) and value.dim() > 0:
-                        state[key] = value.to(self.torch_device)
 
     def close(self) -> None:
         """Put back everything that opening and using it changed. Harmless the second time; tensors stay valid.
@@ -197,32 +150,3 @@ class Device:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-@final
-class BatchMover:
-    """An iterable of batches whose tensors are moved to a device as they are fetched.
-
-    Everything else about the wrapped loader (`len`, `dataset`, `sampler`, ...) stays reachable.
-    """
-
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        self.loader = loader
-        self.device = device
-
-    def __iter__(self) -> Iterator[Any]:
-        import torch
-        from torch.utils._pytree import tree_map
-
-        def move(leaf: Any) -> Any:
-            # Asynchronous where the loader pinned its memory; torch copies synchronously otherwise.
-            return leaf.to(self.device, non_blocking=True) if isinstance(leaf, torch.Tensor) else leaf
-
-        for batch in self.loader:
-            yield tree_map(move, batch)
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]  # a TypeError is the loader's own answer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)

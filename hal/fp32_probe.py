@@ -9,20 +9,17 @@ The numbers have p significand bits, the hidden one and the last one among them,
 and the same with one more bit at each place between. The bit between is what shows a sum of two short numbers: 1 and
 2**-(p-1) alone are a sum of two bfloat16 for every p, while 2**-9 + 2**-17 is too long for the second of them.
 
-What a unit shows (tests/hal/test_fp32_probe.py computes each):
+What a unit shows (tests/hal/test_fp32_probe.py computes each)::
 
-==============================================  ==========  ============
-how it multiplies                               input bits  product bits
-==============================================  ==========  ============
-IEEE float32                                    24          12
-inputs cut or rounded to N bits                 N           min(N, 12)
-  TF32, XF32: N = 11; HF32: 12; bfloat16: 8
-two bfloat16 each, three products               16 or 17    8
-  (16 if the first is cut, 17 if it is rounded,
-  since the second then carries a sign)
-two bfloat16 each, all four products            16 or 17    12
-three bfloat16 each, six products or more       24          12
-==============================================  ==========  ============
+    how it multiplies                                 input bits    product bits
+    IEEE float32                                      24            12
+    inputs cut or rounded to N bits                   N             min(N, 12)
+      (TF32, XF32: 11; HF32: 12; bfloat16: 8)
+    two bfloat16 each, three products                 16 or 17      8
+      (17 if the first is rounded: the second
+      then carries a bit by its sign)
+    two bfloat16 each, all four products              16 or 17      12
+    three bfloat16 each, six products or more         24            12
 
 The last row cannot be told from IEEE, and need not be: what it drops is less than one rounding of float32.
 """

@@ -88,13 +88,15 @@ class TorchStream(Stream):
 
     def synchronize(self) -> None:
         """See `Stream.synchronize`."""
-        self.raw.synchronize()
+        with _refusals(self.raw.device, "stream"):
+            self.raw.synchronize()
 
     def wait(self, event: Event) -> None:
         """See `Stream.wait`."""
         if not isinstance(event, TorchEvent):
             raise ConfigError(f"a {type(event).__name__} is of another device", expected="an event of this device")
-        self.raw.wait_event(event.raw)
+        with _refusals(self.raw.device):
+            self.raw.wait_event(event.raw)
 
     def __enter__(self) -> TorchStream:
         self.raw.__enter__()
@@ -107,7 +109,7 @@ class TorchStream(Stream):
 
 
 @contextlib.contextmanager
-def _refusals(device: torch.device | None) -> Iterator[None]:
+def _refusals(device: torch.device | None, what: str = "event") -> Iterator[None]:
     """Turn what torch's guard of a device type says it lacks, at the call and only in words, into our error.
 
     The words differ in case: "Backend doesn't support events." is the base class's answer, "cpu backend doesn't
@@ -118,7 +120,7 @@ def _refusals(device: torch.device | None) -> Iterator[None]:
     except RuntimeError as error:
         if "backend doesn't support" not in str(error).lower():
             raise
-        raise UnsupportedOperation(str(error), device=str(device), what="event") from error
+        raise UnsupportedOperation(str(error), device=str(device), what=what) from error
 
 
 @final
@@ -167,13 +169,15 @@ class TorchStreams(Streams):
         """See `Streams.stream`."""
         import torch
 
-        return TorchStream(torch.Stream(self._device))
+        with _refusals(self._device, "stream"):
+            return TorchStream(torch.Stream(self._device))
 
     def event(self) -> TorchEvent:
         """See `Streams.event`."""
         import torch
 
-        return TorchEvent(torch.Event(self._device, enable_timing=True))
+        with _refusals(self._device):
+            return TorchEvent(torch.Event(self._device, enable_timing=True))
 
     def synchronize(self) -> None:
         """See `Streams.synchronize`."""

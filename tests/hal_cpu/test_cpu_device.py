@@ -369,7 +369,7 @@ def test_prepare_refuses_what_it_cannot_place(device):
     with pytest.raises(hal.ConfigError, match="cannot place a int"):
         device.prepare(3)
     elsewhere = torch.optim.SGD([torch.nn.Parameter(torch.empty(2, device="meta"))])
-    with pytest.raises(hal.ConfigError, match="prepare the model before"):
+    with pytest.raises(hal.ConfigError, match="together with its model"):
         device.prepare(elsewhere)
 
 

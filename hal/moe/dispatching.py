@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe.checks import check_floating, check_integral, check_range, check_shape
+from hal.moe.checks import as_index, check_count, check_floating, check_range, check_same_device, check_shape
 from hal.moe.ops import Dispatch
 from hal.moe.precision import wide_dtype
 
 
 def count(experts_sorted: Tensor, num_experts: int) -> Tensor:
-    """Return how often each expert occurs in an ascending 1-D index tensor, int64 [E]."""
-    edges = torch.arange(num_experts + 1, device=experts_sorted.device, dtype=experts_sorted.dtype)
+    """Return how often each expert occurs in ascending indices, int64 [N]: int64 [E]."""
+    edges = torch.arange(num_experts + 1, device=experts_sorted.device)
     return torch.searchsorted(experts_sorted, edges).diff()
 
 
@@ -41,22 +41,23 @@ def dispatch(
     data, and the host waits for the device once; the check of the indices costs one more wait.
 
     Raises:
-        ShapeError: shapes do not fit, an expert is out of range, or the capacity is negative.
+        ShapeError: shapes, dtypes or devices do not fit, an expert is out of range, or E or the capacity is no
+            number of experts or rows.
     """
     where = "dispatch"
     check_shape(where, "x_TD", x_TD, ("T", "D"))
     check_floating(where, "x_TD", x_TD)
     check_shape(where, "experts_TK", experts_TK, (x_TD.shape[0], "K"))
-    check_integral(where, "experts_TK", experts_TK)
-    if num_experts < 1:
-        raise ShapeError(f"{where}: num_experts is {num_experts}", expected="at least 1")
-    if capacity is not None and capacity < 0:
-        raise ShapeError(f"{where}: capacity is {capacity}", expected="a number of rows, or None")
+    experts_TK = as_index(where, "experts_TK", experts_TK)
+    check_same_device(where, x_TD=x_TD, experts_TK=experts_TK)
+    check_count(where, "num_experts", num_experts, least=1)
+    if capacity is not None:
+        check_count(where, "capacity", capacity, least=0)
     if check_indices:
         check_range(where, "experts_TK", experts_TK, num_experts)
     num_slots = experts_TK.numel()
     # The sort is stable, so the slots of one expert keep their order.
-    expert_R, slot_R = torch.sort(experts_TK.reshape(-1).to(torch.int64), stable=True)
+    expert_R, slot_R = torch.sort(experts_TK.reshape(-1), stable=True)
     counts_E = count(expert_R, num_experts)
     if capacity is not None:
         first_E = counts_E.cumsum(0) - counts_E
@@ -83,16 +84,18 @@ def combine(
     rounded once to the dtype of `y_RD`; dw = the row times dout, multiplied and summed over D in float32.
 
     Raises:
-        ShapeError: shapes do not fit, or a slot is out of range or occurs twice (one check, for which the
-            host waits for the device once).
+        ShapeError: shapes, dtypes or devices do not fit, or a slot is out of range or occurs twice (one check, for
+            which the host waits for the device once).
     """
     where = "combine"
+    check_count(where, "num_tokens", num_tokens, least=0)
     check_shape(where, "y_RD", y_RD, ("R", "D"))
     check_floating(where, "y_RD", y_RD)
     check_shape(where, "weights_TK", weights_TK, (num_tokens, "K"))
     check_floating(where, "weights_TK", weights_TK)
     check_shape(where, "slot_R", slot_R, (y_RD.shape[0],))
-    check_integral(where, "slot_R", slot_R)
+    slot_R = as_index(where, "slot_R", slot_R)
+    check_same_device(where, y_RD=y_RD, weights_TK=weights_TK, slot_R=slot_R)
     num_slots = weights_TK.numel()
     if check_indices:
         check_range(where, "slot_R", slot_R, num_slots)
@@ -102,7 +105,7 @@ def combine(
         if bool((row_S[slot_R] != rows_R).any()):
             raise ShapeError(f"{where}: slot_R names a slot twice", expected="each slot at most once")
     out_TD: Tensor = _Combine.apply(  # type: ignore[no-untyped-call]
-        y_RD, weights_TK, slot_R.to(torch.int64), row_S.view(weights_TK.shape)
+        y_RD, weights_TK, slot_R, row_S.view(weights_TK.shape)
     )
     return out_TD
 
@@ -111,7 +114,7 @@ def _rows_of_slots(slot_R: Tensor, num_slots: int) -> Tensor:
     """Return which row answers each slot, int64; R, one past the last row, for a slot that was dropped."""
     num_rows = slot_R.numel()
     row_S = torch.full((num_slots,), num_rows, dtype=torch.int64, device=slot_R.device)
-    return row_S.scatter_(0, slot_R.to(torch.int64), torch.arange(num_rows, device=slot_R.device))
+    return row_S.scatter_(0, slot_R, torch.arange(num_rows, device=slot_R.device))
 
 
 def _sum_choices(rows_RD: Tensor, row_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:

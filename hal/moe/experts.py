@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe.checks import check_floating, check_integral, check_same_dtype, check_shape
+from hal.moe.checks import as_index, check_floating, check_same_device, check_same_dtype, check_shape
 from hal.moe.ops import ExpertWeights
 from hal.moe.precision import model_dtype, without_autocast
 
@@ -55,10 +55,10 @@ def experts(
         check_indices: whether the counts are checked against R where that costs a wait.
 
     Raises:
-        ShapeError: shapes or dtypes do not fit, the counts do not add up to R, or the grouped path was forced
+        ShapeError: shapes, dtypes or devices do not fit, the counts do not add up to R, or the grouped path was forced
             where it does not work.
     """
-    _check(x_RD, counts_E, weights)
+    counts_E = _check(x_RD, counts_E, weights)
     dtype = model_dtype(x_RD)
     path = experts_path(x_RD, weights, grouped=grouped)
     if grouped and path.value == "loop":
@@ -101,7 +101,8 @@ def experts_path(x_RD: Tensor, weights: ExpertWeights, *, grouped: bool | None =
     return ExpertsPath("grouped", f"torch's grouped product works on {x_RD.device} in {dtype} (tried)")
 
 
-def _check(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> None:
+def _check(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+    """Return the counts in int64."""
     where = "experts"
     check_shape(where, "x_RD", x_RD, ("R", "D"))
     check_floating(where, "x_RD", x_RD)
@@ -113,7 +114,8 @@ def _check(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> None:
     for name, w in zip(("w1_EFD", "w3_EFD", "w2_EDF"), weights, strict=True):
         check_same_dtype(where, "x_RD", x_RD, name, w)
     check_shape(where, "counts_E", counts_E, (num_experts,))
-    check_integral(where, "counts_E", counts_E)
+    check_same_device(where, x_RD=x_RD, counts_E=counts_E, w1_EFD=w1_EFD, w3_EFD=w3_EFD, w2_EDF=w2_EDF)
+    return as_index(where, "counts_E", counts_E)
 
 
 def _check_counts(counts: list[int], num_rows: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hal.moe.checks import check_floating, check_integral, check_range, check_shape
+from hal.moe.checks import as_index, check_floating, check_range, check_same_device, check_shape
 from hal.moe.dispatching import count
 from hal.moe.precision import wide_dtype, without_autocast
 from hal.moe.router_spec import RouterSpec
@@ -29,21 +29,25 @@ def aux_loss(
 
     p is the softmax scores as they are, or the sigmoid scores divided by (their sum over all E + 1e-20). 1
     for even routing, E / K if every token chooses the same K experts and their p add up to 1. Zero tokens
-    give 0. Hugging Face's `load_balancing_loss_func` is K times this; DeepSeek-V3's sequence-wise loss is
-    this, on one sequence at a time.
+    give 0.
+
+    Of one layer, Hugging Face's `load_balancing_loss_func` is K times this, megablocks' is this, and DeepSeek-V3's
+    sequence-wise loss is this on one sequence at a time. Over several layers Hugging Face pools all their tokens,
+    which is this for the layers' scores and experts put together; megablocks takes the mean, DeepSeek the sum.
 
     Source: Fedus et al. 2021, eq. 4-6 (arXiv:2101.03961), with the K of Megatron-LM's
     `switch_load_balancing_loss_func`; for sigmoid scores DeepSeek-V3, eq. 17-20 (arXiv:2412.19437).
 
     Raises:
-        ShapeError: shapes do not fit, or an expert is out of range (one wait for the device).
+        ShapeError: shapes, dtypes or devices do not fit, or an expert is out of range (one wait for the device).
     """
     where = "aux_loss"
     check_shape(where, "scores_TE", scores_TE, ("T", spec.num_experts))
     check_floating(where, "scores_TE", scores_TE)
     num_tokens = scores_TE.shape[0]
     check_shape(where, "experts_TK", experts_TK, (num_tokens, spec.top_k))
-    check_integral(where, "experts_TK", experts_TK)
+    experts_TK = as_index(where, "experts_TK", experts_TK)
+    check_same_device(where, scores_TE=scores_TE, experts_TK=experts_TK)
     wide_TE = scores_TE.to(wide_dtype(scores_TE.dtype))
     if num_tokens == 0:
         return wide_TE.sum()  # 0, and still part of the graph
@@ -62,7 +66,7 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     Source: Zoph et al. 2022, eq. 5 (arXiv:2202.08906).
 
     Raises:
-        ShapeError: the logits are not a matrix of a floating-point dtype.
+        ShapeError: the logits are not a matrix, or of no dtype to compute in.
     """
     check_shape("z_loss", "logits_TE", logits_TE, ("T", "E"))
     check_floating("z_loss", "logits_TE", logits_TE)

@@ -6,8 +6,10 @@ Legend: D model dim, F expert hidden dim, E routed experts, S shared experts' to
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
+from hal.arguments import number
 from hal.errors import ConfigError
 from hal.moe.router_spec import RouterSpec
 
@@ -25,14 +27,15 @@ class MoEModelSpec:
         num_shared_experts: experts that every token visits, unrouted; computed as one of width S.
         shared_hidden_size: S, the total width of the shared experts; 0 = none.
         shared_gate: the shared output is multiplied by sigmoid(x . g), one number per token.
-        balance_coefficient: what the model's training multiplies its balance loss by; None: not published, or
-            not used.
+        balance_coefficient: what `MoEOps.aux_loss` of one layer is multiplied by to give the published loss of that
+            layer, so a coefficient of Hugging Face's is K times the published number (see `hal.moe.losses.aux_loss`,
+            also for how several layers are put together); None: not published, or not used.
         z_coefficient: the same for the router's z-loss.
         source: where the numbers come from.
         num_dense_layers: how many of the layers have an ordinary MLP instead of experts.
 
     Raises:
-        ConfigError: a size is not positive, or shared experts and their width contradict each other.
+        ConfigError: a size or a coefficient is none, or shared experts and their width contradict each other.
     """
 
     name: str
@@ -63,6 +66,14 @@ class MoEModelSpec:
                     f"MoEModelSpec {self.name}: {name} is {value!r}",
                     expected=f"an integer of at least {least}",
                 )
+        if type(self.shared_gate) is not bool:
+            raise ConfigError(
+                f"MoEModelSpec {self.name}: shared_gate is {self.shared_gate!r}", expected="True or False"
+            )
+        for name in ("balance_coefficient", "z_coefficient"):
+            value = getattr(self, name)
+            if value is not None:
+                number(f"MoEModelSpec {self.name}: {name}", value, least=0.0, most=sys.float_info.max)
         if (self.num_shared_experts == 0) != (self.shared_hidden_size == 0):
             raise ConfigError(
                 f"MoEModelSpec {self.name}: {self.num_shared_experts} shared experts of total width "

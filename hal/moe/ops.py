@@ -89,7 +89,8 @@ class LayerOutput(NamedTuple):
 class MoEOps(Protocol):
     """The operators. All are differentiable; nothing here draws random numbers or keeps state.
 
-    Every method raises `hal.errors.ShapeError` for shapes and dtypes that do not fit together. An
+    Every method raises `hal.errors.ShapeError` for shapes, dtypes and devices that do not fit together. Floating-point
+    tensors are float16, bfloat16, float32 or float64, indices and counts uint8, int8, int16, int32 or int64. An
     implementation under test may have only some of the methods.
     """
 
@@ -122,6 +123,9 @@ class MoEOps(Protocol):
         capacity: int | None = None,
     ) -> Dispatch:
         """Copy each token to its experts, rows sorted by expert, then by slot.
+
+        Backward, a token's gradient is the sum of its rows' gradients, in float32 (float64 for float64), rounded once
+        to the dtype of `x_TD`: a sum in 16 bits would lose more with every choice.
 
         Args:
             x_TD: activations.

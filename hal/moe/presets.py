@@ -4,6 +4,9 @@
 Where a paper and its released code disagree, the released code wins, since checkpoints were trained or are
 run with it; the entry says so. Two implementations of one model still disagree in the mask value, the
 epsilon, the gate's dtype and the cast of the weights: that is why these are fields of `RouterSpec`.
+
+Two balance losses are in use that differ by the factor K. Where the published coefficient is that of Hugging Face's
+`load_balancing_loss_func`, it stands here times K, for our `aux_loss`, which is smaller by that factor.
 """
 
 from __future__ import annotations
@@ -89,8 +92,9 @@ _MIXTRAL_8X7B = MoEModelSpec(
     router=RouterSpec(num_experts=8, top_k=2, gate_dtype="model"),
     num_layers=32, hidden_size=4096, expert_hidden_size=14336,
     num_shared_experts=0, shared_hidden_size=0, shared_gate=False,
-    balance_coefficient=0.02, z_coefficient=None,
-    source="arXiv:2401.04088 section 2; transformers models/mixtral; config.json of Mixtral-8x7B-v0.1",
+    balance_coefficient=0.02 * 2, z_coefficient=None,
+    source="arXiv:2401.04088 section 2; transformers models/mixtral; config.json of Mixtral-8x7B-v0.1, whose "
+    "router_aux_loss_coef 0.02 is of Hugging Face's loss: times K",
 )
 
 _QWEN2_MOE = MoEModelSpec(
@@ -98,9 +102,9 @@ _QWEN2_MOE = MoEModelSpec(
     router=RouterSpec(num_experts=60, top_k=4, normalize=False, gate_dtype="model", weight_dtype="model"),
     num_layers=24, hidden_size=2048, expert_hidden_size=1408,
     num_shared_experts=1, shared_hidden_size=5632, shared_gate=True,
-    balance_coefficient=0.001, z_coefficient=None,
+    balance_coefficient=0.001 * 4, z_coefficient=None,
     source="Qwen1.5-MoE-A2.7B; transformers models/qwen2_moe (its defaults): weights cast "
-    "back to the model's dtype",
+    "back to the model's dtype; router_aux_loss_coef 0.001 is of Hugging Face's loss: times K",
 )
 
 _QWEN3_MOE = MoEModelSpec(
@@ -108,9 +112,9 @@ _QWEN3_MOE = MoEModelSpec(
     router=RouterSpec(num_experts=128, top_k=8, gate_dtype="model", weight_dtype="model"),
     num_layers=48, hidden_size=2048, expert_hidden_size=768,
     num_shared_experts=0, shared_hidden_size=0, shared_gate=False,
-    balance_coefficient=0.001, z_coefficient=None,
+    balance_coefficient=0.001 * 8, z_coefficient=None,
     source="Qwen3-30B-A3B, arXiv:2505.09388; transformers models/qwen3_moe; its config.json normalises, the "
-    "code's default does not",
+    "code's default does not; router_aux_loss_coef 0.001 is of Hugging Face's loss: times K",
 )
 
 _OLMOE = MoEModelSpec(
@@ -119,7 +123,9 @@ _OLMOE = MoEModelSpec(
     num_layers=16, hidden_size=2048, expert_hidden_size=1024,
     num_shared_experts=0, shared_hidden_size=0, shared_gate=False,
     balance_coefficient=0.01, z_coefficient=0.001,
-    source="OLMoE-1B-7B, arXiv:2409.02060 section 2; transformers models/olmoe",
+    source="OLMoE-1B-7B, arXiv:2409.02060 section 2; transformers models/olmoe; trained with megablocks' loss "
+    "(allenai/OLMoE#40, and moe_loss_weight 0.01 in its configs), which is ours, as a mean over the layers; in "
+    "Hugging Face's code the same 0.01 acts K times as strongly",
 )
 
 # fmt: on

@@ -7,10 +7,13 @@ Legend: E routed experts, K choices per token.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from hal.errors import ConfigError
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class RouterSpec:
         weight_dtype: the dtype in which the weights are returned.
 
     Raises:
-        ConfigError: the numbers contradict each other.
+        ConfigError: an attribute is of the wrong type or out of range, or two contradict each other.
     """
 
     num_experts: int
@@ -72,27 +75,23 @@ class RouterSpec:
             ("gate_dtype", ("float32", "model")),
             ("weight_dtype", ("float32", "model")),
         ):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"RouterSpec: {name} is {getattr(self, name)!r}",
-                    expected=" or ".join(allowed),
-                )
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ConfigError(f"RouterSpec: {name} is {value!r}", expected=" or ".join(allowed))
+        for name in ("normalize", "selection_bias"):
+            value = getattr(self, name)
+            if type(value) is not bool:
+                raise ConfigError(f"RouterSpec: {name} is {value!r}", expected="True or False")
+        for name, least, expected in (
+            ("normalize_epsilon", 0.0, "a finite number >= 0"),
+            ("scaling_factor", -_LARGEST, "a finite number"),
+            ("masked_score", -math.inf, "a finite number or -inf"),
+        ):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not (is_number and least <= value <= _LARGEST):
+                raise ConfigError(f"RouterSpec: {name} is {value!r}", expected=expected)
         self._check_groups()
-        if not (math.isfinite(self.normalize_epsilon) and self.normalize_epsilon >= 0):
-            raise ConfigError(
-                f"RouterSpec: normalize_epsilon is {self.normalize_epsilon!r}",
-                expected="a finite number >= 0",
-            )
-        if not math.isfinite(self.scaling_factor):
-            raise ConfigError(
-                f"RouterSpec: scaling_factor is {self.scaling_factor!r}",
-                expected="a finite number",
-            )
-        if math.isnan(self.masked_score) or self.masked_score == math.inf:
-            raise ConfigError(
-                f"RouterSpec: masked_score is {self.masked_score!r}",
-                expected="a finite number or -inf",
-            )
 
     def _check_groups(self) -> None:
         if self.num_experts % self.num_groups:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe.checks import check_floating, check_integral, check_range, check_shape
+from hal.moe.checks import as_index, check_floating, check_range, check_same_device, check_shape
 from hal.moe.ops import Routing
 from hal.moe.precision import model_dtype, wide_dtype, without_autocast
 from hal.moe.router_spec import RouterSpec
@@ -38,8 +38,8 @@ def route(
     NaN weights: its experts are distinct and in range, nothing is raised, and no other token is affected.
 
     Raises:
-        ShapeError: shapes do not fit; the bias is missing, or there is one that the spec does not use; a
-            replayed expert is out of range (that check makes the host wait for the device once).
+        ShapeError: shapes, dtypes or devices do not fit; the bias is missing, or there is one that the spec does not
+            use; a replayed expert is out of range (that check makes the host wait for the device once).
     """
     where = "route"
     check_shape(where, "x_TD", x_TD, ("T", "D"))
@@ -47,6 +47,7 @@ def route(
     check_shape(where, "gate_ED", gate_ED, (spec.num_experts, x_TD.shape[1]))
     check_floating(where, "gate_ED", gate_ED)
     _check_bias(spec, bias_E, replayed=experts_TK is not None)
+    check_same_device(where, x_TD=x_TD, gate_ED=gate_ED, bias_E=bias_E)
     logits_TE = _logits(x_TD, gate_ED, spec)
     wide_TE = logits_TE.to(wide_dtype(logits_TE.dtype))
     scores_TE = wide_TE.softmax(dim=-1) if spec.score == "softmax" else wide_TE.sigmoid()
@@ -54,10 +55,10 @@ def route(
         experts_TK = _choose(scores_TE.detach(), bias_E, spec)
     else:
         check_shape(where, "experts_TK", experts_TK, (x_TD.shape[0], spec.top_k))
-        check_integral(where, "experts_TK", experts_TK)
+        experts_TK = as_index(where, "experts_TK", experts_TK)
+        check_same_device(where, x_TD=x_TD, experts_TK=experts_TK)
         if check_indices:
             check_range(where, "experts_TK", experts_TK, spec.num_experts)
-        experts_TK = experts_TK.to(torch.int64)
     weights_TK = scores_TE.gather(1, experts_TK)
     if spec.normalize:
         total_T1 = weights_TK.sum(dim=-1, keepdim=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hal.errors import ShapeError
 from hal.moe import dispatching, losses, routing
-from hal.moe.checks import check_same_dtype, check_shape
+from hal.moe.checks import check_same_device, check_same_dtype, check_shape
 from hal.moe.experts import ExpertsPath, experts, experts_path, swiglu
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, MoEOps, Routing
@@ -109,7 +109,7 @@ class TorchMoEOps(MoEOps):
         alone, so a NaN stays with its token; in the losses it shows, since they are means over all tokens.
 
         Raises:
-            ShapeError: shapes or dtypes do not fit, or the shared weights and the spec contradict each other.
+            ShapeError: shapes, dtypes or devices do not fit, or the shared weights and the spec contradict each other.
         """
         routed = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E, experts_TK=experts_TK)
         _check_shared(x_TD, weights, spec)
@@ -157,9 +157,11 @@ def _check_shared(x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec) -> No
         check_shape(where, "shared w2_DS", w2_DS, (width, w1_SD.shape[0]))
         for name, w in zip(("w1_SD", "w3_SD", "w2_DS"), weights.shared, strict=True):
             check_same_dtype(where, "x_TD", x_TD, f"shared {name}", w)
+        check_same_device(where, x_TD=x_TD, w1_SD=w1_SD, w3_SD=w3_SD, w2_DS=w2_DS)
     if weights.shared_gate_D is not None:
         check_shape(where, "shared_gate_D", weights.shared_gate_D, (width,))
         check_same_dtype(where, "x_TD", x_TD, "shared_gate_D", weights.shared_gate_D)
+        check_same_device(where, x_TD=x_TD, shared_gate_D=weights.shared_gate_D)
 
 
 def _shared(x_TD: Tensor, weights: LayerWeights) -> Tensor | None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe import RouterSpec
+from hal.moe import RouterSpec, preset
 from hal.moe.torch_ops import torch_ops
 
 SOFTMAX = RouterSpec(num_experts=4, top_k=2)
@@ -88,3 +89,57 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ShapeError, match="_loss"):
             call()
+
+
+# --- the published losses, written from their code -----------------------------------------------------------------
+
+
+def _hugging_face(logits_TE: Tensor, top_k: int) -> Tensor:
+    """transformers, models/mixtral: load_balancing_loss_func without a mask; all layers' tokens in one tensor."""
+    num_experts = logits_TE.shape[1]
+    probabilities_TE = logits_TE.softmax(-1)
+    chosen_TK = probabilities_TE.topk(top_k, -1).indices
+    tokens_per_expert_KE = torch.nn.functional.one_hot(chosen_TK, num_experts).double().mean(0)
+    return num_experts * (tokens_per_expert_KE * probabilities_TE.mean(0)[None]).sum()
+
+
+def _megablocks(logits_TE: Tensor, top_k: int) -> Tensor:
+    """megablocks, layers/moe.py: batched_load_balancing_loss of one layer, without its weight."""
+    num_tokens, num_experts = logits_TE.shape
+    probabilities_TE = logits_TE.softmax(-1)
+    counts_E = torch.bincount(probabilities_TE.topk(top_k, -1).indices.flatten(), minlength=num_experts)
+    return num_experts / (num_tokens * top_k) * torch.dot(counts_E.double(), probabilities_TE.mean(0))
+
+
+def _ours(logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+    scores_TE = logits_TE.softmax(-1)
+    return torch_ops.aux_loss(scores_TE, scores_TE.topk(spec.top_k, -1).indices, spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "published"),
+    [
+        ("mixtral-8x7b", _hugging_face, 0.02),  # router_aux_loss_coef of its config.json
+        ("qwen2-moe", _hugging_face, 0.001),  # the same
+        ("qwen3-moe", _hugging_face, 0.001),  # the same
+        ("olmoe", _megablocks, 0.01),  # moe_loss_weight of its training configuration
+    ],
+)
+def test_a_presets_coefficient_times_our_loss_is_the_published_loss(name: str, loss: Any, published: float) -> None:
+    model = preset(name)
+    generator = torch.Generator().manual_seed(0)
+    logits_TE = torch.randn(64, model.router.num_experts, dtype=torch.float64, generator=generator)
+    assert model.balance_coefficient is not None
+    got = model.balance_coefficient * _ours(logits_TE, model.router).item()
+    # Sums of up to 128 positive terms in float64, twice.
+    assert got == pytest.approx(published * loss(logits_TE, model.router.top_k).item(), rel=512 * 2.0**-53)
+
+
+def test_over_several_layers_hugging_faces_loss_is_ours_of_all_their_tokens_together() -> None:
+    model = preset("mixtral-8x7b")
+    layers = torch.randn(3, 64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert model.balance_coefficient is not None
+    got = model.balance_coefficient * _ours(layers.flatten(0, 1), model.router).item()
+    assert got == pytest.approx(0.02 * _hugging_face(layers.flatten(0, 1), 2).item(), rel=512 * 2.0**-53)
+    summed = sum(_ours(layer, model.router).item() for layer in layers)
+    assert summed > 2.5 * got / model.balance_coefficient, "a sum over layers is another loss"

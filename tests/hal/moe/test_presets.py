@@ -36,6 +36,19 @@ from hal.moe import PRESETS, RouterSpec, preset
         {"scaling_factor": float("inf")},
         {"masked_score": float("nan")},
         {"masked_score": float("inf")},
+        {"score": ["softmax"]},
+        {"scaling_factor": "x"},
+        {"scaling_factor": None},
+        {"scaling_factor": True},
+        {"scaling_factor": 10**400},
+        {"normalize_epsilon": None},
+        {"normalize_epsilon": "0"},
+        {"masked_score": "y"},
+        {"masked_score": None},
+        {"normalize": "no"},
+        {"normalize": 1},
+        {"selection_bias": 1},
+        {"selection_bias": None},
     ],
 )
 def test_a_router_whose_numbers_contradict_each_other_is_refused(wrong: dict[str, Any]) -> None:
@@ -57,6 +70,10 @@ def test_choosing_every_expert_is_allowed() -> None:
         {"shared_hidden_size": 0},
         {"num_dense_layers": 29},
         {"num_shared_experts": 0, "shared_hidden_size": 0, "shared_gate": True},
+        {"shared_gate": 0},
+        {"balance_coefficient": "0.1"},
+        {"balance_coefficient": -0.1},
+        {"z_coefficient": float("nan")},
     ],
 )
 def test_a_model_whose_sizes_contradict_each_other_is_refused(wrong: dict[str, Any]) -> None:

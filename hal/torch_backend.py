@@ -240,7 +240,14 @@ class TorchMemory(Memory):
         return [segment for segment in segments if segment.get("device", self._device.index) == self._device.index]
 
     def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.pin_memory()
+        if self._device.type == "cpu":  # the host's memory, from which it computes
+            return tensor
+        try:
+            return tensor.pin_memory()
+        except NotImplementedError as error:  # a plug-in that registered no allocator for it
+            raise UnsupportedOperation(
+                f"torch.{self._device.type} has no page-locked memory", device=self.device_id, what="memory.pin"
+            ) from error
 
     def _function(self, name: str) -> Any:
         function = getattr(self._module, name, None)

@@ -91,6 +91,7 @@ class Precision(Facet, abc.ABC):
     def __init__(self, device_id: str, torch_device: torch.device, changes: Changes, support: SupportTable) -> None:
         super().__init__(device_id, changes)
         self.torch_device = torch_device
+        self._for_determinism: set[str] = set()  # names of switches that `deterministic()` alone holds
         self._support = support
 
     # dtypes ----------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ class Precision(Facet, abc.ABC):
             warnings.simplefilter("error")
             try:
                 return torch.autocast(self.torch_device.type, dtype=dtype, enabled=enabled)
-            except (RuntimeError, UserWarning) as error:
+            except (RuntimeError, UserWarning, AssertionError) as error:  # the last: a plug-in without autocast
                 raise UnsupportedDtype(f"autocast refuses {dtype}", device=self.device_id, what=str(dtype)) from error
 
     # float32 mode ----------------------------------------------------------------------------------------------
@@ -250,6 +251,7 @@ class Precision(Facet, abc.ABC):
             OutOfMemoryError: there is no memory for it.
             Broken: the operation failed.
         """
+        self.check_open()
         multiply = self._matmul if operation == "matmul" else self._convolution
         try:
             with attempt(self.device_id, self.torch_device):
@@ -304,10 +306,12 @@ class Precision(Facet, abc.ABC):
         import torch
 
         self.check_open()
-        switches = [(_DETERMINISTIC, (True, False)), *self._deterministic_switches()]
         if not enabled:
-            self._changes.release([switch.name for switch, _ in switches])
+            self._changes.release(self._for_determinism)
+            self._for_determinism.clear()
             return
+        switches = [(_DETERMINISTIC, (True, False)), *self._deterministic_switches()]
+        new = {switch.name for switch, _ in switches if self._changes.value(switch.name) is None}
         with self._changes.together():
             for switch, value in switches:
                 self._changes.set(switch, value)
@@ -318,6 +322,7 @@ class Precision(Facet, abc.ABC):
                     f"has no deterministic products: {answers[0].reason}", device=self.device_id, what="deterministic",
                     hint="open the device before the process's first product",
                 )  # fmt: skip
+        self._for_determinism |= new
 
 
 def _write_deterministic(pair: tuple[bool, bool]) -> None:

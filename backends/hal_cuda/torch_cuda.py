@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hal.backend import DeviceInfo
-from hal.changes import Changes
+from hal.changes import Changes, Switch
 from hal.errors import Absent
 from hal.memory import AllocatorPlan, Memory
 from hal.precision import Precision, attribute_switch
@@ -54,13 +54,11 @@ class TorchCudaBackend(TorchBackend):
         import torch
 
         matmul: Any = torch.backends.cuda.matmul
-        for name in (
-            "allow_bf16_reduced_precision_reduction",
-            "allow_fp16_reduced_precision_reduction",
-            "allow_fp16_accumulation",
-        ):
-            if hasattr(matmul, name):  # the last came with torch 2.7
-                changes.set(attribute_switch(matmul, name, f"torch.backends.cuda.matmul.{name}"), False)
+        for name in ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction"):
+            changes.set(*_exact_reduction(matmul, name))
+        name = "allow_fp16_accumulation"
+        if hasattr(matmul, name):  # torch 2.7
+            changes.set(attribute_switch(matmul, name, f"torch.backends.cuda.matmul.{name}"), False)
 
     def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:
         """See `TorchBackend.make_memory`."""
@@ -75,3 +73,20 @@ class TorchCudaBackend(TorchBackend):
     def allocator_environment(self, plan: AllocatorPlan, environ: Mapping[str, str]) -> Mapping[str, str]:
         """See `Backend.allocator_environment`."""
         return allocator_environment(plan, environ, self.allocator_variable, torch_build())
+
+
+def _exact_reduction(matmul: Any, name: str) -> tuple[Switch, object]:
+    """Return the switch that lets partial sums be added in 16 bits, and its value for not.
+
+    Newer versions of torch keep a second setting beside it, whether a product may be split at all. Both are written by
+    one assignment, and the second would fall back to its default if it were not written, too.
+    """
+    shown, splits = f"torch.backends.cuda.matmul.{name}", f"{name}_split_k"
+    if not hasattr(matmul, splits):
+        return attribute_switch(matmul, name, shown), False
+    pair = Switch(
+        shown,
+        read=lambda: (getattr(matmul, name), getattr(matmul, splits)),
+        write=lambda value: setattr(matmul, name, value),
+    )
+    return pair, (False, getattr(matmul, splits))

@@ -204,6 +204,21 @@ def test_float32_accumulation_is_promised_and_therefore_set_and_put_back(opening
     assert reductions() == before
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction_split_k"), reason="newer torch"
+)
+def test_products_that_the_user_forbade_to_split_stay_forbidden(opening):
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    try:
+        _, changes = opening(CudaBackend(), H100)
+        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+        changes.release()
+        assert not matmul.allow_bf16_reduced_precision_reduction_split_k
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+
+
 @pytest.mark.parametrize(
     ("backend", "standin", "dtype", "expected", "subnormals"),
     [

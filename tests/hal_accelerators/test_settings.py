@@ -146,8 +146,15 @@ def test_the_workspace_that_deterministic_products_need_is_there_from_the_start(
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     first, second = precision(CudaPrecision, lambda _: 24), precision(CudaPrecision, lambda _: 24)
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    first.deterministic()
+    first.deterministic(False)
     first._changes.close()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "the second handle needs it, too"
+    second.deterministic()
+    second.deterministic()
+    second.deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8", "it was there before"
     second._changes.close()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     precision(RocmPrecision, lambda _: 24).deterministic()

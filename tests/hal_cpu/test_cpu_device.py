@@ -316,6 +316,7 @@ def test_a_closed_device_says_so(device):
     [
         lambda precision: precision.fp32_mode("ieee"),
         lambda precision: precision.deterministic(),
+        lambda precision: precision.measure("matmul"),
         lambda precision: precision.supports(torch.float32),
         lambda precision: precision.fp8_formats(),
         lambda precision: precision.autocast(torch.bfloat16),

@@ -256,9 +256,15 @@ class Memory(Facet, abc.ABC):
         On a device that shares the host's memory the tensor itself is right already and is returned.
 
         Raises:
+            ConfigError: this is no tensor on the CPU.
             UnsupportedOperation: the device has no page-locked memory.
         """
+        import torch
+
         self.check_open()
+        if not isinstance(tensor, torch.Tensor) or tensor.device.type != "cpu":
+            kind = f"a tensor on {tensor.device}" if isinstance(tensor, torch.Tensor) else f"a {type(tensor).__name__}"
+            raise ConfigError(f"{self.device_id}: cannot pin {kind}", expected="a tensor on the CPU")
         return self._pin(tensor)
 
     @final

@@ -237,6 +237,18 @@ def test_a_snapshot_has_this_devices_segments_only():
     assert [segment["address"] for segment in memory.snapshot()] == [2, 3]
 
 
+@pytest.mark.parametrize("bad", [None, [1.0], torch.empty(1, device="meta")])
+def test_only_a_tensor_on_the_cpu_can_be_pinned(bad):
+    memory, _ = handle(Module())
+    with pytest.raises(ConfigError, match="cannot pin a"):
+        memory.pin(bad)
+    with hal.open_device("cpu") as device:
+        tensor = torch.ones(3)
+        assert device.memory.pin(tensor) is tensor
+        with pytest.raises(ConfigError, match="cannot pin a"):
+            device.memory.pin(bad)
+
+
 def test_a_collective_that_ran_out_of_memory_is_out_of_memory_too():
     memory, _ = handle(Module())
     with pytest.raises(OutOfMemoryError) as caught, memory.catch_out_of_memory():

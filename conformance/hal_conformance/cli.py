@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -205,6 +206,56 @@ def run(
     for glob in report.required_missing:
         click.echo(f"hal conformance: {plain(glob)} is required, and no such device was judged", err=True)
     sys.exit(report.exit_status(strict=strict))
+
+
+@conformance.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--case", "cases", multiple=True, metavar="GLOB", help="Only cases of this name or family, or `name[preset]`."
+)
+@click.option("--scale", type=click.Choice(("tiny", "small")), default="tiny", show_default=True, help="Of the shapes.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every input.")
+@click.option("--json", "json_file", type=_file, help="Write the outcomes as JSON; - is stdout.")
+@click.option("--markdown", "markdown_file", type=_file, help="Write the matrix as Markdown.")
+@_errors_to_status
+def selfcheck(
+    names: tuple[str, ...], cases: tuple[str, ...], scale: Any, seed: int, json_file: Path | None,
+    markdown_file: Path | None,
+) -> None:  # fmt: skip
+    """Run faults that the suite must flag, and benign variations that it must not.
+
+    NAME: some of them, as globs; all without. Exit status 1 if one is not what it should be.
+    """
+    from fnmatch import fnmatchcase
+
+    from hal.errors import ConfigError
+    from hal_conformance import selfcheck as checking
+    from hal_conformance import selfcheck_table
+    from hal_conformance.faults import VARIATIONS
+    from hal_conformance.plan import Catalogue
+    from hal_conformance.progress import Bar
+    from hal_conformance.results import to_json
+    from hal_conformance.table import console
+    from hal_conformance.text import plain
+
+    _check_outputs(json_file, markdown_file)
+    unknown = [glob for glob in names if not any(fnmatchcase(name, glob) for name in VARIATIONS)]
+    if unknown:
+        raise ConfigError(f"no fault or benign variation matches {plain(unknown[0])!r}")
+    chosen = [v for n, v in VARIATIONS.items() if not names or any(fnmatchcase(n, glob) for glob in names)]
+    chosen.sort(key=lambda variation: variation.kind, reverse=True)
+    selection = _selection(cases, (), scale, seed)
+    tasks = checking.tasks(selection, Catalogue().all())
+    started = time.monotonic()
+    with Bar(len(tasks) * len(chosen)) as bar:
+        outcomes = checking.run(chosen, tasks, selection, lambda v, row: bar.advance(f"{v.name}: {row.case}"))
+    files: dict[Path | None, Callable[[], bytes]] = {
+        json_file: lambda: to_json(checking.as_json(outcomes, selection, time.monotonic() - started)),
+        markdown_file: lambda: selfcheck_table.markdown(outcomes),
+    }
+    if not _write(files):
+        selfcheck_table.show(outcomes, console())
+    sys.exit(checking.exit_status(outcomes))
 
 
 @conformance.command()

@@ -208,20 +208,19 @@ class Meter:
         if self._nonfinite:
             detail = f"{name}: {self._nonfinite} of {self._size} elements, first at {self._first_nonfinite}"
             return Finding(Status.FAIL_NONFINITE, detail=detail)
+        free = float(n if self._independent is None else max(1, min(n, self._independent)))
+        rms = float(np.sqrt(self._squares / n)) / rms_threshold(free, free) if n else None
+        # A drift towards or away from zero; with fewer independent errors the sum's variance is n * n / free.
+        z = self._signed / np.sqrt(n * n / free) / bias_threshold() if n and self._bias else None
         if self._margin > 1.0:
             more = ", ..." if self._beyond_rows > len(self._rows) else ""
-            return Finding(
-                Status.FAIL_NUMERIC,
-                self._margin,
-                detail=f"{name}: {self._beyond} of {self._size} elements beyond their bound, in {self._beyond_rows} "
-                f"rows ({', '.join(map(str, self._rows))}{more}); worst at {self._worst}",
+            detail = (
+                f"{name}: {self._beyond} of {self._size} elements beyond their bound, in {self._beyond_rows} "
+                f"rows ({', '.join(map(str, self._rows))}{more}); worst at {self._worst}"
             )
-        if n == 0:
+            return Finding(Status.FAIL_NUMERIC, self._margin, rms, z, detail=detail)
+        if rms is None:
             return Finding(Status.PASS, self._margin if self._size else None)
-        free = float(n if self._independent is None else max(1, min(n, self._independent)))
-        rms = float(np.sqrt(self._squares / n)) / rms_threshold(free, free)
-        # A drift towards or away from zero; with fewer independent errors the sum's variance is n * n / free.
-        z = self._signed / np.sqrt(n * n / free) / bias_threshold() if self._bias else None
         if rms > 1.0 or (z is not None and abs(z) > 1.0):
             what = f"rms of error over deviation is {rms:.2f}" if rms > 1.0 else f"biased: z is {z:.1f}"
             detail = f"{name}: less precise than the contract: {what} of its threshold"

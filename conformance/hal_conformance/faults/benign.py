@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Honest implementations: other orders, other blockings, more precision, other forms of the same equations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal.moe.model_spec import MoEModelSpec
+from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing
+from hal.moe.router_spec import RouterSpec
+from hal.moe.torch_ops import TorchMoEOps
+from hal_conformance.faults.catalogue import benign
+from hal_conformance.faults.parts import OwnProduct, Parts, chosen_weights, weighted
+
+
+@benign()
+class BuiltFromParts(Parts):
+    """The portable operators, put together once more."""
+
+
+@benign()
+class ExpertByExpert(Parts):
+    """The loop over experts instead of one grouped product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.honest = TorchMoEOps(grouped=False)
+
+
+@benign()
+class Reversed(OwnProduct):
+    """Sums the inner dimension backwards, and the choices backwards."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        return a.flip(1) @ b.flip(0)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return weighted(y_RD, weights_TK, slot_R, num_tokens).flip(1).sum(1).to(y_RD.dtype)
+
+
+@benign()
+class SplitK(OwnProduct):
+    """Sums eight parts of the inner dimension apart, then adds them."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        parts = [left @ right for left, right in zip(a.chunk(8, 1), b.chunk(8, 0), strict=True)]
+        return torch.stack(parts).sum(0)
+
+
+@benign()
+class Blocked(OwnProduct):
+    """Adds blocks of 16 products to a running sum."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+        for left, right in zip(a.split(16, 1), b.split(16, 0), strict=True):
+            total = total + left @ right
+        return total
+
+
+@benign()
+class Sequential(OwnProduct):
+    """One product after the other, in order: the order with the largest honest error."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        total = a[:, :1] * b[:1]
+        for k in range(1, a.shape[1]):
+            total = total + a[:, k : k + 1] * b[k : k + 1]
+        return total
+
+
+@benign()
+class FusedMultiplyAdd(OwnProduct):
+    """In order, each product and sum rounded once: float64 holds a float32 product exactly."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
+        left, right = a.double(), b.double()
+        for k in range(a.shape[1]):
+            total = (total.double() + left[:, k : k + 1] * right[k : k + 1]).float()
+        return total
+
+
+@benign()
+class Pairwise(OwnProduct):
+    """Adds neighbours, then their sums, as a tree."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        terms = a[:, :, None] * b[None]
+        while terms.shape[1] > 1:
+            if terms.shape[1] % 2:
+                terms = torch.cat([terms, torch.zeros_like(terms[:, :1])], 1)
+            terms = terms[:, ::2] + terms[:, 1::2]
+        return terms[:, 0]
+
+
+@benign()
+class Wide(OwnProduct):
+    """Accumulates in float64 and rounds once: more precise than promised."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `OwnProduct.product`."""
+        return (a.double() @ b.double()).float()
+
+
+@benign()
+class FusedExpert(OwnProduct):
+    """Everything inside an expert stays in float32; only its result is stored."""
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        wide = x.float()
+        hidden = self.activate(wide @ w1.float().t()) * (wide @ w3.float().t())
+        return (hidden @ w2.float().t()).to(x.dtype)
+
+
+@benign()
+class PackedProjections(OwnProduct):
+    """Gate and up projection as one product."""
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        g, u = (x @ torch.cat([w1, w3]).t()).chunk(2, -1)
+        return (self.activate(g) * u) @ w2.t()
+
+
+@benign()
+class Transposed(OwnProduct):
+    """All products with their operands exchanged."""
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        return (w2 @ (self.activate(w1 @ x.t()) * (w3 @ x.t()))).t()
+
+
+@benign()
+class PaddedBatch(Parts):
+    """Experts as one batched product over rows that are padded to the busiest."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        experts, longest = len(counts_E), max(1, int(counts_E.max()))
+        owner = torch.repeat_interleave(torch.arange(experts, device=x_RD.device), counts_E)
+        place = torch.arange(len(x_RD), device=x_RD.device) - (counts_E.cumsum(0) - counts_E)[owner]
+        padded = x_RD.new_zeros(experts, longest, x_RD.shape[1]).index_put((owner, place), x_RD)
+        g, u = torch.bmm(padded, weights.w1_EFD.mT), torch.bmm(padded, weights.w3_EFD.mT)
+        return torch.bmm(torch.nn.functional.silu(g) * u, weights.w2_EDF.mT)[owner, place]
+
+
+@benign()
+class PermutedExperts(Parts):
+    """The experts are computed in another order and put back."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        order = torch.arange(len(counts_E) - 1, -1, -1, device=x_RD.device)
+        rows = torch.arange(len(x_RD), device=x_RD.device).split(counts_E.tolist())
+        forth = torch.cat([rows[e] for e in order.tolist()])
+        y_RD = super().experts(x_RD[forth], counts_E[order], ExpertWeights(*(w[order] for w in weights)))
+        return torch.zeros_like(y_RD).index_copy(0, forth, y_RD)
+
+
+@benign()
+class AddsByIndex(Parts):
+    """Combine adds rows to tokens in float32, in the order of the experts."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        terms = y_RD.float() * weights_TK.reshape(-1)[slot_R, None].float()
+        total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
+        return total.index_add(0, slot_R // max(1, weights_TK.shape[1]), terms).to(y_RD.dtype)
+
+
+@benign()
+class WideCombine(Parts):
+    """Combine multiplies and adds in float64."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        top_k, width = weights_TK.shape[1], y_RD.shape[1]
+        rows = y_RD.new_zeros(num_tokens * top_k, width).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, width)
+        return torch.einsum("tk,tkd->td", weights_TK.double(), rows.double()).to(y_RD.dtype)
+
+
+@benign()
+class PlainDispatch(Parts):
+    """Dispatch by plain indexing of float32 rows, whose gradients torch adds up."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        sent = super().dispatch(x_TD.detach(), experts_TK, num_experts, capacity=capacity)
+        rows = x_TD.float()[sent.slot_R // max(1, experts_TK.shape[1])]
+        return sent._replace(x_RD=rows.to(x_TD.dtype))
+
+
+class OtherScores(Parts):
+    """A router with another form of the scores or the weights."""
+
+    def scores(self, logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+        """Return the scores in float32."""
+        return logits_TE.softmax(-1) if spec.score == "softmax" else logits_TE.sigmoid()
+
+    def weights(self, out: Routing, spec: RouterSpec) -> Tensor:
+        """Return the weights of the chosen."""
+        return chosen_weights(out.scores_TE, out.experts_TK, spec, out.weights_TK.dtype)
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        out = self.honest.route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        out = out._replace(scores_TE=self.scores(out.logits_TE.float(), spec))
+        return out._replace(weights_TK=self.weights(out, spec))
+
+
+@benign()
+class PowersOfTwo(OtherScores):
+    """exp as a power of two, and divisions as products with a reciprocal."""
+
+    def scores(self, logits_TE: Tensor, spec: RouterSpec) -> Tensor:
+        """See `OtherScores.scores`."""
+        scaled = logits_TE * 1.4426950408889634
+        if spec.score == "sigmoid":
+            return 1.0 / (1.0 + torch.exp2(-scaled))
+        powers = torch.exp2(scaled - scaled.amax(-1, keepdim=True)) if scaled.numel() else scaled
+        return powers * (1.0 / powers.sum(-1, keepdim=True))
+
+
+@benign()
+class FoldedScale(OtherScores):
+    """The scaling factor is folded into the reciprocal of the sum."""
+
+    def weights(self, out: Routing, spec: RouterSpec) -> Tensor:
+        """See `OtherScores.weights`."""
+        chosen = out.scores_TE.gather(1, out.experts_TK)
+        if not spec.normalize:
+            return (chosen * spec.scaling_factor).to(out.weights_TK.dtype)
+        factor = spec.scaling_factor / (chosen.sum(-1, keepdim=True) + spec.normalize_epsilon)
+        return (chosen * factor).to(out.weights_TK.dtype)
+
+
+@benign()
+class SoftmaxOfChosen(OtherScores):
+    """Weights as a softmax over the chosen logits, where that is the same."""
+
+    def weights(self, out: Routing, spec: RouterSpec) -> Tensor:
+        """See `OtherScores.weights`."""
+        if spec.score != "softmax" or not spec.normalize or spec.normalize_epsilon:
+            return super().weights(out, spec)
+        chosen = out.logits_TE.float().gather(1, out.experts_TK).softmax(-1)
+        return (chosen * spec.scaling_factor).to(out.weights_TK.dtype)
+
+
+@benign()
+class WideLosses(Parts):
+    """Both losses in float64."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE.double(), experts_TK, spec).float()
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(logits_TE.double()).float()
+
+
+@benign()
+class OneStore(Parts):
+    """The routed and the shared output are added in float32 and stored once."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        routing = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E, experts_TK=experts_TK)
+        sent = self.dispatch(x_TD, routing.experts_TK, spec.router.num_experts, capacity=capacity)
+        y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
+        total = weighted(y_RD, routing.weights_TK, sent.slot_R, len(x_TD)).sum(1)
+        shared = self.shared(x_TD, weights)
+        total = total if shared is None else total + shared.float()
+        aux = self.aux_loss(routing.scores_TE, routing.experts_TK, spec.router)
+        return LayerOutput(total.to(x_TD.dtype), routing, aux, self.z_loss(routing.logits_TE))
+
+
+class InThreads(Parts):
+    """The portable operators, in another number of threads."""
+
+    threads = 1
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name in ("route", "dispatch", "experts", "combine", "aux_loss", "z_loss", "layer"):
+            torch.set_num_threads(super().__getattribute__("threads"))
+        return found
+
+
+@benign()
+class OneThread(InThreads):
+    """One thread."""
+
+
+@benign()
+class ThreeThreads(InThreads):
+    """Three threads, which no size here is a multiple of."""
+
+    threads = 3

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the balance loss and the z-loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from hal.moe.router_spec import RouterSpec
+from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.parts import Parts, gradient_of
+
+
+@fault()
+class AuxWithoutK(Parts):
+    """The balance loss is not divided by K."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE, experts_TK, spec) * spec.top_k
+
+
+@fault("Megatron-LM PR#5047")
+class AuxByChunks(Parts):
+    """The balance loss is the mean over chunks of 64 tokens, the last one shorter."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        chunks = zip(scores_TE.split(64), experts_TK.split(64), strict=True)
+        return torch.stack([self.honest.aux_loss(s, e, spec) for s, e in chunks]).mean()
+
+
+@fault()
+class AuxOfRawSigmoids(Parts):
+    """The balance loss takes sigmoid scores that are not normalised."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE, experts_TK, replace(spec, score="softmax"))
+
+
+@fault("Megatron-LM PR#5798")
+class AuxGradientOff(Parts):
+    """The gradient of the balance loss is 0.1 % too small."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        loss = super().aux_loss(scores_TE, experts_TK, spec)
+        return gradient_of(loss, 0.999 * loss)
+
+
+@fault("transformers PR#43583")
+class AuxCountsTwice(Parts):
+    """The balance loss counts the first choice twice."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        twice = torch.cat([experts_TK[:, :1], experts_TK[:, :-1]], 1)
+        return super().aux_loss(scores_TE, twice if spec.top_k > 1 else experts_TK, spec)
+
+
+@fault()
+class LowZLoss(Parts):
+    """The z-loss is computed in the logits' dtype."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return logits_TE.logsumexp(-1).square().mean().float()
+
+
+@fault()
+class ZOfMeans(Parts):
+    """The z-loss squares the mean instead of averaging the squares."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return logits_TE.float().logsumexp(-1).mean().square()
+
+
+@fault()
+class HalfZGradient(Parts):
+    """The gradient of the z-loss lacks the factor of two."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        loss = super().z_loss(logits_TE)
+        return gradient_of(loss, 0.5 * loss)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The honest operators, cut so that one of them can be changed and the layer changes with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal.moe.model_spec import MoEModelSpec
+from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing
+from hal.moe.router_spec import RouterSpec
+from hal.moe.torch_ops import TorchMoEOps
+
+
+class Parts:
+    """The portable operators, with a layer that is built from this object's own."""
+
+    def __init__(self) -> None:
+        self.honest = TorchMoEOps()
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        return self.honest.route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        return self.honest.dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        return self.honest.experts(x_RD, counts_E, weights)
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return self.honest.combine(y_RD, weights_TK, slot_R, num_tokens)
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return self.honest.aux_loss(scores_TE, experts_TK, spec)
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return self.honest.z_loss(logits_TE)
+
+    def shared(self, x_TD: Tensor, weights: LayerWeights) -> Tensor | None:
+        """Return the shared experts' output, gated where the model gates it."""
+        if weights.shared is None:
+            return None
+        w1, w3, w2 = (w[None] for w in weights.shared)
+        y = self.experts(x_TD, torch.tensor([len(x_TD)], device=x_TD.device), ExpertWeights(w1, w3, w2))
+        if weights.shared_gate_D is not None:
+            y = (x_TD @ weights.shared_gate_D[:, None]).sigmoid() * y
+        return y
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        routing = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E, experts_TK=experts_TK)
+        sent = self.dispatch(x_TD, routing.experts_TK, spec.router.num_experts, capacity=capacity)
+        y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
+        y_TD = self.combine(y_RD, routing.weights_TK, sent.slot_R, len(x_TD))
+        shared = self.shared(x_TD, weights)
+        aux = self.aux_loss(routing.scores_TE, routing.experts_TK, spec.router)
+        return LayerOutput(
+            y_TD if shared is None else y_TD + shared, routing, aux, self.z_loss(routing.logits_TE)
+        )  # fmt: skip
+
+
+class OwnProduct(Parts):
+    """Experts one by one, with a matrix product of its own; sums are in float32, stored in the dtype of x."""
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return [M, K] @ [K, N] in float32."""
+        return a @ b
+
+    def stored(self, x: Tensor, w: Tensor) -> Tensor:
+        """Return x w^T, stored."""
+        return self.product(x.float(), w.float().t()).to(x.dtype)
+
+    def activate(self, g: Tensor) -> Tensor:
+        """Return silu(g)."""
+        return torch.nn.functional.silu(g)
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """Return the rows of one expert."""
+        return self.stored(self.activate(self.stored(x, w1)) * self.stored(x, w3), w2)
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        matrices = zip(*(w.unbind() for w in weights), strict=True)
+        rows = x_RD.split(counts_E.tolist())
+        return torch.cat([self.expert(x, *w) for x, w in zip(rows, matrices, strict=True)])
+
+
+def weighted(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+    """Return each token's rows times their weights, [T, K, D] in float32; zeros where a slot has no row."""
+    top_k, width = weights_TK.shape[1], y_RD.shape[1]
+    rows = y_RD.new_zeros(num_tokens * top_k, width).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, width)
+    return rows.float() * weights_TK.float()[:, :, None]
+
+
+def last_rows(counts_E: Tensor, which_E: Tensor) -> Tensor:
+    """Return the index of the last row of each expert that is marked and has rows."""
+    return (counts_E.cumsum(0) - 1)[which_E & (counts_E > 0)]
+
+
+def without(y_RD: Tensor, rows: Tensor) -> Tensor:
+    """Return y with some rows zero."""
+    keep = torch.ones(len(y_RD), 1, dtype=y_RD.dtype, device=y_RD.device)
+    keep[rows] = 0
+    return y_RD * keep
+
+
+def gradient_of(value: Tensor, gradient: Tensor) -> Tensor:
+    """Return `value`, with the gradient of `gradient`."""
+    return value.detach() + (gradient - gradient.detach())
+
+
+def chosen_weights(scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec, dtype: torch.dtype) -> Tensor:
+    """Return the weights of chosen experts as the router's equations say."""
+    weights = scores_TE.gather(1, experts_TK)
+    if spec.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + spec.normalize_epsilon)
+    return (weights * spec.scaling_factor).to(dtype)
+
+
+Options = dict[str, Any]

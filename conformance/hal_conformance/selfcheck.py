@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The suite checks itself: every fault must be flagged and no benign variation, each a subject like a user's own."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from hal_conformance import suite
+from hal_conformance.plan import Task, plan
+from hal_conformance.results import suite_version
+from hal_conformance.subject import Subject
+from hal_conformance.verdicts import Status
+
+if TYPE_CHECKING:
+    from hal_conformance.case import Case
+    from hal_conformance.faults.catalogue import Variation
+    from hal_conformance.plan import Selection
+    from hal_conformance.results import Result
+
+SCHEMA = "hal.selfcheck/1"
+
+PRESETS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
+"""One router of each kind: softmax with shared experts, sigmoid with groups and a bias, few experts, a shared gate."""
+
+DETECTORS = ("bound", "rms", "bias", "exact", "discrete", "nonfinite", "structure", "crash")
+"""The four detectors, and the verdicts that need none of them."""
+
+
+def flagged_by(row: Result) -> set[str]:
+    """Return what in a result speaks against the subject; empty if nothing does."""
+    if row.status.colour in ("green", "neutral"):
+        return set()
+    by = {
+        Status.FAIL_DISCRETE: {"discrete"}, Status.FAIL_NONFINITE: {"nonfinite"}, Status.FAIL_STRUCTURE: {"structure"},
+        Status.CRASH: {"crash"}, Status.HANG: {"crash"},
+    }.get(row.status, set())  # fmt: skip
+    found = dict(row.detectors)
+    if row.status is not Status.FAIL_DISCRETE and found["exact"]:
+        by = by | {"exact"}
+    limits = ("bound", "rms", "bias")
+    # A margin that is not finite is None, with the number in words: beyond every bound.
+    return by | {name for name in limits if (value := found[name]) is not None and abs(value) > 1.0} or {"bound"}
+
+
+@dataclass
+class Outcome:
+    """What the suite said of one variation.
+
+    Attributes:
+        by: for each of `DETECTORS` in how many results it spoke against the subject.
+        cases: the cases that flagged it, in the order of the suite.
+        judged: results that were green, amber or red.
+        details: of the first results that are not green.
+    """
+
+    variation: Variation
+    by: Counter[str] = field(default_factory=Counter)
+    cases: list[str] = field(default_factory=list)
+    judged: int = 0
+    details: list[str] = field(default_factory=list)
+
+    def add(self, row: Result) -> None:
+        """Take in one result."""
+        self.judged += row.status.colour != "neutral"
+        by = flagged_by(row)
+        self.by.update(by)
+        name = row.case.partition("[")[0]
+        if by and name not in self.cases:
+            self.cases.append(name)
+        if by and len(self.details) < 3:
+            self.details.append(f"{row.case} {row.dtype}: {row.status.value}: {row.detail}")
+
+    @property
+    def right(self) -> bool:
+        """Tell whether a fault was flagged, or a benign variation was judged and was not."""
+        return bool(self.cases) if self.variation.kind == "fault" else bool(self.judged) and not self.cases
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the outcome as plain JSON values."""
+        of = self.variation
+        return {
+            "name": of.name, "kind": of.kind, "what": of.what, "bug": of.bug, "right": self.right,
+            "judged": self.judged, "by": {name: self.by[name] for name in DETECTORS}, "cases": self.cases,
+            "details": self.details,
+        }  # fmt: skip
+
+
+def tasks(selection: Selection, cases: Sequence[Case]) -> list[Task]:
+    """Return the tasks of one variation: those of `PRESETS`, and of cases that have none of them."""
+    every = plan(selection, cases)
+    covered = {task.case.name for task in every if task.params.preset in PRESETS}
+    return [task for task in every if task.params.preset in PRESETS or task.case.name not in covered]
+
+
+def run(
+    variations: Sequence[Variation], chosen: Sequence[Task], selection: Selection,
+    on_result: Callable[[Variation, Result], None] | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Run each variation on the CPU through the door of `--impl`, in a process of its own."""
+    outcomes = []
+    for variation in variations:
+        outcome = Outcome(variation)
+
+        def take(_: Subject, row: Result, outcome: Outcome = outcome) -> None:
+            outcome.add(row)
+            if on_result:
+                on_result(outcome.variation, row)
+
+        suite.run([Subject("cpu", f"hal_conformance.faults:{variation.name}")], chosen, selection, on_result=take)
+        outcomes.append(outcome)
+    return outcomes
+
+
+def as_json(outcomes: Sequence[Outcome], selection: Selection, seconds: float) -> dict[str, Any]:
+    """Return the self-check in the form `hal.selfcheck/1`."""
+    return {
+        "schema": SCHEMA, "suite": suite_version(), "seed": selection.seed, "scale": selection.scale,
+        "outcomes": [outcome.as_json() for outcome in outcomes],
+        "faults": {"total": _count(outcomes, "fault"), "flagged": _count(outcomes, "fault", right=True)},
+        "benign": {"total": _count(outcomes, "benign"), "green": _count(outcomes, "benign", right=True)},
+        "seconds": round(seconds, 3),
+    }  # fmt: skip
+
+
+def _count(outcomes: Sequence[Outcome], kind: str, *, right: bool = False) -> int:
+    return sum(o.variation.kind == kind and (o.right or not right) for o in outcomes)
+
+
+def exit_status(outcomes: Sequence[Outcome]) -> int:
+    """Return 0 if every fault was flagged and every benign variation green, otherwise 1."""
+    return 0 if outcomes and all(outcome.right for outcome in outcomes) else 1

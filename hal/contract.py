@@ -66,7 +66,7 @@ class Contract:
     Attributes:
         matmul: storage dtype name to its `Arithmetic`; a dtype that is missing is not promised at all.
         subnormals: whether subnormal inputs and results survive. Not promised unless said: even CPUs with
-            16-bit dot products take them for zero (Intel's manual, VDPBF16PS).
+            16-bit dot products take them for zero (the instruction VDPBF16PS, by its manual).
         nonfinite: "ieee" keeps infinities and NaN; "saturate" replaces them by the largest finite value.
         topk_ties: which index `topk` returns among equal values.
         evidence: where the promise comes from.

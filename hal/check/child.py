@@ -3,44 +3,54 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import warnings
 from typing import Any
 
 from hal import plugins
+from hal._report import Reporter
 from hal.check import checks
-from hal.check.findings import MARK
-from hal.errors import Absent, HalError, Unsupported
-from hal.registry import open_device
-
-
-def say(**facts: Any) -> None:
-    """Report facts now: the next part may kill this process."""
-    sys.stdout.write(f"\n{MARK}{json.dumps(facts)}\n")
-    sys.stdout.flush()
+from hal.check.state import ProcessState
+from hal.errors import Absent, DeviceError, Unsupported
+from hal.registry import find_plugin, open_device
+from hal.surveys import survey
 
 
 def main(name: str) -> None:
-    """Check the one backend that HAL_BACKENDS admits."""
-    backend = plugins.load(plugins.allowed()[0])
-    for part, before in checks.BEFORE_OPEN.items():
-        _try(part, before, backend)
-    state = checks.process_state()
+    """Check one backend, and report even what nobody foresaw."""
+    reporter = Reporter()
     try:
-        device = open_device(backend.discover().claims[0].info.id)
-    except HalError as error:
-        say(refused=str(error).removeprefix(f"{name}: "), absent=isinstance(error, Absent))
-        return
+        _check(name, reporter)
+    except BaseException as error:  # noqa: BLE001  this is what the parent wants to know
+        reason = error.reason if isinstance(error, DeviceError) else str(error)
+        reporter.say(refused=reason or type(error).__name__, absent=isinstance(error, Absent))
+
+
+def _check(name: str, reporter: Reporter) -> None:
+    plugin = find_plugin(name)
+    answer = survey(plugin, lambda stage: reporter.say(stage=stage))
+    if answer.error is not None:
+        raise answer.error
+    if not answer.discovery.claims:
+        raise Absent("; ".join(answer.discovery.left) or "it found no device", device=name)
+    reporter.say(stage=None)
+    backend = plugins.load(plugin)
+    for part, unopened in checks.BEFORE_OPEN.items():
+        _try(reporter, part, unopened, backend)
+    before = ProcessState()
+    first = answer.discovery.claims[0].info.id
+    reporter.say(stage=f"opening {first}")
+    device = open_device(first)
+    reporter.say(stage=None)
+    for part, just_opened in checks.JUST_OPENED.items():
+        _try(reporter, part, just_opened, device, before)
     for part, opened in checks.OPENED.items():
-        _try(part, opened, device)
-    device.close()
+        _try(reporter, part, opened, device)
     for part, closed in checks.CLOSED.items():
-        _try(part, closed, device, state)
+        _try(reporter, part, closed, device, before)
 
 
-def _try(part: str, check: Any, *arguments: Any) -> None:
-    say(running=part)
+def _try(reporter: Reporter, part: str, check: Any, *arguments: Any) -> None:
+    reporter.say(running=part)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -49,7 +59,9 @@ def _try(part: str, check: Any, *arguments: Any) -> None:
         outcome, detail = "unsupported", error.reason
     except checks.Failed as error:
         outcome, detail = "fails", str(error)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  any other error is a finding
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001  any other error is a finding
         first = (str(error).strip().splitlines() or [""])[0]
         outcome, detail = "fails", f"raised {type(error).__name__}: {first}"
-    say(part=part, outcome=outcome, detail=detail)
+    reporter.say(part=part, outcome=outcome, detail=detail)

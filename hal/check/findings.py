@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from hal import plugins
 from hal._process import run_python
-from hal.errors import Absent, Broken, HalError, PluginError
+from hal._report import read_reports
+from hal.errors import Absent, Broken
 from hal.explain import TIMEOUT_S
 from hal.registry import AUTOLOAD, find_plugin
-from hal.surveys import survey
 
-MARK = "hal-check "
 Outcome = Literal["fulfilled", "unsupported", "fails"]
 
 
@@ -53,49 +51,28 @@ def check_backend(name: str, *, timeout_s: float = TIMEOUT_S) -> list[Finding]:
     """
     from hal.check.checks import PARTS
 
-    plugin = find_plugin(name)
-    answer = survey(plugin)
-    if answer.error is not None:
-        raise answer.error if isinstance(answer.error, (Absent, Broken, PluginError)) else _broken(name, answer.error)
-    if not answer.discovery.claims:
-        raise Absent("; ".join(answer.discovery.left) or "it found no device", device=name)
-    return _run(plugin, PARTS, timeout_s)
-
-
-def _broken(name: str, error: HalError) -> Broken:
-    broken = Broken(error.message, device=name, expected=error.expected, hint=error.hint)
-    broken.__cause__ = error
-    return broken
-
-
-def _run(plugin: plugins.Plugin, parts: tuple[str, ...], timeout_s: float) -> list[Finding]:
+    plugin: plugins.Plugin = find_plugin(name)
     environment = {**os.environ, AUTOLOAD: "0", "HAL_BACKENDS": plugin.name}
     ending = run_python(
         "from hal.check.child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s
     )
-    found: dict[str, Finding] = {}
-    running = None
-    for line in ending.output.splitlines():
-        if not line.startswith(MARK):
-            continue
-        try:
-            said = json.loads(line.removeprefix(MARK))
-        except ValueError:  # a line that a dying child did not finish
-            continue
-        if not isinstance(said, dict):
-            continue
-        if "refused" in said:
-            raise (Absent if said["absent"] else Broken)(said["refused"], device=plugin.name)
-        running = said.get("running", running)
-        if "part" in said:
-            found[said["part"]] = Finding(**said)
     fault = f"the process {ending.fault or 'ended'}" + (f": {ending.last_line()}" if ending.last_line() else "")
+    said: dict[str, Any] = {"stage": "starting Python", "running": None}
+    found: dict[str, Finding] = {}
+    for report in read_reports(ending.output):
+        if "part" in report:
+            found[report["part"]] = Finding(**report)
+        said.update(report)
+    if "refused" in said:
+        raise (Absent if said["absent"] else Broken)(said["refused"], device=name)
+    if said["stage"] is not None:  # it died before there was a device to try anything on
+        raise Broken(f"{said['stage']}: {fault}", device=name)
     findings = []
-    for part in parts:
+    for part in PARTS:
         if part in found:
             findings.append(found[part])
-        elif part == running:
+        elif part == said["running"]:
             findings.append(Finding(part, "fails", fault))
         else:
-            findings.append(Finding(part, "fails", f"not tried: {fault} at {running}"))
+            findings.append(Finding(part, "fails", f"not tried: {fault} at {said['running']}"))
     return findings

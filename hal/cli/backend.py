@@ -9,6 +9,9 @@ from pathlib import Path
 
 import click
 
+from hal.check import Finding
+from hal.cli.output import plain
+from hal.errors import Absent, Broken
 from hal.explain import TIMEOUT_S
 
 SCHEMA = "hal.backend-check/1"
@@ -50,20 +53,30 @@ def check(ctx: click.Context, name: str, as_json: bool, timeout_s: float) -> Non
 
     Each part is fulfilled, unsupported (the backend says that it lacks it, and why) or fails (it does something
     else than the interface says). Exit status 1 if a part fails, 3 if there is no device that opens, otherwise 0.
+    In JSON, "status" is then "absent" or "broken" with the reason, otherwise "checked".
     """
     from hal.check import check_backend
 
-    findings = check_backend(name, timeout_s=timeout_s)
+    try:
+        findings = check_backend(name, timeout_s=timeout_s)
+    except (Absent, Broken) as error:
+        if as_json:
+            click.echo(_as_json(name, "absent" if isinstance(error, Absent) else "broken", error.reason, []))
+        raise
     failed = any(finding.outcome == "fails" for finding in findings)
     counts = Counter(finding.outcome for finding in findings)
     if as_json:
-        report = {"schema": SCHEMA, "backend": name, "findings": [finding.as_json() for finding in findings]}
-        click.echo(json.dumps(report, indent=2))
+        click.echo(_as_json(name, "checked", "", findings))
     else:
         colours = {"fulfilled": "green", "unsupported": "yellow", "fails": "red"}
         for finding in findings:
             click.secho(f"{finding.outcome:12}", fg=colours[finding.outcome], nl=False)
-            detail = "".join(c if c.isprintable() else " " for c in finding.detail)
-            click.echo(f"{finding.part:24}{detail}")
+            click.echo(f"{finding.part:24}{plain(finding.detail)}")
     click.echo(", ".join(f"{n} {outcome}" for outcome, n in counts.items()), err=True)
     ctx.exit(1 if failed else 0)
+
+
+def _as_json(name: str, status: str, reason: str, findings: list[Finding]) -> str:
+    report = {"schema": SCHEMA, "backend": name, "status": status, "reason": reason,
+              "findings": [finding.as_json() for finding in findings]}  # fmt: skip
+    return json.dumps(report, indent=2)

@@ -7,6 +7,7 @@ import keyword
 import os
 import re
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +17,10 @@ import hal
 from hal import plugins
 from hal.errors import ConfigError
 
+_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
+LONGEST = 50
+"""Characters of a name: it becomes part of file names and of a distribution's name."""
+
 
 def write_package(name: str, folder: Path, torch_type: str) -> Path:
     """Write a complete plug-in package.
@@ -23,24 +28,22 @@ def write_package(name: str, folder: Path, torch_type: str) -> Path:
     Args:
         name: of the backend, which `hal.open_device` will take.
         folder: where the package's folder is made; it must exist.
-        torch_type: the torch device type; "cpu" makes a rehearsal that runs anywhere.
+        torch_type: the torch device type; "cpu" makes a rehearsal that runs anywhere, another one that torch has built
+            in a backend for a chip that answers to it.
 
     Returns:
         The new folder.
 
     Raises:
-        ConfigError: a name that cannot be used, or the folder is there already. Nothing is written then.
+        ConfigError: a name that cannot be used, or a folder that is there already or cannot be written. Nothing is
+            left behind then.
     """
     _check_name(name)
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", torch_type):
+    if not _NAME.fullmatch(torch_type) or len(torch_type) > LONGEST:
         raise ConfigError(f"no torch device type {torch_type!r}", expected="lower-case letters, digits, underscores")
     module = f"hal_{name}"
     distribution = "hal-" + name.replace("_", "-")
     target = folder / distribution
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder", hint="make it first, or leave out --dir")
-    if os.path.lexists(target):
-        raise ConfigError(f"{target} is there already", hint="another --dir, or remove it")
     values = {
         "name": name,
         "module": module,
@@ -52,31 +55,48 @@ def write_package(name: str, folder: Path, torch_type: str) -> Path:
         "api_minor": str(hal.PLUGIN_API[1]),
     }
     files = {
-        "pyproject.toml": "pyproject.toml.txt",
-        "README.md": "README.md.txt",
-        f"{module}/__init__.py": "rehearsal.py.txt" if torch_type == "cpu" else "module.py.txt",
-        "tests/test_interface.py": "test.py.txt",
+        "pyproject.toml": _filled("pyproject.toml.txt", values),
+        "README.md": _filled("README.md.txt", values),
+        f"{module}/__init__.py": _filled(_module_template(torch_type), values),
+        f"{module}/py.typed": "",
+        "tests/test_interface.py": _filled("test.py.txt", values),
     }
-    templates = resources.files("hal.scaffold") / "template"
-    with tempfile.TemporaryDirectory(prefix=".hal-new-", dir=folder) as temporary:
-        made = Path(temporary) / distribution
-        for path, template in files.items():
-            (made / path).parent.mkdir(parents=True, exist_ok=True)
-            text = Template((templates / template).read_text(encoding="utf-8")).substitute(values)
-            (made / path).write_text(text, encoding="utf-8")
-        (made / module / "py.typed").touch()
-        try:
+    try:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is not a folder", hint="make it first, or leave out --dir")
+        if os.path.lexists(target):
+            raise ConfigError(f"{target} is there already", hint="another --dir, or remove it")
+        with tempfile.TemporaryDirectory(prefix=".hal-new-", dir=folder) as temporary:
+            made = Path(temporary) / distribution
+            for path, text in files.items():
+                (made / path).parent.mkdir(parents=True, exist_ok=True)
+                (made / path).write_text(text, encoding="utf-8")
             made.rename(target)
-        except OSError as error:  # someone else was faster
-            raise ConfigError(f"{target} cannot be made: {error}") from error
+    except OSError as error:  # no permission, no space, or someone else was faster
+        raise ConfigError(f"{target} cannot be made: {error}", hint="another --dir") from error
     return target
 
 
+def _filled(template: str, values: Mapping[str, str]) -> str:
+    text = (resources.files("hal.scaffold") / "template" / template).read_text(encoding="utf-8")
+    return Template(text).substitute(values)
+
+
+def _module_template(torch_type: str) -> str:
+    if torch_type == "cpu":
+        return "rehearsal.py.txt"
+    # torch has a module for each device type of its own. Its folder shows that without an import of seconds.
+    torch = find_spec("torch")
+    own = torch is not None and torch.origin is not None and (Path(torch.origin).parent / torch_type).is_dir()
+    return "own_type.py.txt" if own else "module.py.txt"
+
+
 def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+    if not _NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > LONGEST:
         raise ConfigError(
-            f"{name!r} is no name for a backend",
-            expected="lower-case letters, digits and underscores, beginning with a letter",
+            f"{name[: 2 * LONGEST]!r} is no name for a backend",
+            expected=f"at most {LONGEST} lower-case letters and digits, beginning with a letter; single underscores "
+            "between them",
         )
     for plugin in plugins.registered():
         if plugin.name == name:

@@ -13,6 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from hal.errors import Broken
+
 
 @dataclass(frozen=True)
 class TorchBuild:
@@ -33,19 +35,28 @@ class TorchBuild:
 
 
 def torch_build() -> TorchBuild | None:
-    """Return the build of the torch that is imported or would be, None if there is none."""
+    """Return the build of the torch that is imported or would be, None if there is none.
+
+    Raises:
+        Broken: there is one, and it does not say what it was built for: it is damaged, or something else of this name.
+    """
     imported = sys.modules.get("torch.version")
     if imported is not None:
         return TorchBuild(str(imported.__version__), getattr(imported, "cuda", None), getattr(imported, "hip", None))
     spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    if spec is None:
         return None
+    # A folder without an `__init__.py` has no origin: what an uninstall left behind, say.
+    folder = Path(spec.origin).parent if spec.origin else Path(next(iter(spec.submodule_search_locations or ["torch"])))
+    where = folder / "version.py"
     try:
-        literals = _literals(Path(spec.origin).with_name("version.py").read_text(encoding="utf-8"))
-    except (OSError, SyntaxError):
-        return None
-    version = literals.get("__version__")
-    return None if version is None else TorchBuild(version, literals.get("cuda"), literals.get("hip"))
+        literals = _literals(where.read_text(encoding="utf-8"))
+        return TorchBuild(literals["__version__"], literals.get("cuda"), literals.get("hip"))
+    except (OSError, SyntaxError, ValueError, KeyError) as error:
+        raise Broken(
+            f"{where} does not tell its build ({type(error).__name__}: {error})", device="torch",
+            hint="reinstall torch; `hal doctor` shows whether it can be imported",
+        ) from error  # fmt: skip
 
 
 def _literals(source: str) -> dict[str, str]:

@@ -36,7 +36,7 @@ class Reversed(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        return a.flip(1) @ b.flip(0)
+        return a.flip(-1) @ b.flip(-2)
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
@@ -49,7 +49,7 @@ class SplitK(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        parts = [left @ right for left, right in zip(a.chunk(8, 1), b.chunk(8, 0), strict=True)]
+        parts = [left @ right for left, right in zip(a.chunk(8, -1), b.chunk(8, -2), strict=True)]
         return torch.stack(parts).sum(0)
 
 
@@ -59,9 +59,10 @@ class Blocked(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
-        for left, right in zip(a.split(16, 1), b.split(16, 0), strict=True):
-            total = total + left @ right
+        parts = [left @ right for left, right in zip(a.split(16, -1), b.split(16, -2), strict=True)]
+        total: Tensor = parts[0]
+        for part in parts[1:]:
+            total = total + part
         return total
 
 
@@ -71,9 +72,9 @@ class Sequential(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        total = a[:, :1] * b[:1]
-        for k in range(1, a.shape[1]):
-            total = total + a[:, k : k + 1] * b[k : k + 1]
+        total = a[..., :1] * b[..., :1, :]
+        for k in range(1, a.shape[-1]):
+            total = total + a[..., k : k + 1] * b[..., k : k + 1, :]
         return total
 
 
@@ -83,10 +84,10 @@ class FusedMultiplyAdd(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        total = torch.zeros(a.shape[0], b.shape[1], device=a.device)
         left, right = a.double(), b.double()
-        for k in range(a.shape[1]):
-            total = (total.double() + left[:, k : k + 1] * right[k : k + 1]).float()
+        total = (left[..., :1] * right[..., :1, :]).float()
+        for k in range(1, a.shape[-1]):
+            total = (total.double() + left[..., k : k + 1] * right[..., k : k + 1, :]).float()
         return total
 
 
@@ -96,12 +97,11 @@ class Pairwise(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        terms = a[:, :, None] * b[None]
-        while terms.shape[1] > 1:
-            if terms.shape[1] % 2:
-                terms = torch.cat([terms, torch.zeros_like(terms[:, :1])], 1)
-            terms = terms[:, ::2] + terms[:, 1::2]
-        return terms[:, 0]
+        terms = [a[..., k : k + 1] * b[..., k : k + 1, :] for k in range(a.shape[-1])]
+        while len(terms) > 1:
+            odd = terms[len(terms) // 2 * 2 :]
+            terms = [left + right for left, right in zip(terms[::2], terms[1::2], strict=False)] + odd
+        return terms[0]
 
 
 @benign()
@@ -120,8 +120,8 @@ class FusedExpert(OwnProduct):
     def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """See `OwnProduct.expert`."""
         wide = x.float()
-        hidden = self.activate(wide @ w1.float().t()) * (wide @ w3.float().t())
-        return (hidden @ w2.float().t()).to(x.dtype)
+        hidden = self.activate(wide @ w1.float().mT) * (wide @ w3.float().mT)
+        return (hidden @ w2.float().mT).to(x.dtype)
 
 
 @benign()
@@ -130,8 +130,8 @@ class PackedProjections(OwnProduct):
 
     def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """See `OwnProduct.expert`."""
-        g, u = (x @ torch.cat([w1, w3]).t()).chunk(2, -1)
-        return (self.activate(g) * u) @ w2.t()
+        g, u = (x @ torch.cat([w1, w3], -2).mT).chunk(2, -1)
+        return (self.activate(g) * u) @ w2.mT
 
 
 @benign()
@@ -140,21 +140,16 @@ class Transposed(OwnProduct):
 
     def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """See `OwnProduct.expert`."""
-        return (w2 @ (self.activate(w1 @ x.t()) * (w3 @ x.t()))).t()
+        return (w2 @ (self.activate(w1 @ x.mT) * (w3 @ x.mT))).mT
 
 
 @benign()
-class PaddedBatch(Parts):
+class PaddedBatch(OwnProduct):
     """Experts as one batched product over rows that are padded to the busiest."""
 
-    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
-        """See `MoEOps.experts`."""
-        experts, longest = len(counts_E), max(1, int(counts_E.max()))
-        owner = torch.repeat_interleave(torch.arange(experts, device=x_RD.device), counts_E)
-        place = torch.arange(len(x_RD), device=x_RD.device) - (counts_E.cumsum(0) - counts_E)[owner]
-        padded = x_RD.new_zeros(experts, longest, x_RD.shape[1]).index_put((owner, place), x_RD)
-        g, u = torch.bmm(padded, weights.w1_EFD.mT), torch.bmm(padded, weights.w3_EFD.mT)
-        return torch.bmm(torch.nn.functional.silu(g) * u, weights.w2_EDF.mT)[owner, place]
+    def stored(self, x: Tensor, w: Tensor) -> Tensor:
+        """See `OwnProduct.stored`."""
+        return torch.bmm(x, w.mT)
 
 
 @benign()

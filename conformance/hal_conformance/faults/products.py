@@ -16,9 +16,10 @@ class AccumulatesInBfloat16(OwnProduct):
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
-        total = torch.zeros(a.shape[0], b.shape[1], dtype=torch.bfloat16, device=a.device)
-        for left, right in zip(a.split(16, 1), b.split(16, 0), strict=True):
-            total = total + (left @ right).bfloat16()
+        parts = [(left @ right).bfloat16() for left, right in zip(a.split(16, -1), b.split(16, -2), strict=True)]
+        total: Tensor = parts[0]
+        for part in parts[1:]:
+            total = total + part
         return total.float()
 
 
@@ -41,7 +42,7 @@ class TruncatesStores(OwnProduct):
 
     def stored(self, x: Tensor, w: Tensor) -> Tensor:
         """See `OwnProduct.stored`."""
-        exact = self.product(x.float(), w.float().t())
+        exact = self.product(x.float(), w.float().mT)
         if x.dtype == torch.bfloat16:
             exact = gradient_of((exact.detach().view(torch.int32) & -65536).view(torch.float32), exact)
         return exact.to(x.dtype)
@@ -53,7 +54,7 @@ class TruncatesTheGate(TruncatesStores):
 
     def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """See `OwnProduct.expert`."""
-        return (self.activate(self.stored(x, w1)) * (x @ w3.t())) @ w2.t()
+        return (self.activate(self.stored(x, w1)) * (x @ w3.mT)) @ w2.mT
 
 
 @fault()

@@ -104,7 +104,7 @@ class AccumulatesGradientsLow(OwnProduct):
     def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
         """See `OwnProduct.expert`."""
         alone = super().expert
-        return torch.cat([alone(part, w1, w3, w2) for part in x.split(4)])
+        return torch.cat([alone(part, w1, w3, w2) for part in x.split(4, -2)], -2)
 
 
 @fault("pytorch PR#174314")

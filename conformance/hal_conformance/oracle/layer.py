@@ -100,8 +100,10 @@ def layer(
     _, dscores = aux_loss(observed["scores_TE"], chosen, spec)
     _, dz = z_loss(observed["logits_TE"])
     daux, dz_loss = (float(given[name]) for name in ("daux", "dz"))
-    from_losses = Chained.of(dscores.scaled(daux)), Chained.of(dz.scaled(dz_loss))
-    dlogits = (logits_gradient(dweights, scores, chosen, spec, from_losses[0]) + from_losses[1]).stored(gate_dtype)
+    by_scores = logits_gradient(dweights, scores, chosen, spec, Chained.of(dscores.scaled(daux)))
+    by_z = Chained.of(dz.scaled(dz_loss))
+    # Both are gradients of the stored logits: each may be stored, and their sum is.
+    dlogits = (by_scores.stored(gate_dtype) + by_z.stored(gate_dtype)).stored(gate_dtype)
     gate_rule = arithmetic(contract, gate_dtype)
     x, gate = Chained.exact(given["x_TD"]), Chained.exact(given["gate_ED"])
     found = {"gate_ED": product(dlogits.T, x, gate_rule).stored(gate_dtype)}

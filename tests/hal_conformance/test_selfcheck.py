@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal conformance selfcheck`: what it counts as flagged, and that it fails when the suite does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hal_conformance import selfcheck
+from hal_conformance.faults import VARIATIONS
+from hal_conformance.faults.catalogue import Variation, fault
+from hal_conformance.results import Result
+from hal_conformance.selfcheck import Outcome, exit_status, flagged_by
+from hal_conformance.verdicts import Status
+
+NOTHING = {"bound": None, "rms": None, "bias": None, "exact": None}
+
+
+def row(status, case="experts.random[a]", **detectors):
+    return Result(case, "experts", "cpu", "m:o", "float32", status, None, NOTHING | detectors, "why", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("result", "by"),
+    [
+        (row(Status.PASS, bound=0.9, rms=0.5), set()),
+        (row(Status.UNSUPPORTED), set()),
+        (row(Status.FAIL_NUMERIC, bound=7.0, rms=0.5), {"bound"}),
+        (row(Status.FAIL_NUMERIC, bound=7.0, rms=3.0, bias=-2.0), {"bound", "rms", "bias"}),
+        (row(Status.FAIL_NUMERIC, exact=0.1), {"exact"}),
+        (row(Status.FAIL_NUMERIC), {"bound"}),  # a margin that is not finite is None
+        (row(Status.DEGRADED, bound=0.8, bias=1.5), {"bias"}),
+        (row(Status.FAIL_DISCRETE, exact=0.1), {"discrete"}),
+        (row(Status.FAIL_NONFINITE), {"nonfinite"}),
+        (row(Status.FAIL_STRUCTURE), {"structure"}),
+        (row(Status.HANG), {"crash"}),
+    ],
+)
+def test_what_speaks_against_a_subject(result, by):
+    assert flagged_by(result) == by
+
+
+def test_a_fault_that_nothing_flags_and_a_benign_variation_that_something_does_are_wrong():
+    missed, alarmed = Outcome(VARIATIONS["drops_a_token"]), Outcome(VARIATIONS["reversed"])
+    missed.add(row(Status.PASS))
+    alarmed.add(row(Status.PASS))
+    assert (missed.right, alarmed.right) == (False, True)
+    assert exit_status([missed, alarmed]) == 1
+    missed.add(row(Status.DEGRADED, rms=1.1))
+    assert exit_status([missed, alarmed]) == 0
+    alarmed.add(row(Status.DEGRADED, rms=1.1))
+    assert exit_status([missed, alarmed]) == 1
+    silent = Outcome(VARIATIONS["reversed"])
+    silent.add(row(Status.UNSUPPORTED))
+    assert not silent.right, "nothing was judged"
+
+
+def test_every_variation_says_what_it_is_and_no_name_occurs_twice():
+    assert all(isinstance(v, Variation) and v.what and v.make() for v in VARIATIONS.values())
+    with pytest.raises(TypeError, match="name is taken"):
+        fault()(type("Reversed", (), {"__doc__": "Once more."}))
+    with pytest.raises(TypeError, match="no docstring"):
+        fault()(type("Nameless", (), {}))
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "hal.cli.main", "conformance", "selfcheck", *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+
+
+def test_the_command_shows_fault_by_detector_and_ends_with_0(tmp_path):
+    report, page = tmp_path / "r.json", tmp_path / "r.md"
+    files = ("--json", str(report), "--markdown", str(page))
+    done = command("low_z_loss", "split_k", "--case", "losses", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(report.read_text())
+    assert found["schema"] == "hal.selfcheck/1"
+    assert found["faults"] == {"total": 1, "flagged": 1}
+    assert found["benign"] == {"total": 1, "green": 1}
+    assert found["outcomes"][0]["cases"] == ["losses.z"]
+    assert found["outcomes"][0]["by"]["bound"] > 0
+    assert "1 of 1 faults flagged, 1 of 1 benign variations green" in done.stdout
+    assert "| low\\_z\\_loss | The z-loss is computed in the logits' dtype |" in page.read_text()
+    assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+def test_a_fault_that_the_chosen_cases_cannot_see_makes_it_fail():
+    done = command("low_z_loss", "--case", "dispatch.permutation")
+    assert done.returncode == 1
+    assert "nothing flagged it" in done.stdout
+    assert command("no_such_*").returncode == 2
+
+
+def test_cases_without_any_of_the_presets_are_run_all_the_same():
+    from hal_conformance.cases import ALL
+    from hal_conformance.plan import Selection
+
+    names = {task.case.name for task in selfcheck.tasks(Selection(scale="tiny"), ALL)}
+    assert names == {case.name for case in ALL}

@@ -40,8 +40,11 @@ def _switches() -> Iterator[tuple[str, object]]:
         # torch's compiler sets variables of its own as soon as it is imported, whatever the device.
         if not name.startswith("TORCHINDUCTOR_"):
             yield f"environment variable {name}", value
+    # torch adds a folder of its own when a part of torch.distributed is imported, which older optimisers do.
+    compiled = getattr(sys.modules.get("torch.distributed.nn.jit.instantiator"), "INSTANTIATED_TEMPLATE_DIR_PATH", None)
     for path in sys.path:
-        yield f"entry of sys.path {path}", True
+        if path != compiled:
+            yield f"entry of sys.path {path}", True
     yield "sys.getrecursionlimit()", sys.getrecursionlimit()
     if "torch" in sys.modules:
         yield from _torch_switches()

@@ -64,7 +64,11 @@ def fp8(device: Device) -> str:
     native = [name for name, answer in answers.items() if answer]
     for name in native:
         _multiply(device, name, getattr(torch, FP8_FORMATS[name]))
-    lacking = [f"{name}: {answer.reason}" for name, answer in answers.items() if not answer]
+    refused: dict[str, list[str]] = {}
+    for name, answer in answers.items():
+        if not answer:
+            refused.setdefault(answer.reason.partition(". ")[0], []).append(name)  # torch's refusals go on for pages
+    lacking = [f"{', '.join(names)}: {reason}" for reason, names in refused.items()]
     if not native:
         raise UnsupportedOperation("; ".join(lacking), device=device.info.id, what="precision.fp8_formats")
     return "; ".join([f"{', '.join(native)} multiplied exactly", *lacking])

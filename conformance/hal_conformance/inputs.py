@@ -27,6 +27,7 @@ NUMPY_DTYPES: dict[str, np.dtype[np.generic]] = {
     "float16": np.dtype(np.float16),
     "float64": np.dtype(np.float64),
     "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
 }
 
 BYTE_SUM_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)  # of the sum of four uniform bytes

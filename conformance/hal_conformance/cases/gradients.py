@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients between backward and step: clipping by one norm for all, and accumulation over micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal.moe.ops import ExpertWeights
+from hal.moe.presets import preset
+from hal_conformance import inputs as make
+from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised, arithmetic
+from hal_conformance.cases import parameters
+from hal_conformance.cases.base import Base, leaf, observed, shape, wide
+from hal_conformance.chained import Chained
+from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
+from hal_conformance.oracle.clipping import clip_grad_norm
+from hal_conformance.oracle.experts import each
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+ROUTED = ("w1_EFD", "w3_EFD", "w2_EDF")
+
+
+class GradientCase(Base):
+    """One preset stands for all, since no router is involved; gradients in float32 or bfloat16."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("float32", "bfloat16")
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        elements = sum(int(np.prod(shape)) for shape in parameters.shapes(p).values())
+        return Footprint(4 * elements, 4 * elements)
+
+
+@dataclass(frozen=True)
+class Clip(GradientCase):
+    """Gradients clipped to a limit.
+
+    Attributes:
+        max_norm: the limit.
+        scale: of all gradients.
+        bad: what one element of the dense gradient is replaced by.
+    """
+
+    max_norm: float = 1.0
+    scale: float = 1.0
+    bad: float | None = None
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        made = parameters.gradients(p, "clip")
+        arrays = parameters.stored("g", {name: g * self.scale for name, g in made.items()}, p.dtype)
+        if self.bad is not None:
+            dense = arrays["g/dense"].copy()
+            dense.reshape(-1)[make.integers(p.seed, "clip/bad", 0, dense.size - 1, 1)] = self.bad
+            arrays["g/dense"] = dense
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        clipped, norm = ops.clip_grad_norm(parameters.listed(tensors, "g", p), self.max_norm)
+        return observed({"norm": norm, **{f"g/{n}": g for n, g in zip(parameters.shapes(p), clipped, strict=True)}})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        if self.bad is not None and contract.nonfinite != "ieee":
+            raise Unpromised("the contract replaces infinities and NaN by finite values")
+        expected = {"norm": ((), "float32"), **parameters.expected_structure({"g": p.dtype}, p)}
+        wrong = structure(outputs, expected)
+        if wrong is not None:
+            return wrong
+        names = list(parameters.shapes(p))
+        norm, clipped = clip_grad_norm([wide(inputs[f"g/{name}"]) for name in names], self.max_norm, p.dtype)
+        found = [judge("norm", outputs["norm"], norm)]
+        for name, bounded in zip(names, clipped, strict=True):
+            got = outputs[f"g/{name}"]
+            certain = not bounded.bound.any()
+            what = f"gradient of {name}"
+            found.append(exact(what, got, bounded.value) if certain else judge(what, got, bounded))
+        return merge(found)
+
+
+TOKENS = (7, 0, 64, 19, 1)
+"""Tokens of the micro-batches; one has none, as when all of its labels are masked."""
+
+
+class Accumulate(GradientCase):
+    """Gradients of five micro-batches of different sizes."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays: Arrays = {}
+        for at in range(len(TOKENS)):
+            arrays |= parameters.stored(f"g{at}", parameters.gradients(p, f"accumulate/{at}"), p.dtype)
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        parts = [parameters.listed(tensors, f"g{at}", p) for at in range(len(TOKENS))]
+        total = ops.accumulate_gradients(parts, list(TOKENS))
+        return observed({f"total/{name}": g for name, g in zip(parameters.shapes(p), total, strict=True)})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = structure(outputs, parameters.expected_structure({"total": "float32"}, p))
+        if wrong is not None:
+            return wrong
+        found = []
+        for name in parameters.shapes(p):
+            parts = [wide(inputs[f"g{at}/{name}"]) for at in range(len(TOKENS))]
+            expected = accumulate(parts, TOKENS).stored("float32")
+            found.append(judge(f"sum of {name}", outputs[f"total/{name}"], expected))
+        return merge(found)
+
+
+class MicroBatches(GradientCase):
+    """The weight gradients of the experts, from the whole batch and from its micro-batches."""
+
+    SIZES = (64, 32, 16, 16)
+    """Rows of the micro-batches. Powers of two, so that the mean over each divides exactly."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: the one with the fewest experts."""
+        return ("mixtral-8x7b",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: rows sorted by expert, and the micro-batch of each; most lack some expert."""
+        s, experts, rows = shape(p), preset(p.preset).router.num_experts, sum(self.SIZES)
+        expert_R = np.sort(make.integers(p.seed, "micro/expert", 0, experts - 1, rows) ** 2 // experts)
+        micro_R = np.repeat(np.arange(len(self.SIZES)), self.SIZES)[make.permutation(p.seed, "micro/batch", rows)]
+        x = make.activations(p.seed, "micro/x", rows, s.width) * (np.sqrt(s.width) / make.typical_norm(s.width))
+        up, down = (experts, s.hidden, s.width), (experts, s.width, s.hidden)
+        return {
+            "x_RD": make.store(x, p.dtype),
+            "dy_RD": make.store(make.normal(p.seed, "micro/dy", rows, s.width), p.dtype),
+            "expert_R": expert_R.astype(np.int64),
+            "micro_R": micro_R.astype(np.int64),
+            "w1_EFD": make.expert_weights(p.seed, "micro/w1", p.dtype, *up),
+            "w3_EFD": make.expert_weights(p.seed, "micro/w3", p.dtype, *up),
+            "w2_EDF": make.expert_weights(p.seed, "micro/w2", p.dtype, *down),
+        }
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        import torch
+
+        experts = preset(p.preset).router.num_experts
+
+        def gradients(rows: torch.Tensor) -> list[torch.Tensor | None]:
+            weights = [leaf(tensors[name]) for name in ROUTED]
+            counts = torch.bincount(tensors["expert_R"][rows].cpu(), minlength=experts).to(rows.device)
+            y = ops.experts(tensors["x_RD"][rows], counts, ExpertWeights(*weights))
+            y.backward(tensors["dy_RD"][rows] / len(rows))
+            return [w.grad for w in weights]
+
+        micro = tensors["micro_R"]
+        parts = [gradients((micro == at).nonzero()[:, 0]) for at in range(len(self.SIZES))]
+        whole = gradients(torch.arange(len(micro), device=micro.device))
+        total = ops.accumulate_gradients(parts, list(self.SIZES))
+        found: dict[str, torch.Tensor | None] = {}
+        for at, name in enumerate(ROUTED):
+            found |= {f"whole/{name}": whole[at], f"total/{name}": total[at]}
+        return observed(found)
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        kinds = {"whole": p.dtype, "total": "float32"}
+        wrong = structure(
+            outputs, {f"{kind}/{n}": (inputs[n].shape, dtype) for kind, dtype in kinds.items() for n in ROUTED}
+        )
+        if wrong is not None:
+            return wrong
+        micro, everything = inputs["micro_R"], np.arange(sum(self.SIZES))
+        parts = [self._gradients(inputs, np.flatnonzero(micro == at), p, contract) for at in range(len(self.SIZES))]
+        total = [accumulate_chained([part[at] for part in parts], self.SIZES) for at in range(len(ROUTED))]
+        whole = self._gradients(inputs, everything, p, contract)
+        found: list[Finding] = []
+        for name, once, summed in zip(ROUTED, whole, total, strict=True):
+            # A sum over rows first: its error is shared by no other element of the weight.
+            found.append(judge(f"d{name} of the batch", outputs[f"whole/{name}"], once.bounded(p.dtype)))
+            found.append(judge(f"d{name} over micro-batches", outputs[f"total/{name}"], summed.bounded("float32")))
+        return merge(found)
+
+    def _gradients(self, inputs: Arrays, rows: Any, p: Params, contract: Contract) -> list[Chained]:
+        """Return the oracle's weight gradients of some rows."""
+        experts = preset(p.preset).router.num_experts
+        counts = np.bincount(inputs["expert_R"][rows], minlength=experts).astype(np.int64)
+        w1, w3, w2 = (inputs[name] for name in ROUTED)
+        made = [Chained(np.zeros(w.shape), np.zeros(w.shape)) for w in (w1, w3, w2)]
+        dy: F64 = wide(inputs["dy_RD"][rows]) / len(rows)
+        for e, of, inside in each(inputs["x_RD"][rows], counts, (w1, w3, w2), p.dtype, arithmetic(contract, p.dtype)):
+            for whole, part in zip(made, inside.backward(Chained.exact(dy[of])).weights, strict=True):
+                whole[e] = part
+        return made
+
+
+_CLIP = ("clip_grad_norm",)
+CASES = (
+    Clip(
+        "gradients.clip_above", "gradients", _CLIP,
+        "Clipping to a norm far below the gradients': min(1, limit / (norm + 1e-6)) with one norm over dense and "
+        "expert gradients together, though the experts' are 64 times larger (Megatron-LM PR#5916 left them out). "
+        "Bound: the sum of positive squares in any order, halved by the root, and the roundings of factor and "
+        "product (oracle.clipping).",
+    ),
+    Clip(
+        "gradients.clip_small", "gradients", _CLIP,
+        "As gradients.clip_above, with gradients and a limit so small that the epsilon of 1e-6 counts.",
+        scale=2.0**-20, max_norm=1e-5,
+    ),
+    Clip(
+        "gradients.clip_below", "gradients", _CLIP,
+        "A limit above the norm: the factor is exactly 1 and every gradient comes back bit by bit.",
+        max_norm=1e6,
+    ),
+    Clip(
+        "gradients.clip_zero", "gradients", _CLIP,
+        "All gradients zero: the norm is 0, nothing is divided by it, and zeros come back.", scale=0.0,
+    ),
+    Clip(
+        "gradients.clip_nan", "gradients", _CLIP,
+        "One NaN among the gradients: the norm is NaN and so is every clipped gradient, as torch does it; a NaN that "
+        "is dropped would hide a broken step.", bad=np.nan,
+    ),
+    Clip(
+        "gradients.clip_infinite", "gradients", _CLIP,
+        "One infinity among the gradients: the norm is infinite and the factor 0, so that finite gradients become 0 "
+        "and the infinite one NaN, as torch does it.", bad=np.inf,
+    ),
+    Accumulate(
+        "gradients.accumulate", "gradients", ("accumulate_gradients",),
+        "Gradients of micro-batches with 7, 0, 64, 19 and 1 tokens, weighted by their tokens, added up in float32. A "
+        "mean over micro-batches, or a sum in bfloat16, is another number. Bound: (k + 2) u sum |w g|.",
+    ),
+    MicroBatches(
+        "gradients.micro_batches", "gradients", ("experts", "accumulate_gradients"),
+        "Weight gradients of the experts from the whole batch, and the sum over four micro-batches of different "
+        "sizes in which some experts have no rows: both around one oracle, each within its own chained bound "
+        "(oracle.experts, oracle.accumulation).",
+    ),
+)  # fmt: skip

@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW, Adam and SGD: ten steps, each judged from the device's own state before it; and all ten at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal.moe.optimizer_ops import AdamHyper, SGDHyper
+from hal_conformance import inputs as make
+from hal_conformance.bounds import Bounded
+from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised
+from hal_conformance.cases import parameters
+from hal_conformance.cases.base import Base, observed
+from hal_conformance.cases.strided import Strided
+from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
+from hal_conformance.oracle import adam, sgd
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+STEPS = 10
+
+
+class OptimizerCase(Base):
+    """One preset stands for all, since no router is involved; parameters in float32 or bfloat16."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("float32", "bfloat16")
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        elements = sum(int(np.prod(shape)) for shape in parameters.shapes(p).values())
+        return Footprint(4 * STEPS * elements, 12 * STEPS * elements)
+
+
+def initial(p: Params) -> Arrays:
+    """Return parameters and ten gradients of each."""
+    each = [parameters.gradients(p, f"optimizer/g{step}") for step in range(1, STEPS + 1)]
+    stacked = {name: np.stack([g[name] for g in each]) for name in each[0]}
+    return {
+        **parameters.stored("p", parameters.values(p, "optimizer/p"), p.dtype),
+        **parameters.stored("g", stacked, p.dtype),
+    }
+
+
+def best(candidates: Iterable[list[Finding]]) -> list[Finding]:
+    """Return the findings under that admitted reading which fits best."""
+
+    def distance(findings: list[Finding]) -> tuple[int, float]:
+        return max(f.status.severity for f in findings), max((f.margin or 0.0) for f in findings)
+
+    return min(candidates, key=distance)
+
+
+def by_parameter(what: str, expected: Bounded, outputs: Arrays, kind: str, p: Params) -> list[Finding]:
+    """Judge [steps, elements], one finding for each parameter; a row is a step, the first being 0."""
+    found = []
+    for name, at in parameters.columns(p).items():
+        bounded = Bounded(expected.value[:, at], expected.bound[:, at], expected.var[:, at])
+        # In its own dtype, so that what overflows there is known to.
+        array = outputs[f"{kind}/{name}"].reshape(bounded.value.shape)
+        found.append(judge(f"{what} of {name}", array, bounded))
+    return found
+
+
+@dataclass(frozen=True)
+class Adam(OptimizerCase):
+    """Steps of AdamW or Adam.
+
+    Attributes:
+        hyper: what is judged.
+        before: steps that the given state has behind it.
+        steps: how many are taken.
+    """
+
+    hyper: AdamHyper
+    before: int = 0
+    steps: int = STEPS
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether the decay is taken from the parameter."""
+        return self.needs == ("adamw_step",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: with a state, if there are steps behind it."""
+        arrays = initial(p)
+        arrays = {name: a[: self.steps] if name.startswith("g/") else a for name, a in arrays.items()}
+        if self.before:
+            first, second = parameters.gradients(p, "optimizer/m"), parameters.gradients(p, "optimizer/v")
+            arrays |= parameters.stored("m", {name: 0.3 * g for name, g in first.items()}, "float32")
+            arrays |= parameters.stored("v", {name: g**2 for name, g in second.items()}, "float32")
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        import torch
+
+        take = getattr(ops, self.needs[0])
+        current = parameters.listed(tensors, "p", p)
+        if self.before:
+            first, second = (parameters.listed(tensors, kind, p) for kind in "mv")
+        else:
+            first, second = ([torch.zeros_like(t, dtype=torch.float32) for t in current] for _ in "mv")
+        kinds: dict[str, list[list[torch.Tensor]]] = {"p": [], "m": [], "v": []}
+        for at in range(self.steps):
+            gradients = [g[at] for g in parameters.listed(tensors, "g", p)]
+            current, first, second = take(current, gradients, first, second, self.before + at + 1, self.hyper)
+            for kind, made in zip("pmv", (current, first, second), strict=True):
+                kinds[kind].append([t.clone() for t in made])
+        return observed(parameters.returned(kinds, p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        shapes = parameters.expected_structure({"p": p.dtype, "m": "float32", "v": "float32"}, p, self.steps)
+        wrong = structure(outputs, shapes)
+        if wrong is not None:
+            return wrong
+        start = {kind: parameters.flat(inputs, kind, p) for kind in ("pmv" if self.before else "p")}
+        g = parameters.flat(inputs, "g", p, self.steps)
+        after = {kind: parameters.flat(outputs, kind, p, self.steps) for kind in "pmv"}
+        before = {
+            kind: np.concatenate([start.get(kind, np.zeros_like(start["p"])), rows[:-1]])
+            for kind, rows in after.items()
+        }
+        return merge([*self._local(g, before, after, outputs, p), *self._chained(start["p"], g, outputs, p)])
+
+    def _local(
+        self, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+    ) -> list[Finding]:
+        """Judge each step from the state that the device itself had before it."""
+        hyper, decay = self.hyper, 0.0 if self.decoupled else self.hyper.weight_decay
+        was = {kind: Bounded.exact(rows) for kind, rows in before.items()}
+        effective = adam.gradient(g, was["p"], decay)
+        step = np.arange(self.before + 1.0, self.before + self.steps + 1.0)[:, None]
+        m, v = (adam.unstored(after[kind]) for kind in "mv")
+
+        def moments(kind: str, moment: Callable[..., Bounded], at: int) -> list[Finding]:
+            readings = {reading.betas(hyper)[at] for reading in adam.READINGS}
+            what = "first moment" if kind == "m" else "second moment"
+            return best(
+                by_parameter(what, moment(was[kind], effective, beta), outputs, kind, p) for beta in sorted(readings)
+            )
+
+        def parameter(single: bool) -> list[Finding]:
+            expected = adam.parameter(was["p"], m, v, step, hyper, p.dtype, decoupled=self.decoupled, single=single)
+            return by_parameter("parameter", expected, outputs, "p", p)
+
+        return [
+            *moments("m", adam.first_moment, 0),
+            *moments("v", adam.second_moment, 1),
+            *best(parameter(single) for single in (False, True)),
+        ]
+
+    def _chained(self, start: F64, g: F64, outputs: Arrays, p: Params) -> list[Finding]:
+        """Judge the last step from the inputs alone: in float32, since ten stores in bfloat16 admit everything."""
+        if p.dtype != "float32" or self.before or not np.isfinite(g).all():
+            return []
+        last = {name: array[-1:] for name, array in outputs.items()}
+
+        def under(reading: adam.Reading) -> list[Finding]:
+            expected = adam.chained(start[0], g, self.hyper, reading, decoupled=self.decoupled)
+            found = []
+            for kind, part in zip("pmv", expected, strict=True):
+                rows = Bounded(part.value[None], part.bound[None], part.var[None])
+                found += by_parameter(f"{kind} after {len(g)} steps", rows, last, kind, p)
+            return found
+
+        return best(under(reading) for reading in adam.READINGS)
+
+
+@dataclass(frozen=True)
+class NonfiniteAdam(Adam):
+    """A NaN and an infinity among the gradients."""
+
+    steps: int = 1
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        for name, bad in (("g/dense", np.nan), ("g/expert0", np.inf)):
+            changed = arrays[name].copy()
+            changed.reshape(-1)[make.integers(p.seed, f"optimizer/{name}/bad", 0, changed[0].size - 1, 1)] = bad
+            arrays[name] = changed
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        if contract.nonfinite != "ieee":
+            raise Unpromised("the contract replaces infinities and NaN by finite values")
+        return super().judge(inputs, outputs, p, contract)
+
+
+@dataclass(frozen=True)
+class SGD(OptimizerCase):
+    """Steps of SGD with momentum."""
+
+    hyper: SGDHyper
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return initial(p)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        import torch
+
+        current = parameters.listed(tensors, "p", p)
+        momentum = [torch.zeros_like(t, dtype=torch.float32) for t in current]
+        kinds: dict[str, list[list[torch.Tensor]]] = {"p": [], "b": []}
+        for at in range(STEPS):
+            gradients = [g[at] for g in parameters.listed(tensors, "g", p)]
+            current, momentum = ops.sgd_step(current, gradients, momentum, at + 1, self.hyper)
+            for kind, made in zip("pb", (current, momentum), strict=True):
+                kinds[kind].append([t.clone() for t in made])
+        return observed(parameters.returned(kinds, p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = structure(outputs, parameters.expected_structure({"p": p.dtype, "b": "float32"}, p, STEPS))
+        if wrong is not None:
+            return wrong
+        start, g = parameters.flat(inputs, "p", p), parameters.flat(inputs, "g", p, STEPS)
+        after = {kind: parameters.flat(outputs, kind, p, STEPS) for kind in "pb"}
+        before = {
+            "p": np.concatenate([start, after["p"][:-1]]),
+            "b": np.concatenate([np.zeros_like(start), after["b"][:-1]]),
+        }
+        return merge(self.findings(start, g, before, after, outputs, p))
+
+    def findings(
+        self, start: F64, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+    ) -> list[Finding]:
+        """Judge each step from the state before it, and the last from the inputs alone, in float32."""
+        was = {kind: Bounded.exact(rows) for kind, rows in before.items()}
+        first = sgd.momentum(_rows(was["b"], slice(1)), g[:1], _rows(was["p"], slice(1)), 1, self.hyper)
+        later = slice(1, None)
+        rest = sgd.momentum(_rows(was["b"], later), g[1:], _rows(was["p"], later), 2, self.hyper)
+        momentum = Bounded(
+            *(np.concatenate([getattr(b, part) for b in (first, rest)]) for part in ("value", "bound", "var"))
+        )
+        expected = sgd.parameter(was["p"], adam.unstored(after["b"]), self.hyper, p.dtype)
+        found = [
+            *by_parameter("momentum", momentum, outputs, "b", p),
+            *by_parameter("parameter", expected, outputs, "p", p),
+        ]
+        if p.dtype == "float32":
+            last = {name: array[-1:] for name, array in outputs.items()}
+            for kind, part in zip("pb", sgd.chained(start[0], g, self.hyper), strict=True):
+                rows = Bounded(part.value[None], part.bound[None], part.var[None])
+                found += by_parameter(f"{kind} after {STEPS} steps", rows, last, kind, p)
+        return found
+
+
+def _rows(b: Bounded, at: slice) -> Bounded:
+    return Bounded(b.value[at], b.bound[at], b.var[at])
+
+
+@dataclass(frozen=True)
+class ExactSGD(SGD):
+    """Integers, and hyperparameters that are powers of two: float32 rounds nothing."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays: Arrays = {}
+        for name, shape in parameters.shapes(p).items():
+            # b has 9 bits behind the point after ten steps, lr b 12, and p stays below 2^8: 21 bits in all.
+            g = make.integers(p.seed, f"optimizer/exact/{name}", -7, 7, STEPS, *shape).astype(np.float64)
+            value = make.integers(p.seed, f"optimizer/exact/p/{name}", -99, 99, *shape).astype(np.float64)
+            arrays |= {f"p/{name}": make.store(value, p.dtype), f"g/{name}": make.store(g, p.dtype)}
+        return arrays
+
+    def findings(
+        self, start: F64, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+    ) -> list[Finding]:
+        """Compare bit by bit; a parameter in bfloat16 is rounded once a step, which has one result, too."""
+        kept = np.full((STEPS, 1), self.hyper.momentum)
+        kept[0] = 0.0
+        momentum = kept * before["b"] + g
+        parameter = make.store(before["p"] - self.hyper.lr * after["b"], p.dtype)
+        found = []
+        for what, got, expected in (("momentum", after["b"], momentum), ("parameter", after["p"], parameter)):
+            for name, at in parameters.columns(p).items():
+                meter = ExactMeter(f"{what} of {name}")
+                meter.add(got[:, at], np.asarray(expected[:, at], np.float64))
+                found.append(meter.finding())
+        return found
+
+
+_LOCAL = (
+    " Ten steps, each judged from the device's own state before it, elementwise: parameters from its own new "
+    "moments, so that an error of a moment shows there and nowhere else. Gradients that are tiny, zero, or much "
+    "larger for experts; one expert has none at all. In float32 the tenth step is judged from the inputs alone, too. "
+    "Parameters in bfloat16 have states in float32 and are rounded once. 1 - beta and the bias corrections may be "
+    "computed in float32 or wider, and each reading has its own bound (oracle.adam)."
+)
+ADAMW = Adam(
+    "optimizer.adamw", "optimizer", ("adamw_step",),
+    "AdamW with decoupled decay, betas 0.9 and 0.95." + _LOCAL,
+    AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.1),
+)  # fmt: skip
+CASES = (
+    ADAMW,
+    Adam(
+        "optimizer.adamw_no_decay", "optimizer", ("adamw_step",),
+        "AdamW without decay, betas 0.9 and 0.999, epsilon 1e-5." + _LOCAL,
+        AdamHyper(2.0**-6, 0.9, 0.999, 1e-5),
+    ),
+    Adam(
+        "optimizer.adamw_late", "optimizer", ("adamw_step",),
+        "AdamW from a given state, two steps after the 1000th: bias corrections near 1." + _LOCAL,
+        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.1), 1000, 2,
+    ),
+    Adam(
+        "optimizer.adam", "optimizer", ("adam_step",),
+        "Adam with coupled decay: an L2 penalty that passes through the moments." + _LOCAL,
+        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.25),
+    ),
+    NonfiniteAdam(
+        "optimizer.nonfinite", "optimizer", ("adamw_step",),
+        "One NaN and one infinity among the gradients of AdamW's first step: they reach their own elements (an "
+        "infinity makes the moments infinite and the parameter NaN) and no other; the rest is judged as ever.",
+        AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.1),
+    ),
+    SGD(
+        "optimizer.sgd", "optimizer", ("sgd_step",),
+        "SGD with momentum 0.9, dampening 0.1 (not at the first step) and coupled decay; bounds of a constant, a "
+        "product and a sum for each term (oracle.sgd). Ten steps, each from the device's own state, and in float32 "
+        "all ten.",
+        SGDHyper(1e-2, 0.9, 0.1, 0.01),
+    ),
+    ExactSGD(
+        "optimizer.sgd_exact", "optimizer", ("sgd_step",),
+        "SGD with momentum on integers, learning rate 1/8 and momentum 1/2: nothing is rounded in float32, and a "
+        "parameter in bfloat16 once, so every bit of ten steps is known.",
+        SGDHyper(0.125, 0.5),
+    ),
+    Strided("optimizer.strided", ADAMW),
+)  # fmt: skip

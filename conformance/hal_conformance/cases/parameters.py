@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of a small MoE model and their gradients: what the optimiser and gradient cases share.
+
+Dense parameters and experts, of sizes that are no multiple of a vector's width, and one of a single element. One
+expert was chosen by no token: its gradient is exactly zero. The other experts' gradients, and the single element's,
+are much larger than the dense ones', as where an expert sees few tokens. A third of the dense gradients is tiny, down
+to 2^-60, where an optimiser's epsilon decides; some are zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hal_conformance import inputs as make
+from hal_conformance.case import F64, Arrays, Params
+from hal_conformance.cases.base import wide
+
+if TYPE_CHECKING:
+    import torch
+
+_ROWS = {"tiny": 17, "small": 65, "full": 513}
+IDLE = "expert2"
+"""The expert whose gradient is zero."""
+
+EXPERTS = ("expert0", "expert1", IDLE)
+DENSE = ("dense", "norm")
+
+
+def shapes(p: Params) -> dict[str, tuple[int, ...]]:
+    """Return the parameters' shapes."""
+    rows = _ROWS[p.scale]
+    return {"dense": (2 * rows - 1, 20), "norm": (20,), **dict.fromkeys(EXPERTS, (rows, 12)), "scalar": (1,)}
+
+
+def values(p: Params, stream: str) -> dict[str, F64]:
+    """Return parameters as they are trained: normal, their sizes from 2^-8 to 1; every 16th is zero."""
+    made = {}
+    for name, shape in shapes(p).items():
+        size = math.prod(shape)
+        x = make.normal(p.seed, f"{stream}/{name}", size)
+        x *= np.ldexp(1.0, make.integers(p.seed, f"{stream}/{name}/power", -8, 0, size).astype(np.int32))
+        x[make.permutation(p.seed, f"{stream}/{name}/zeros", size)[: size // 16]] = 0.0
+        made[name] = x.reshape(shape)
+    return made
+
+
+def gradients(p: Params, stream: str) -> dict[str, F64]:
+    """Return one gradient for each parameter; see above."""
+    made = {}
+    for name, shape in shapes(p).items():
+        size = math.prod(shape)
+        g = make.normal(p.seed, f"{stream}/{name}", size) * (0.125 if name in DENSE else 8.0)
+        if name == "dense":
+            order = make.permutation(p.seed, "tiny gradients", size)
+            power = make.integers(p.seed, f"{stream}/{name}/power", -60, -10, size).astype(np.int32)
+            few = order[: size // 3]
+            g[few] *= np.ldexp(1.0, power[few])
+            g[order[size // 3 : size // 3 + 8]] = 0.0
+        made[name] = np.zeros(shape) if name == IDLE else g.reshape(shape)
+    return made
+
+
+def stored(prefix: str, tensors: Mapping[str, F64], dtype: str) -> Arrays:
+    """Return tensors as inputs whose names begin with `prefix`."""
+    return {f"{prefix}/{name}": make.store(tensor, dtype) for name, tensor in tensors.items()}
+
+
+def listed(tensors: Mapping[str, torch.Tensor], prefix: str, p: Params) -> list[torch.Tensor]:
+    """Return the tensors of one kind, in the parameters' order."""
+    return [tensors[f"{prefix}/{name}"] for name in shapes(p)]
+
+
+def flat(arrays: Arrays, prefix: str, p: Params, steps: int = 1) -> F64:
+    """Return everything of one kind in float64, [steps, elements of all parameters]."""
+    return np.concatenate([wide(arrays[f"{prefix}/{name}"]).reshape(steps, -1) for name in shapes(p)], axis=1)
+
+
+def columns(p: Params) -> dict[str, slice]:
+    """Return where each parameter's elements lie in `flat`."""
+    found, start = {}, 0
+    for name, shape in shapes(p).items():
+        found[name] = slice(start, start + math.prod(shape))
+        start += math.prod(shape)
+    return found
+
+
+def returned(kinds: Mapping[str, list[list[torch.Tensor]]], p: Params) -> dict[str, torch.Tensor]:
+    """Return what every step gave, stacked: [steps, ...] by kind and parameter."""
+    import torch
+
+    return {
+        f"{kind}/{name}": torch.stack([step[at] for step in steps])
+        for kind, steps in kinds.items()
+        for at, name in enumerate(shapes(p))
+    }
+
+
+def expected_structure(
+    kinds: Mapping[str, str], p: Params, steps: int | None = None
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return shape and dtype of every output, from the dtype of each kind."""
+    lead = () if steps is None else (steps,)
+    return {
+        f"{kind}/{name}": ((*lead, *shape), dtype) for kind, dtype in kinds.items() for name, shape in shapes(p).items()
+    }

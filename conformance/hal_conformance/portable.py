@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from hal.moe.torch_fp8_ops import torch_fp8_ops
 from hal.moe.torch_ops import torch_ops
+from hal.moe.torch_optimizer_ops import torch_optimizer_ops
 from hal.moe.torch_training_ops import torch_training_ops
 
 
@@ -23,4 +25,4 @@ class Portable:
         raise AttributeError(f"the portable implementation has no {name}")
 
 
-portable = Portable(torch_ops, torch_training_ops)
+portable = Portable(torch_ops, torch_training_ops, torch_optimizer_ops, torch_fp8_ops)

@@ -30,7 +30,10 @@ Scale = Literal["tiny", "small", "full"]
 
 SCALES: tuple[Scale, ...] = ("tiny", "small", "full")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
-FAMILIES: tuple[str, ...] = ("router", "dispatch", "experts", "combine", "losses", "layer")
+FAMILIES: tuple[str, ...] = (
+    "router", "dispatch", "experts", "combine", "losses", "layer",
+    "norm", "rotary", "attention", "head",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

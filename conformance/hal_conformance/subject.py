@@ -93,7 +93,7 @@ def load_implementation(reference: str, folder: str) -> Any:
     (torch, numpy, hal) cannot be shadowed by a file that happens to lie there.
     """
     if reference == PORTABLE:
-        return load_attribute("hal.moe.torch_ops:torch_ops")
+        return load_attribute("hal_conformance.portable:portable")
     for module in ("torch", "numpy", "hal.moe"):
         importlib.import_module(module)
     sys.path.insert(0, folder)

@@ -10,11 +10,15 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from hal.errors import ShapeError
 from hal.moe.checks import as_index, check_floating, check_range, check_same_device, check_same_dtype, check_shape
 from hal.moe.precision import model_dtype, wide_dtype, without_autocast
 from hal.moe.training_ops import NORM_HEAD_EPSILON, TrainingOps
+
+_MATH: int = SDPBackend.MATH.value
+"""What torch calls its fallback."""
 
 
 class TorchTrainingOps(TrainingOps):
@@ -65,7 +69,7 @@ class TorchTrainingOps(TrainingOps):
         return torch.cat((y.to(x_THd.dtype), rest), dim=-1)
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
-        """See `TrainingOps.attention`."""
+        """See `TrainingOps.attention`: a kernel of the device's where torch has one, otherwise float32 products."""
         where = "attention"
         check_shape(where, "q_THd", q_THd, ("T", "H", "d"))
         check_floating(where, "q_THd", q_THd)
@@ -86,6 +90,8 @@ class TorchTrainingOps(TrainingOps):
             # torch's own flag puts the first query beside the first key.
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         with without_autocast(q_THd):
+            if not _has_fused_kernel(q, k, v, mask, causal and mask is None, scale, groups != heads):
+                return _attention(q[0], k[0], v[0], scale, causal).transpose(0, 1)
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=groups != heads
             )
@@ -161,6 +167,37 @@ class TorchTrainingOps(TrainingOps):
                 squares_T = wide_TV.logsumexp(dim=-1).square()
                 loss = loss + z_coefficient * torch.where(counts_T, squares_T, 0.0).sum()
             return loss / number
+
+
+def _has_fused_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, grouped: bool
+) -> bool:
+    """Tell whether torch has a kernel of this device's for these arguments.
+
+    Without one it falls back to products that may store the logits in 16 bits, and to a mask that is added, so that a
+    hidden key of NaN shows.
+    """
+    choose = getattr(torch, "_fused_sdp_choice", None)  # what scaled_dot_product_attention itself asks
+    if choose is None or q.numel() == 0:
+        return False
+    try:
+        chosen: int = choose(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+    except (RuntimeError, TypeError):  # a device or a version that has no such choice
+        return False
+    return chosen != _MATH
+
+
+def _attention(q_HTd: Tensor, k_GSd: Tensor, v_GSe: Tensor, scale: float, causal: bool) -> Tensor:
+    """Return attention from products and a softmax in float32, [H, T, e] in the dtype of `q_HTd`."""
+    (heads, queries, inner), (groups, keys, width) = q_HTd.shape, v_GSe.shape
+    wide = wide_dtype(q_HTd.dtype)
+    q = q_HTd.to(wide).reshape(groups, heads // groups * queries, inner)
+    logits = (q @ k_GSd.to(wide).transpose(1, 2) * scale).view(groups, heads // groups, queries, keys)
+    if causal:
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + keys - queries)
+        logits = logits.masked_fill(hidden, -torch.inf)
+    weights = logits.softmax(dim=-1).reshape(groups, heads // groups * queries, keys)
+    return (weights @ v_GSe.to(wide)).view(heads, queries, width).to(q_HTd.dtype)
 
 
 def _check_norm(where: str, x_TD: Tensor, **parameters: Tensor) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from hal_conformance.case import Case
-from hal_conformance.cases import combine, dispatch, experts, layer, losses, router
+from hal_conformance.cases import attention, combine, dispatch, experts, head, layer, losses, norm, rotary, router
 
 ALL: tuple[Case, ...] = (
     *router.CASES,
@@ -13,6 +13,10 @@ ALL: tuple[Case, ...] = (
     *combine.CASES,
     *losses.CASES,
     *layer.CASES,
+    *norm.CASES,
+    *rotary.CASES,
+    *attention.CASES,
+    *head.CASES,
 )
 
 

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention: grouped heads, causal masks, prefixes, multi-head latent; forward and backward.
+
+Legend: T queries, S keys, H query heads, G key heads, d width of a head, e width of a value, R rotated channels, L
+width of the latent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.case import Arrays, Footprint, Params, arithmetic
+from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.strided import Strided
+from hal_conformance.chained import Chained
+from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.oracle.attention import attention, attention_backward, latent_attention
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one instance."""
+
+    queries: int
+    keys: int
+    heads: int
+    groups: int
+    width: int
+
+
+_WIDTHS = {"tiny": 16, "small": 40, "full": 128}
+_FULL_HEADS = 4
+
+
+@dataclass(frozen=True)
+class Attention(Base):
+    """Result and gradients.
+
+    Attributes:
+        causal: whether a query sees only what is not after it.
+        before: keys before the first query.
+        share: query heads of each key head.
+    """
+
+    causal: bool = True
+    before: int = 0
+    share: int = 2
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: only sizes depend on it."""
+        return ("ling-lite",)
+
+    def sizes(self, p: Params) -> Sizes:
+        """Return the sizes."""
+        heads, tokens = 2 * max(2, self.share), shape(p).tokens
+        return Sizes(tokens, tokens + self.before, heads, heads // self.share, _WIDTHS[p.scale])
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`: of the variances of one head, which are float64 and about 20."""
+        s = self.sizes(p)
+        return Footprint(20 * 8 * s.queries * s.keys // 3, 0)
+
+    def scale(self, p: Params) -> float:
+        """Return the factor of the logits: 1 / sqrt(d) or near it, in float32."""
+        return {16: 0.25, 40: 0.15811388194561005, 128: 0.0883883461356163}[_WIDTHS[p.scale]]
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the first key is a sink, an outlier channel is in every key, one query has huge logits."""
+        s, name = self.sizes(p), f"attention/{self.share}/{self.before}"
+        common = make.normal(p.seed, f"{name}/common", s.groups, s.width)
+        q = make.normal(p.seed, f"{name}/q", s.queries, s.heads, s.width)
+        q += np.repeat(common, s.heads // s.groups, axis=0)
+        k = make.normal(p.seed, f"{name}/k", s.keys, s.groups, s.width)
+        k[0] = common * 2.0
+        k[:, :, 3] += 8.0
+        q[s.queries // 3] *= 16.0
+        u = (make.words(p.seed, f"{name}/tail", s.keys, s.groups, s.width) + 2**26) / 2.0**32
+        v = make.normal(p.seed, f"{name}/v", s.keys, s.groups, s.width) / np.sqrt(u)
+        dy = make.normal(p.seed, f"{name}/dy", s.queries, s.heads, s.width)
+        arrays = {"q_THd": q, "k_SGd": k, "v_SGe": v, "dy_THe": dy}
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        q, k, v = (leaf(tensors[name]) for name in ("q_THd", "k_SGd", "v_SGe"))
+        y = ops.attention(q, k, v, self.scale(p), causal=self.causal)
+        y.backward(tensors["dy_THe"])
+        return observed({"y_THe": y, "dq_THd": q.grad, "dk_SGd": k.grad, "dv_SGe": v.grad})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: a query's errors are correlated, and those of a key."""
+        q, k, v, dy = (inputs[name] for name in ("q_THd", "k_SGd", "v_SGe", "dy_THe"))
+        wrong = structure(outputs, {
+            "y_THe": (dy.shape, p.dtype), "dq_THd": (q.shape, p.dtype),
+            "dk_SGd": (k.shape, p.dtype), "dv_SGe": (v.shape, p.dtype),
+        })  # fmt: skip
+        if wrong is not None:
+            return wrong
+        rule = arithmetic(contract, p.dtype)
+        want = attention_backward(q, k, v, dy, self.scale(p), self.causal, p.dtype, rule)
+        pairs = {"y_THe": want.y, "dq_THd": want.dq, "dk_SGd": want.dk, "dv_SGe": want.dv}
+        return merge(_judge(name, outputs, chained, p) for name, chained in pairs.items())
+
+
+class Forward(Attention):
+    """The result alone."""
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        given = (tensors[name] for name in ("q_THd", "k_SGd", "v_SGe"))
+        return {"y_THe": ops.attention(*given, self.scale(p), causal=self.causal)}
+
+    def result(self, inputs: Arrays, p: Params, contract: Contract) -> Chained:
+        """Return the result."""
+        q, k, v = (inputs[name] for name in ("q_THd", "k_SGd", "v_SGe"))
+        return attention(q, k, v, self.scale(p), self.causal, p.dtype, arithmetic(contract, p.dtype))
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """Return a verdict on shape and dtype."""
+        shape = (*inputs["q_THd"].shape[:2], inputs["v_SGe"].shape[2])
+        return structure(outputs, {"y_THe": (shape, p.dtype)})
+
+
+class Pick(Forward):
+    """Every query matches one key and nothing else."""
+
+    def scale(self, p: Params) -> float:
+        """See `Attention.scale`: with entries of 8, logits of two keys differ by 128 at least, and exp(-128) is 0."""
+        return 0.5
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: keys are the binary digits of their place, as +-8; queries are those of the wanted key."""
+        s = self.sizes(p)
+        digits = np.arange(s.width) % (s.keys - 1).bit_length()
+        codes = np.where((np.arange(s.keys)[:, None] >> digits) & 1, 8.0, -8.0)
+        words = make.words(p.seed, "pick/wanted", s.queries, s.heads)
+        last = np.arange(s.queries)[:, None] + (s.keys - s.queries)
+        wanted = words % (last + 1) if self.causal else words % s.keys
+        wanted[::3] = last[::3]  # the query's own place: the first that a mask that is off by one would hide
+        values = make.integers(p.seed, "pick/values", -100, 100, s.keys, s.groups, s.width)
+        return {
+            "q_THd": make.store(codes[wanted], p.dtype),
+            "k_SGd": make.store(np.repeat(codes[:, None], s.groups, axis=1), p.dtype),
+            "v_SGe": make.store(values, p.dtype),
+        }
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: the result is a value, bit by bit in 16 bits; in float32 the normaliser may be rounded."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        want = self.result(inputs, p, contract)
+        if p.dtype == "float32":
+            return merge([_judge("y_THe", outputs, want, p)])
+        return merge([exact("y", outputs["y_THe"], make.store(want.value, p.dtype))])
+
+
+class Hidden(Forward):
+    """The last keys are not numbers, and only the last queries see them."""
+
+    LAST = 3
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: keys of NaN and of both infinities; values of the dtype's largest number."""
+        arrays = {name: array.copy() for name, array in super().inputs(p).items() if name != "dy_THe"}
+        arrays["k_SGd"][-3:] = np.array([np.nan, np.inf, -np.inf])[:, None, None]
+        arrays["v_SGe"][-3:] = 60000.0 if p.dtype == "float16" else 2.0**127
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: only queries that see none of them are judged."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        clean = {name: array[: -self.LAST] for name, array in inputs.items()}
+        want = self.result(clean, p, contract)
+        return merge([_judge("y_THe", {"y_THe": outputs["y_THe"][: -self.LAST]}, want, p)])
+
+
+class NoTokens(Attention):
+    """Zero queries."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {
+            name: array if name in ("k_SGd", "v_SGe") else array[:0] for name, array in super().inputs(p).items()
+        }
+
+
+class Latent(Forward):
+    """Multi-head latent attention."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        s = self.sizes(p)
+        rotated, rank, value = s.width // 2, 2 * s.width, s.width - 8
+
+        def normal(name: str, *shape: int) -> Any:
+            return make.normal(p.seed, f"latent/{name}", *shape)
+
+        latent = normal("latent", s.keys, rank)
+        latent[0] *= 4.0
+        arrays = {
+            "q_THd": normal("q", s.queries, s.heads, s.width),
+            "q_THR": normal("qr", s.queries, s.heads, rotated),
+            "latent_SL": latent,
+            "k_SR": normal("kr", s.keys, rotated),
+            "up_k_HdL": make.weights(p.seed, "latent/up_k", s.heads, s.width, rank),
+            "up_v_HeL": make.weights(p.seed, "latent/up_v", s.heads, value, rank),
+        }
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        names = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
+        return {"y_THe": ops.latent_attention(*(tensors[n] for n in names), self.scale(p), causal=self.causal)}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        names = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
+        q, q_r, latent, k_r, up_k, up_v = (inputs[name] for name in names)
+        wrong = structure(outputs, {"y_THe": ((*q.shape[:2], up_v.shape[1]), p.dtype)})
+        if wrong is not None:
+            return wrong
+        rule = arithmetic(contract, p.dtype)
+        want = latent_attention(q, q_r, latent, k_r, up_k, up_v, self.scale(p), self.causal, p.dtype, rule)
+        return merge([_judge("y_THe", outputs, want, p)])
+
+
+def _judge(name: str, outputs: Arrays, want: Chained, p: Params) -> Finding:
+    """Judge an array [rows, heads, width]: as many errors are independent as there are rows of a head."""
+    independent = want.value.shape[0] * want.value.shape[1]
+    return judge(name, outputs[name], want.bounded(p.dtype), independent=independent)
+
+
+_NEEDS = ("attention",)
+_BOUND = (
+    "Bound: variances chained through logits, softmax, stored probabilities and the product with v, by "
+    "FlashAttention's equations (oracle.attention): lambda deviations and half an ulp."
+)
+CAUSAL = Attention(
+    "attention.causal", "attention", _NEEDS,
+    "Causal attention with two query heads to a key head, and all three gradients. A sink, an outlier channel, and a "
+    "query with huge logits. " + _BOUND,
+)  # fmt: skip
+CASES = (
+    CAUSAL,
+    Attention(
+        "attention.prefix", "attention", _NEEDS,
+        "As attention.causal, the queries being the last of S positions, all of four heads on one key head. " + _BOUND,
+        before=7, share=4,
+    ),
+    Attention(
+        "attention.full", "attention", _NEEDS,
+        "Without a mask, 11 keys more than queries, as many key heads as query heads. " + _BOUND,
+        causal=False, before=11, share=1,
+    ),
+    Pick(
+        "attention.pick", "attention", _NEEDS,
+        "Every query matches one key so well that the other probabilities are 0: the result is that key's value, bit "
+        "by bit in 16 bits. Every third query wants its own place, the last that it may see; query heads of a wrong "
+        "key head and masks that are off by one show.",
+        before=5,
+    ),
+    Hidden(
+        "attention.hidden", "attention", _NEEDS,
+        "The last three keys are NaN and infinite, their values the largest that there are: queries before them see "
+        "nothing of it. A mask that is added instead of selected lets NaN through. (Values of NaN are not asked about: "
+        "every kernel multiplies hidden values by 0.)",
+    ),
+    NoTokens("attention.no_tokens", "attention", _NEEDS, "Zero queries: gradients of keys and values are 0."),
+    Latent(
+        "attention.latent", "attention", ("latent_attention",),
+        "DeepSeek's multi-head latent attention, forward: keys and values projected up from a latent, and one rotated "
+        "key for all heads; the absorbed order of the projections is admitted, too. " + _BOUND,
+        share=1,
+    ),
+    Strided("attention.strided", CAUSAL),
+)  # fmt: skip

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The language model's head: Ling's NormHead, and cross-entropy over a large vocabulary.
+
+Legend: T tokens, D model dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.bounds import Bounded
+from hal_conformance.case import I64, Arrays, Footprint, Params, arithmetic
+from hal_conformance.cases.base import Base, leaf, observed, shape, wide
+from hal_conformance.cases.strided import Strided
+from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.oracle.cross_entropy import cross_entropy
+from hal_conformance.oracle.norm_head import NormHead
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+IGNORED = -100
+"""torch's own default, and everybody's."""
+
+
+class HeadCase(Base):
+    """A case that depends on sizes only."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+
+@dataclass(frozen=True)
+class Normalised(HeadCase):
+    """NormHead in training, in evaluation, and in training again."""
+
+    through_norm: bool = True
+
+    ROWS = {"tiny": 2039, "small": 8191, "full": 16381}  # noqa: RUF012  primes; float64 of more would not fit
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.
+
+        Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen.
+        """
+        s, rows = shape(p), self.ROWS[p.scale]
+        size = make.normal(p.seed, "head/size", rows, 1)
+        direction = make.normal(p.seed, "head/direction", 1, s.width)
+        weight = (make.normal(p.seed, "head/weight", rows, s.width) + size * direction) / 16.0
+        weight[:: rows // 7] *= 8.0  # frequent tokens
+        weight[:, 1] *= 2.0**-6
+        sign = 1.0 - 2.0 * make.integers(p.seed, "head/sign", 0, 1, s.tokens, 1)
+        x = make.activations(p.seed, "head/x", s.tokens, s.width) + sign * direction
+        push = make.normal(p.seed, "head/dy", s.tokens, rows) + sign * size.T
+        return {
+            "x_TD": make.store(x, p.dtype),
+            "weight_VD": make.store(weight, p.dtype),
+            "dy_TV": make.store(push / 16.0, p.dtype),
+        }
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        s, rows, each = shape(p), self.ROWS[p.scale], make.NUMPY_DTYPES[p.dtype].itemsize
+        return Footprint((s.width + s.tokens) * rows * each, (s.width + 3 * s.tokens) * rows * each)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        x, weight = leaf(tensors["x_TD"]), leaf(tensors["weight_VD"])
+        first = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
+        between = ops.norm_head(x, weight, train=False, through_norm=self.through_norm)
+        again = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
+        again.backward(tensors["dy_TV"])
+        return observed(
+            {"train_TV": first, "eval_TV": between, "again_TV": again, "dx_TD": x.grad, "dweight_VD": weight.grad}
+        )
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        x, weight = inputs["x_TD"], inputs["weight_VD"]
+        logits = ((len(x), len(weight)), p.dtype)
+        wrong = structure(outputs, {
+            "train_TV": logits, "eval_TV": logits, "again_TV": logits,
+            "dx_TD": (x.shape, p.dtype), "dweight_VD": (weight.shape, p.dtype),
+        })  # fmt: skip
+        if wrong is not None:
+            return wrong
+        head = NormHead(x, weight, p.dtype, arithmetic(contract, p.dtype))
+        dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
+        y = head.logits.bounded(p.dtype)
+        # Logits of a token share the norms' errors; so do gradients of a column.
+        found = [judge(name, outputs[name], y, independent=len(x)) for name in ("train_TV", "eval_TV", "again_TV")]
+        found.append(judge("dx_TD", outputs["dx_TD"], dx.bounded(p.dtype), independent=len(x)))
+        found.append(judge("dweight_VD", outputs["dweight_VD"], dweight.bounded(p.dtype), independent=x.shape[1]))
+        return merge(found)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(HeadCase):
+    """The loss and the gradient of the logits."""
+
+    z: float = 0.0
+
+    SIZES = {"tiny": (17, 8191), "small": (33, 65521), "full": (129, 126464)}  # noqa: RUF012  Ling-Lite's at full
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """Return T and V."""
+        return self.SIZES[p.scale]
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        tokens, vocabulary = self.size(p)
+        each = tokens * vocabulary * make.NUMPY_DTYPES[p.dtype].itemsize
+        return Footprint(each, each)
+
+    def targets(self, p: Params, tokens: int, vocabulary: int) -> I64:
+        """Return [T] targets, of which every fourth does not count."""
+        targets = make.integers(p.seed, "entropy/targets", 0, vocabulary - 1, tokens)
+        targets[2::4] = IGNORED
+        return targets
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`.
+
+        Frequent tokens have larger logits. Token 3 is shifted by 10,000; in token 5 one logit is 30,000, and it is the
+        right one; in token 7 all are alike; token 8 is right by 12, so that p is nearly 1 and p - 1 cancels.
+        """
+        tokens, vocabulary = self.size(p)
+        x = make.normal(p.seed, "entropy/logits", tokens, vocabulary) * 3.0
+        x[:, :: max(1, vocabulary // 64)] += 6.0
+        targets = self.targets(p, tokens, vocabulary)
+        x[3] += 10000.0
+        x[5, targets[5]] = 30000.0
+        x[7] = -2.5
+        x[8, targets[8]] = 24.0
+        return {"logits_TV": make.store(x, p.dtype), "targets_T": targets}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        loss, gradient = self.step(ops, tensors["logits_TV"], tensors["targets_T"])
+        return observed({"loss": loss, "dlogits_TV": gradient})
+
+    def step(self, ops: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+        """Return the loss and the gradient."""
+        x = leaf(logits)
+        loss = ops.cross_entropy(x, targets, ignore_index=IGNORED, z_coefficient=self.z)
+        loss.backward()
+        return loss, x.grad
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        x = inputs["logits_TV"]
+        wrong = structure(outputs, {"loss": ((), "float32"), "dlogits_TV": (x.shape, p.dtype)})
+        if wrong is not None:
+            return wrong
+        loss, gradient = cross_entropy(x, inputs["targets_T"], IGNORED, self.z)
+        return merge([judge("loss", outputs["loss"], loss), self.gradient("dlogits", outputs, gradient, p)])
+
+    def gradient(self, name: str, outputs: Arrays, expected: Bounded, p: Params) -> Finding:
+        """Judge a gradient: elements of a token share its normaliser."""
+        return judge(name, outputs[f"{name}_TV"], expected.stored(p.dtype), independent=len(expected.value))
+
+
+class WithZ(CrossEntropy):
+    """With the z-loss; a small vocabulary is enough."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return self.SIZES[p.scale][0], 1021
+
+
+class Uniform(CrossEntropy):
+    """Logits that are all alike."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return 21, 64
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: 16 of 21 tokens count, so that every gradient is a small integer over a power of two."""
+        tokens, vocabulary = self.size(p)
+        targets = self.targets(p, tokens, vocabulary)
+        if p.seed % 2:
+            targets = targets[::-1].copy()
+        x = np.repeat(make.integers(p.seed, "uniform/levels", -40, 40, tokens, 1) / 4.0, vocabulary, axis=1)
+        return {"logits_TV": make.store(x, p.dtype), "targets_T": targets}
+
+    def gradient(self, name: str, outputs: Arrays, expected: Bounded, p: Params) -> Finding:
+        """See `CrossEntropy.gradient`: what float32 may lose is not seen in 16 bits."""
+        if p.dtype == "float32":
+            return super().gradient(name, outputs, expected, p)
+        return exact(name, outputs[f"{name}_TV"], make.store(expected.value, p.dtype))
+
+
+class NanToken(CrossEntropy):
+    """A token of NaN, once where it counts and once where it does not."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return self.SIZES[p.scale][0], 509
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: token 6 is ignored in one vector of targets, and counts in the other."""
+        arrays = super().inputs(p)
+        x, counted = arrays["logits_TV"].copy(), arrays["targets_T"].copy()
+        x[6], counted[6] = np.nan, 5
+        return {"logits_TV": x, "targets_T": arrays["targets_T"], "counted_T": counted}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        loss, ignored = self.step(ops, tensors["logits_TV"], tensors["targets_T"])
+        _, counted = self.step(ops, tensors["logits_TV"], tensors["counted_T"])
+        return observed({"loss": loss, "ignored_TV": ignored, "counted_TV": counted})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: the NaN token's own gradient may be anything; torch's is NaN even where it is ignored."""
+        x = inputs["logits_TV"]
+        expected = {"loss": ((), "float32"), "ignored_TV": (x.shape, p.dtype), "counted_TV": (x.shape, p.dtype)}
+        wrong = structure(outputs, expected)
+        if wrong is not None:
+            return wrong
+        others = np.arange(len(x)) != 6
+        loss, ignored = cross_entropy(x, inputs["targets_T"], IGNORED, self.z)
+        _, counted = cross_entropy(x, inputs["counted_T"], IGNORED, self.z)
+        found = [judge("loss", outputs["loss"], loss)]
+        for name, whole in (("ignored", ignored), ("counted", counted)):
+            part = Bounded(whole.value[others], whole.bound[others], whole.var[others])
+            found.append(self.gradient(name, {f"{name}_TV": outputs[f"{name}_TV"][others]}, part, p))
+        return merge(found)
+
+
+class NoneCount(CrossEntropy):
+    """No token, and no token that counts."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return 17, 509
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        return {"logits_TV": arrays["logits_TV"], "targets_T": np.full_like(arrays["targets_T"], IGNORED)}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        loss, gradient = self.step(ops, tensors["logits_TV"], tensors["targets_T"])
+        empty, nothing = self.step(ops, tensors["logits_TV"][:0], tensors["targets_T"][:0])
+        return observed({"loss": loss, "dlogits_TV": gradient, "empty": empty, "nothing_TV": nothing})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        shape = inputs["logits_TV"].shape
+        wrong = structure(outputs, {
+            "loss": ((), "float32"), "empty": ((), "float32"),
+            "dlogits_TV": (shape, p.dtype), "nothing_TV": ((0, shape[1]), p.dtype),
+        })  # fmt: skip
+        if wrong is not None:
+            return wrong
+        zeros = {name: np.zeros_like(wide(outputs[name])) for name in ("loss", "empty", "dlogits_TV", "nothing_TV")}
+        return merge(exact(name, outputs[name], zero) for name, zero in zeros.items())
+
+
+_HEAD, _LOSS = ("norm_head",), ("cross_entropy",)
+NORMALISED = Normalised(
+    "head.norm", "head", _HEAD,
+    "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
+    "written into the weights, and both gradients, that of the weights through the norm. The upstream gradient pushes "
+    "along the weights, as a z-loss does. Bound: variances chained over the norm of each column, the stored weights "
+    "and the product (oracle.norm_head).",
+)  # fmt: skip
+ENTROPY = CrossEntropy(
+    "head.cross_entropy", "head", _LOSS,
+    "Mean over the tokens that count of logsumexp - logit, in float32, and its gradient, over 8,191 to 126,464 tokens "
+    "of vocabulary; a quarter of the targets is ignored, and some rows have huge, equal or decided logits. Local "
+    "bound: exp, the sum with stagnation, log, and each rounding (oracle.cross_entropy).",
+)  # fmt: skip
+CASES = (
+    NORMALISED,
+    Normalised(
+        "head.norm_constant", "head", _HEAD,
+        "As head.norm, with the norm a constant in the backward pass, as in Ling's published code.", through_norm=False,
+    ),
+    ENTROPY,
+    WithZ("head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2),
+    Uniform(
+        "head.uniform", "head", _LOSS,
+        "Equal logits, V = 64, 16 of 21 tokens count: the gradients are (1/64 - [target]) / 16, bit by bit in 16 "
+        "bits. A mean over all tokens, and a missing 1/N, show.",
+    ),
+    NanToken(
+        "head.nan_token", "head", _LOSS,
+        "A token of NaN: ignored, it does not reach the loss; counted or not, it does not reach other tokens' "
+        "gradients.",
+    ),
+    NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
+    Strided("head.norm_strided", NORMALISED),
+    Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, "", 1e-2)),
+)  # fmt: skip

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RMSNorm and LayerNorm, forward and backward.
+
+Legend: T tokens, D model dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.case import Arrays, Params
+from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.strided import Strided
+from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+EPSILON = 1e-5
+"""Of Ling-Lite, and of torch's LayerNorm."""
+
+SMALL_ROW, ZERO_ROW, LARGE_ROW = 3, 5, 7
+"""A token whose mean square is about `EPSILON`, one of zeros, one as large as float16 has room for."""
+
+OFFSET_ROWS = slice(1, None, 6)
+"""Tokens with a mean of about 50 deviations, where mean(x^2) - mean^2 cancels; for LayerNorm only."""
+
+
+@dataclass(frozen=True)
+class Norm(Base):
+    """A norm's result and gradients."""
+
+    kind: Literal["rms", "layer"] = "rms"
+    eps: float = EPSILON
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: only sizes depend on it."""
+        return ("ling-lite", "ling-2.0-mini")
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        s, name = shape(p), f"norm/{self.kind}"
+        x = make.activations(p.seed, f"{name}/x", s.tokens, s.width)
+        x[SMALL_ROW] *= 2.0**-10
+        x[ZERO_ROW] = 0.0
+        x[LARGE_ROW] *= 2.0**8
+        if self.kind == "layer":
+            x[OFFSET_ROWS] += 256.0
+        arrays = {
+            "x_TD": make.store(x, p.dtype),
+            "weight_D": make.store(1.0 + make.normal(p.seed, f"{name}/weight", s.width) / 4.0, p.dtype),
+            "dy_TD": make.store(make.normal(p.seed, f"{name}/dy", s.tokens, s.width), p.dtype),
+        }
+        if self.kind == "layer":
+            arrays["bias_D"] = make.store(make.normal(p.seed, f"{name}/bias", s.width), p.dtype)
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        leaves = {name: leaf(tensor) for name, tensor in tensors.items() if name != "dy_TD"}
+        y = self.call(ops, leaves)
+        y.backward(tensors["dy_TD"])
+        return observed({"y_TD": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+
+    def call(self, ops: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        """Call the norm."""
+        if self.kind == "rms":
+            return ops.rms_norm(tensors["x_TD"], tensors["weight_D"], self.eps)
+        return ops.layer_norm(tensors["x_TD"], tensors["weight_D"], tensors["bias_D"], self.eps)
+
+    def expected(self, inputs: Arrays) -> Normed:
+        """Return the exact result and gradients."""
+        x, w = inputs["x_TD"], inputs["weight_D"]
+        dy = inputs.get("dy_TD", x)
+        return rms_norm(x, w, dy, self.eps) if self.kind == "rms" else layer_norm(x, w, inputs["bias_D"], dy, self.eps)
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """Return a verdict on shape and dtype."""
+        shapes = {f"d{name}": (array.shape, p.dtype) for name, array in inputs.items() if name != "dy_TD"}
+        return structure(outputs, {"y_TD": (inputs["x_TD"].shape, p.dtype), **shapes})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        want, rows = self.expected(inputs), len(inputs["x_TD"])
+        pairs = {"y_TD": (want.y, rows), "dx_TD": (want.dx, rows), "dweight_D": (want.dweight, 1)}
+        if want.dbias is not None:
+            pairs["dbias_D"] = (want.dbias, 1)
+        return merge(
+            judge(name, outputs[name], bounded.stored(p.dtype), independent=independent)
+            for name, (bounded, independent) in pairs.items()
+        )
+
+
+class Forward(Norm):
+    """The result alone."""
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        return {"y_TD": self.call(ops, tensors)}
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `Norm.structure`."""
+        return structure(outputs, {"y_TD": (inputs["x_TD"].shape, p.dtype)})
+
+
+class Powers(Forward):
+    """Rows whose norm is a power of two."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: entries +-2^k, as many of either sign, so that the mean is 0; odd eighths as weights."""
+        s, name = shape(p), f"norm/powers/{self.kind}"
+        order = np.argsort(make.words(p.seed, f"{name}/signs", s.tokens, s.width), axis=1, kind="stable")
+        signs = np.where(order < s.width // 2, 1.0, -1.0)
+        size = 2.0 ** make.integers(p.seed, f"{name}/size", -6, 6, s.tokens, 1)
+        weight = (2 * make.integers(p.seed, f"{name}/weight", -8, 7, s.width) + 1) / 8.0
+        arrays = {"x_TD": make.store(signs * size, p.dtype), "weight_D": make.store(weight, p.dtype)}
+        if self.kind == "layer":
+            arrays["bias_D"] = make.store(make.integers(p.seed, f"{name}/bias", -4, 4, s.width), p.dtype)
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: a root may be off by 2 ulp of float32, which 16 bits do not show."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        y = self.expected(inputs).y
+        if p.dtype == "float32":
+            return merge([judge("y", outputs["y_TD"], y.stored(p.dtype), independent=len(y.value))])
+        return merge([exact("y", outputs["y_TD"], make.store(y.value, p.dtype))])
+
+
+class NanToken(Forward):
+    """One token that is NaN."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        x = arrays["x_TD"].copy()
+        x[len(x) // 2] = np.nan
+        return {**arrays, "x_TD": x}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        y = self.expected(inputs).y.stored(p.dtype)
+        return merge([judge("y", outputs["y_TD"], y, independent=len(y.value))])
+
+
+class NoTokens(Norm):
+    """Zero tokens."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array[:0] if name.endswith("_TD") else array for name, array in super().inputs(p).items()}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: empty results, and gradients of the parameters that are exactly zero."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        return merge(exact(name, array, np.zeros_like(array)) for name, array in sorted(outputs.items()))
+
+
+_RMS, _LAYER = ("rms_norm",), ("layer_norm",)
+_INPUTS = (
+    "Heavy tails and outlier channels; one token whose mean square is about epsilon, one of zeros, one near float16's "
+    "largest number. "
+)
+RMS = Norm(
+    "norm.rms", "norm", _RMS,
+    "RMSNorm and its three gradients. " + _INPUTS + "Local bound (oracle.norms): half the error of a sum of squares, "
+    "2 ulp of the root, two products, and half an ulp of storage; the sum in dx is bounded as a product of matrices "
+    "is.",
+)  # fmt: skip
+LAYER = Norm(
+    "norm.layer", "norm", _LAYER,
+    "LayerNorm and its four gradients. " + _INPUTS + "Every sixth token has a mean of about 50 deviations, where a "
+    "variance from mean(x^2) - mean^2 has no digits left. Bound: oracle.norms.layer_norm, which admits two passes and "
+    "Welford's update.",
+    kind="layer",
+)  # fmt: skip
+_POWERS = (
+    " of rows +-2^k, as many of either sign, epsilon 0: mean and mean square are exact in any order, so the result is "
+    "the weight{0}, bit by bit in 16 bits and within 2 ulp of the root in float32."
+)
+CASES = (
+    RMS, LAYER,
+    Powers("norm.rms_powers", "norm", _RMS, "RMSNorm" + _POWERS.format(""), eps=0.0),
+    Powers("norm.layer_powers", "norm", _LAYER, "LayerNorm" + _POWERS.format(" and the bias"), "layer", 0.0),
+    NanToken("norm.rms_nan_token", "norm", _RMS, "As norm.rms, forward, with one token of NaN: it stays alone."),
+    NanToken("norm.layer_nan_token", "norm", _LAYER, "As norm.layer, forward, with one token of NaN.", "layer"),
+    NoTokens("norm.rms_no_tokens", "norm", _RMS, "Zero tokens: gradients of the weight that are exactly zero."),
+    NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
+    Strided("norm.rms_strided", RMS), Strided("norm.layer_strided", LAYER),
+)  # fmt: skip

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary embedding, forward and backward.
+
+Legend: T tokens, H heads, d width of a head, R rotated channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.case import F64, Array, Arrays, Params
+from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.strided import Strided
+from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.oracle.rotary import rotary
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+HEADS = {"tiny": (3, 24), "small": (5, 40), "full": (16, 128)}
+"""H and d: odd numbers of heads, and widths that are no powers of two."""
+
+
+class Rotary(Base):
+    """Queries or keys, rotated, and the gradient rotated back."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: only sizes depend on it."""
+        return ("ling-lite",)
+
+    def table(self, p: Params, rotated: int) -> dict[str, Array]:
+        """Return cos and sin of random angles, made from the tangent of half of each: no host's cosine is needed."""
+        tokens = shape(p).tokens
+        tangent = make.words(p.seed, "rotary/tangent", tokens, rotated // 2) / 2.0**32
+        signs = 1.0 - 2.0 * make.integers(p.seed, "rotary/signs", 0, 1, 2, tokens, rotated // 2)
+        square = tangent * tangent
+        cos, sin = (1.0 - square) / (1.0 + square), 2.0 * tangent / (1.0 + square)
+        return {name: _both(sign * half) for name, sign, half in
+                (("cos_TR", signs[0], cos), ("sin_TR", signs[1], sin))}  # fmt: skip
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        tokens, (heads, width) = shape(p).tokens, HEADS[p.scale]
+        x = make.activations(p.seed, "rotary/x", tokens, heads * width).reshape(tokens, heads, width)
+        dy = make.normal(p.seed, "rotary/dy", tokens, heads, width)
+        return {"x_THd": make.store(x, p.dtype), **self.table(p, width), "dy_THd": make.store(dy, p.dtype)}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        x = leaf(tensors["x_THd"])
+        y = ops.rotary(x, tensors["cos_TR"], tensors["sin_TR"])
+        y.backward(tensors["dy_THd"])
+        return observed({"y_THd": y, "dx_THd": x.grad})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: errors of different elements have nothing in common."""
+        x, cos, sin = inputs["x_THd"], inputs["cos_TR"], inputs["sin_TR"]
+        wrong = structure(outputs, {"y_THd": (x.shape, p.dtype), "dx_THd": (x.shape, p.dtype)})
+        if wrong is not None:
+            return wrong
+        y, dx = rotary(x, cos, sin).stored(p.dtype), rotary(inputs["dy_THd"], cos, -sin).stored(p.dtype)
+        return merge([judge("y", outputs["y_THd"], y, bias=True), judge("dx", outputs["dx_THd"], dx, bias=True)])
+
+
+class QuarterTurns(Rotary):
+    """Angles that are multiples of a right angle, on a part of the channels."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: every bit of the dtype is used, and one token is NaN."""
+        tokens, (heads, width) = shape(p).tokens, HEADS[p.scale]
+        rotated = width // 4 * 2
+        turns = make.integers(p.seed, "rotary/turns", 0, 3, tokens, rotated // 2)
+        x, dy = (make.full_bits(p.seed, f"rotary/{name}", tokens, heads, width) for name in ("bits", "dbits"))
+        x[tokens // 2] = np.nan
+        return {
+            "x_THd": make.store(x, p.dtype),
+            "cos_TR": _both(np.array([1.0, 0.0, -1.0, 0.0])[turns]),
+            "sin_TR": _both(np.array([0.0, 1.0, 0.0, -1.0])[turns]),
+            "dy_THd": make.store(dy, p.dtype),
+        }
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: nothing but data movement and signs."""
+        x, cos, sin = inputs["x_THd"], inputs["cos_TR"], inputs["sin_TR"]
+        wrong = structure(outputs, {"y_THd": (x.shape, p.dtype), "dx_THd": (x.shape, p.dtype)})
+        if wrong is not None:
+            return wrong
+        y, dx = rotary(x, cos, sin).value, rotary(inputs["dy_THd"], cos, -sin).value
+        return merge([exact("y", outputs["y_THd"], y), exact("dx", outputs["dx_THd"], dx)])
+
+
+class NoTokens(Rotary):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array[:0] for name, array in super().inputs(p).items()}
+
+
+def _both(half: F64) -> Array:
+    """Return a table whose halves are alike, in float32."""
+    return make.store(np.concatenate((half, half), axis=1), "float32")
+
+
+_NEEDS = ("rotary",)
+RANDOM = Rotary(
+    "rotary.random", "rotary", _NEEDS,
+    "Activations with heavy tails, turned by random angles, and the gradient turned back. The float32 table is an "
+    "input, so the bound is local: 2 u (|x1 cos| + |x2 sin|) and half an ulp of storage; a table that was rounded to "
+    "16 bits, and products that were, are far outside. Bias of signed errors.",
+)  # fmt: skip
+CASES = (
+    RANDOM,
+    QuarterTurns(
+        "rotary.quarter_turns", "rotary", _NEEDS,
+        "Angles 0, 90, 180 and 270 degrees on the first half of the channels: results and gradients are inputs, moved "
+        "and negated, bit by bit. The other pairing (2i with 2i+1), a wrong sign, forward or backward, and channels "
+        "that should pass unchanged show; a token of NaN stays alone.",
+    ),
+    NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
+    Strided("rotary.strided", RANDOM),
+)  # fmt: skip

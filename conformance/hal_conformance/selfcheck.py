@@ -25,7 +25,7 @@ SCHEMA = "hal.selfcheck/1"
 PRESETS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
 """One router of each kind: softmax with shared experts, sigmoid with groups and a bias, few experts, a shared gate."""
 
-DETECTORS = ("bound", "rms", "bias", "exact", "discrete", "nonfinite", "structure", "crash")
+DETECTORS = ("bound", "rms", "bias", "exact", "discrete", "nonfinite", "structure", "nondet", "crash")
 """The four detectors, and the verdicts that need none of them."""
 
 
@@ -35,7 +35,7 @@ def flagged_by(row: Result) -> set[str]:
         return set()
     by = {
         Status.FAIL_DISCRETE: {"discrete"}, Status.FAIL_NONFINITE: {"nonfinite"}, Status.FAIL_STRUCTURE: {"structure"},
-        Status.CRASH: {"crash"}, Status.HANG: {"crash"},
+        Status.NONDET: {"nondet"}, Status.CRASH: {"crash"}, Status.HANG: {"crash"},
     }.get(row.status, set())  # fmt: skip
     found = dict(row.detectors)
     if row.status is not Status.FAIL_DISCRETE and found["exact"]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import LayerOutput, LayerWeights
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, gradient_of
+from hal_conformance.faults.parts import Parts, gradient_of, weighted
 
 
 class AfterLayer(Parts):
@@ -83,6 +83,19 @@ class SharedSlightlyOff(Parts):
         """See `Parts.shared`."""
         y_TD = super().shared(x_TD, weights)
         return None if y_TD is None else y_TD * (1 - 2.0**-8)
+
+
+@fault("Megatron-LM PR#5718")
+class AnotherOrderEachTime(Parts):
+    """Combine adds the choices in an order that changes from call to call, as atomic additions do."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        terms = weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1)
+        total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
+        for k in torch.randperm(len(terms)).tolist():
+            total = total + terms[k]
+        return total.to(y_RD.dtype)
 
 
 @fault()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same call again: after a warm-up, on memory that is not clean, and in another batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.cases.layer import KINDS, Layer
+from hal_conformance.verdicts import Judgement, Status
+
+if TYPE_CHECKING:
+    import torch
+
+RUNS = 3
+
+
+def soil(tensors: dict[str, torch.Tensor]) -> None:
+    """Leave NaN in the memory that an allocator hands out next: padding that is read shows, as in MSLK PR#158."""
+    import torch
+
+    dirt = [torch.full_like(t, torch.nan) for t in tensors.values() if t.is_floating_point() for _ in range(2)]
+    del dirt
+
+
+class Repeated(Layer):
+    """A layer's forward and backward pass, three times."""
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        once = super().footprint(p)
+        return Footprint(once.inputs, RUNS * once.outputs)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        found: dict[str, torch.Tensor] = {}
+        for number in range(RUNS):
+            found |= {f"{name}/{number}": tensor for name, tensor in super().run(ops, tensors, p).items()}
+            soil(tensors)
+        return found
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: each run within its bounds, and all of them with the same bits."""
+        first, *others = (part(outputs, number) for number in range(RUNS))
+        verdict = super().judge(inputs, first, p, contract)
+        if verdict.status.colour != "green":
+            return verdict
+        for number, run in enumerate(others, 2):
+            shares = {name: differs(first[name], array) for name, array in run.items() if name in first}
+            if run.keys() == first.keys() and not any(shares.values()):
+                continue
+            again = super().judge(inputs, run, p, contract)
+            if again.status.colour != "green":
+                return Judgement(again.status, again.margin, again.detectors, f"run {number}: {again.detail}")
+            changed = ", ".join(f"{share:.2g} of {name}" for name, share in shares.items() if share)
+            detail = f"run {number} has other bits than the first, each within its bounds: {changed}"
+            return Judgement(Status.NONDET, again.margin, again.detectors, detail)
+        return verdict
+
+
+class Halves(Layer):
+    """A layer on a whole batch, and on its first half."""
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        half = first_half(tensors, len(tensors["x_TD"]))
+        found = {f"{name}/0": tensor for name, tensor in super().run(ops, tensors, p).items()}
+        return found | {f"{name}/1": tensor for name, tensor in super().run(ops, half, p).items()}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: both within their bounds; EXACT if the half has the bits that it has in the whole."""
+        tokens = len(inputs["x_TD"])
+        whole, half = part(outputs, 0), part(outputs, 1)
+        verdict = super().judge(inputs, whole, p, contract)
+        if verdict.status.colour != "green":
+            return verdict
+        alone = super().judge(first_half(inputs, tokens), half, p, contract)
+        if alone.status.colour != "green":
+            return Judgement(alone.status, alone.margin, alone.detectors, f"half of the tokens: {alone.detail}")
+        share = differs(whole["y_TD"][: tokens // 2], half["y_TD"])
+        if not share:
+            return Judgement(Status.EXACT, alone.margin, alone.detectors)
+        status = max((verdict.status, alone.status), key=lambda status: status.severity)
+        return Judgement(status, alone.margin, alone.detectors, f"{share:.2g} of y has other bits in half of the batch")
+
+
+def part(outputs: Arrays, number: int) -> Arrays:
+    """Return the outputs of one run, under their own names."""
+    ending = f"/{number}"
+    return {name.removesuffix(ending): array for name, array in outputs.items() if name.endswith(ending)}
+
+
+def first_half(arrays: dict[str, Any], tokens: int) -> dict[str, Any]:
+    """Return the arrays of the first half of the tokens, and the weights."""
+    by_token = ("x_TD", "experts_TK")
+    return {name: array[: tokens // 2] if name in by_token else array for name, array in arrays.items()}
+
+
+def differs(a: Any, b: Any) -> float:
+    """Return the share of elements that differ in a bit."""
+    if a.shape != b.shape:
+        return 1.0
+    size = a.itemsize
+    bits = [np.ascontiguousarray(x).view(f"u{size}") for x in (a, b)]
+    return float((bits[0] != bits[1]).mean()) if a.size else 0.0
+
+
+CASES = (
+    Repeated(
+        "determinism.repeated", "determinism", ("layer",),
+        "A layer's forward and backward pass three times, NaN left in freed memory between them. Each run is judged as "
+        "ever; if all are within their bounds and their bits differ, the verdict is NONDET.",
+        replayed=True, backward=True, only=KINDS[:1] + KINDS[2:],
+    ),
+    Halves(
+        "determinism.batch", "determinism", ("layer",),
+        "A layer on a batch and on its first half: both are judged as ever, and EXACT says that a token's result has "
+        "the same bits whoever its batchmates are (vllm#57016).",
+        replayed=True, only=KINDS[:1] + KINDS[2:],
+    ),
+)  # fmt: skip

@@ -47,7 +47,7 @@ def test_one_other_bit_within_the_bounds_is_nondet_and_names_the_run_and_the_out
 
 def test_a_run_beyond_its_bounds_is_red_and_named(repeated):
     gradient = repeated[1]["dw2_EDF/2"].copy()
-    gradient[3] *= 1.5
+    gradient *= 1.5
     verdict = judge(repeated, **{"dw2_EDF/2": gradient})
     assert verdict.status is Status.FAIL_NUMERIC
     assert verdict.detail.startswith("run 3: dw2_EDF")

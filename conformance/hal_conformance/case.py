@@ -32,7 +32,7 @@ SCALES: tuple[Scale, ...] = ("tiny", "small", "full")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 FAMILIES: tuple[str, ...] = (
     "router", "dispatch", "experts", "combine", "losses", "layer",
-    "norm", "rotary", "attention", "head",
+    "norm", "rotary", "attention", "head", "gradients", "optimizer", "fp8",
 )  # fmt: skip
 
 

@@ -33,7 +33,7 @@ def show_cases(*, as_json: bool) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("case", "family", "presets", "dtypes", "needs"):
-        table.add_column(heading, justify="right" if heading == "presets" else "left")
+        table.add_column(heading, justify="right" if heading == "presets" else "left", no_wrap=heading == "case")
     for case in cases:
         columns = (case.name, case.family, str(len(case.presets())), " ".join(case.dtypes()), " ".join(case.needs))
         table.add_row(*map(Text, columns))

@@ -196,7 +196,7 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
     inputs = case.inputs(params)
     good = run(case, portable, inputs, params)
     for name, array in good.items():
-        poisoned = np.full_like(array, -7) if array.dtype == np.int64 else np.full_like(array, np.nan)
+        poisoned = np.full_like(array, {"i": -7, "u": 7}.get(array.dtype.kind, np.nan))
         for bad in (None, array[None], array.astype(np.complex64), poisoned):
             if bad is poisoned and array.size == 0:
                 continue
@@ -219,6 +219,7 @@ RELEVANT = {
     "router.replayed": ("experts_TK", "weights_TK", "dx_TD", "dgate_ED"),
     "router.strided": ("logits_TE",),
     "experts.activation": ("y_RD", "dw1_EFD", "dw3_EFD"),
+    "gradients.clip_nan": (),  # everything is NaN
     "layer.nan_token": ("logits_TE", "scores_TE", "experts_TK", "weights_TK", "y_TD"),  # both losses are NaN
 }
 
@@ -229,5 +230,5 @@ def test_inputs_are_a_pure_function_of_their_parameters(case):
     first, second = case.inputs(params), case.inputs(params)
     assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
     other = case.inputs(Params(params.preset, params.dtype, "tiny", 6))
-    if all(array.size for array in first.values()) and case.name != "dispatch.no_tokens":
+    if all(array.size for array in first.values()) and case.name not in ("dispatch.no_tokens", "gradients.clip_zero"):
         assert any(first[k].tobytes() != other[k].tobytes() for k in first), "the seed does nothing"

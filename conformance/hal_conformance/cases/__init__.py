@@ -4,7 +4,21 @@
 from __future__ import annotations
 
 from hal_conformance.case import Case
-from hal_conformance.cases import attention, combine, dispatch, experts, head, layer, losses, norm, rotary, router
+from hal_conformance.cases import (
+    attention,
+    combine,
+    dispatch,
+    experts,
+    fp8,
+    gradients,
+    head,
+    layer,
+    losses,
+    norm,
+    optimizer,
+    rotary,
+    router,
+)
 
 ALL: tuple[Case, ...] = (
     *router.CASES,
@@ -17,6 +31,9 @@ ALL: tuple[Case, ...] = (
     *rotary.CASES,
     *attention.CASES,
     *head.CASES,
+    *gradients.CASES,
+    *optimizer.CASES,
+    *fp8.CASES,
 )
 
 

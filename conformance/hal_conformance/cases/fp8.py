@@ -242,7 +242,7 @@ _SCALE = (
     "OCP MX 1.0 section 6.3 has it. Blocks of zeros have scale code 0, blocks with a NaN or an infinity 255 (vllm "
     "PR#43557). Largest elements on a power of two, just below one, and at the end of the dtype."
 )
-CASES = (
+CASES: tuple[Cast | Uncast | Scale, ...] = (
     *(Cast(f"fp8.cast_{f}", "fp8", ("cast_fp8",), f"Casts to {f}{_CAST}", f) for f in fp8.FORMATS),
     *(Uncast(f"fp8.uncast_{f}", "fp8", ("uncast_fp8",), f"{f} read back{_UNCAST}", f) for f in fp8.FORMATS),
     Uncast(

@@ -15,6 +15,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised, arithmetic
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import Base, leaf, observed, shape, wide
+from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
@@ -74,6 +75,7 @@ class Clip(GradientCase):
         clipped, norm = ops.clip_grad_norm(parameters.listed(tensors, "g", p), self.max_norm)
         return observed({"norm": norm, **{f"g/{n}": g for n, g in zip(parameters.shapes(p), clipped, strict=True)}})
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         if self.bad is not None and contract.nonfinite != "ieee":
@@ -113,6 +115,7 @@ class Accumulate(GradientCase):
         total = ops.accumulate_gradients(parts, list(TOKENS))
         return observed({f"total/{name}": g for name, g in zip(parameters.shapes(p), total, strict=True)})
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         wrong = structure(outputs, parameters.expected_structure({"total": "float32"}, p))
@@ -175,6 +178,7 @@ class MicroBatches(GradientCase):
             found |= {f"whole/{name}": whole[at], f"total/{name}": total[at]}
         return observed(found)
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         kinds = {"whole": p.dtype, "total": "float32"}
@@ -187,11 +191,15 @@ class MicroBatches(GradientCase):
         parts = [self._gradients(inputs, np.flatnonzero(micro == at), p, contract) for at in range(len(self.SIZES))]
         total = [accumulate_chained([part[at] for part in parts], self.SIZES) for at in range(len(ROUTED))]
         whole = self._gradients(inputs, everything, p, contract)
+        # As in `experts.backward`: errors of one expert's gradient share its rows.
+        used = len(np.unique(inputs["expert_R"]))
         found: list[Finding] = []
         for name, once, summed in zip(ROUTED, whole, total, strict=True):
-            # A sum over rows first: its error is shared by no other element of the weight.
-            found.append(judge(f"d{name} of the batch", outputs[f"whole/{name}"], once.bounded(p.dtype)))
-            found.append(judge(f"d{name} over micro-batches", outputs[f"total/{name}"], summed.bounded("float32")))
+            pairs = {
+                f"d{name} of the batch": (outputs[f"whole/{name}"], once.bounded(p.dtype)),
+                f"d{name} over micro-batches": (outputs[f"total/{name}"], summed.bounded("float32")),
+            }
+            found += [judge(what, got, expected, independent=used) for what, (got, expected) in pairs.items()]
         return merge(found)
 
     def _gradients(self, inputs: Arrays, rows: Any, p: Params, contract: Contract) -> list[Chained]:

@@ -16,6 +16,7 @@ from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import Base, observed
+from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
 from hal_conformance.oracle import adam, sgd
@@ -121,6 +122,7 @@ class Adam(OptimizerCase):
                 kinds[kind].append([t.clone() for t in made])
         return observed(parameters.returned(kinds, p))
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         shapes = parameters.expected_structure({"p": p.dtype, "m": "float32", "v": "float32"}, p, self.steps)
@@ -195,6 +197,7 @@ class NonfiniteAdam(Adam):
             arrays[name] = changed
         return arrays
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         if contract.nonfinite != "ieee":
@@ -226,6 +229,7 @@ class SGD(OptimizerCase):
                 kinds[kind].append([t.clone() for t in made])
         return observed(parameters.returned(kinds, p))
 
+    @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         wrong = structure(outputs, parameters.expected_structure({"p": p.dtype, "b": "float32"}, p, STEPS))

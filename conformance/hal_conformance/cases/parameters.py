@@ -22,6 +22,9 @@ from hal_conformance.cases.base import wide
 if TYPE_CHECKING:
     import torch
 
+nonfinite = np.errstate(all="ignore")
+"""Around a judge whose arithmetic meets infinities and NaN, expected ones or a device's."""
+
 _ROWS = {"tiny": 17, "small": 65, "full": 513}
 IDLE = "expert2"
 """The expert whose gradient is zero."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How tight the suite's bounds are, and whether it cries wolf: the portable operators on the CPU, many seeds.
 
-python benchmarks/margins.py [--seeds N] [--first K] [--scale tiny]
+python benchmarks/margins.py [--seeds N] [--first K] [--scale tiny] [--case GLOB]... [--name margins]
 
 Every result is judged as `hal conformance run` does, in one process. The table states, by case and dtype, the median
 over all instances and the largest of the largest error over its bound: a bound that is never approached catches
@@ -25,13 +25,13 @@ import torch
 from harness import machine
 
 import hal
-from hal.moe.torch_ops import torch_ops
 from hal_conformance import arrays as codec
 from hal_conformance.budget import FALSE_ALARMS_PER_RUN
 from hal_conformance.case import DTYPES
 from hal_conformance.cases import ALL
 from hal_conformance.judging import judge_outputs
 from hal_conformance.plan import Selection, plan
+from hal_conformance.portable import portable
 
 CPU = torch.device("cpu")
 
@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--scale", choices=("tiny", "small"), default="tiny")
+    parser.add_argument("--case", action="append", default=[], help="globs of cases or families")
+    parser.add_argument("--name", default="margins", help="of the files")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,10 +53,10 @@ def main() -> None:
     started = time.monotonic()
     with hal.open_device("cpu") as device:
         for seed in range(options.first, options.first + options.seeds):
-            for task in plan(Selection(scale=options.scale, seed=seed), ALL):
+            for task in plan(Selection(tuple(options.case), scale=options.scale, seed=seed), ALL):
                 inputs = task.case.inputs(task.params)
                 tensors = {name: codec.to_torch(array, CPU) for name, array in inputs.items()}
-                returned = task.case.run(torch_ops, tensors, task.params)
+                returned = task.case.run(portable, tensors, task.params)
                 outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
                 verdict = judge_outputs(task, outputs, codec.digests(inputs), device.contract, inputs)
                 statuses[verdict.status.value] += 1
@@ -67,7 +69,7 @@ def main() -> None:
         for name, by_dtype in sorted(margins.items())
     }
     report = {
-        "schema": "hal.benchmark/1", "name": "margins", "machine": machine(), "scale": options.scale,
+        "schema": "hal.benchmark/1", "name": options.name, "machine": machine(), "scale": options.scale,
         "seeds": [options.first, options.first + options.seeds - 1], "judged": sum(statuses.values()),
         "statuses": dict(statuses), "not_green": odd, "margins": table,
         "predicted_false_alarms": FALSE_ALARMS_PER_RUN * options.seeds,
@@ -83,8 +85,8 @@ def main() -> None:
         cells = (f"{by_dtype[d][0]:.2f}, {by_dtype[d][1]:.2f}" if d in by_dtype else "" for d in DTYPES)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "margins.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.out / "margins.md").write_text("\n".join(lines) + "\n")
+    (options.out / f"{options.name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / f"{options.name}.md").write_text("\n".join(lines) + "\n")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.exit(1 if odd else 0)
 

@@ -7,6 +7,7 @@ from hal_conformance.case import Case
 from hal_conformance.cases import (
     attention,
     combine,
+    determinism,
     dispatch,
     experts,
     fp8,
@@ -27,6 +28,7 @@ ALL: tuple[Case, ...] = (
     *combine.CASES,
     *losses.CASES,
     *layer.CASES,
+    *determinism.CASES,
     *norm.CASES,
     *rotary.CASES,
     *attention.CASES,

@@ -43,7 +43,7 @@ class Normalised(HeadCase):
 
     through_norm: bool = True
 
-    ROWS = {"tiny": 2039, "small": 8191, "full": 16381}  # noqa: RUF012  primes; float64 of more would not fit
+    ROWS = {"tiny": 2039, "small": 4093, "full": 16381}  # noqa: RUF012  primes; float64 of more would not fit
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.

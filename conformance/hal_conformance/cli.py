@@ -245,10 +245,10 @@ def selfcheck(
     chosen = [v for n, v in VARIATIONS.items() if not names or any(fnmatchcase(n, glob) for glob in names)]
     chosen.sort(key=lambda variation: variation.kind, reverse=True)
     selection = _selection(cases, (), scale, seed)
-    tasks = checking.tasks(selection, Catalogue().all())
+    tasks = {variation: checking.tasks(selection, Catalogue().all(), variation) for variation in chosen}
     started = time.monotonic()
-    with Bar(len(tasks) * len(chosen)) as bar:
-        outcomes = checking.run(chosen, tasks, selection, lambda v, row: bar.advance(f"{v.name}: {row.case}"))
+    with Bar(sum(map(len, tasks.values()))) as bar:
+        outcomes = checking.run(tasks, selection, lambda v, row: bar.advance(f"{v.name}: {row.case}"))
     files: dict[Path | None, Callable[[], bytes]] = {
         json_file: lambda: to_json(checking.as_json(outcomes, selection, time.monotonic() - started)),
         markdown_file: lambda: selfcheck_table.markdown(outcomes),

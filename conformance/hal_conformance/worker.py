@@ -128,16 +128,14 @@ class _Worker:
         outputs: Arrays = {}
         started = time.perf_counter()
         try:
+            if reason := self._unsupported(case, params.dtype):
+                return {**answer, "status": Status.UNSUPPORTED.value, "detail": plain(reason), "seconds": 0.0}, outputs
             if reason := _too_large(case.footprint(params)):
                 return {**answer, "status": Status.SKIPPED.value, "detail": reason, "seconds": 0.0}, outputs
             inputs = case.inputs(params)
             answer["hashes"] = codec.digests(inputs)
             started = time.perf_counter()
-            reason = self._unsupported(case, params.dtype)
-            if reason:
-                answer.update(status=Status.UNSUPPORTED.value, detail=plain(reason))
-            else:
-                outputs = self._run(case, inputs, params)
+            outputs = self._run(case, inputs, params)
         except BaseException as error:  # noqa: BLE001  this is where foreign code ends up
             answer.update(self._excuse(error))
         answer["seconds"] = time.perf_counter() - started

@@ -91,7 +91,12 @@ class Clip(GradientCase):
             got = outputs[f"g/{name}"]
             certain = not bounded.bound.any()
             what = f"gradient of {name}"
-            found.append(exact(what, got, bounded.value) if certain else judge(what, got, bounded))
+            # All are multiplied by one factor: what is rounded depends on the significand alone.
+            significands = parameters.distinct(np.frexp(np.abs(wide(inputs[f"g/{name}"])))[0])
+            if certain:
+                found.append(exact(what, got, bounded.value))
+            else:
+                found.append(judge(what, got, bounded, independent=significands))
         return merge(found)
 
 

@@ -64,14 +64,19 @@ def best(candidates: Iterable[list[Finding]]) -> list[Finding]:
     return min(candidates, key=distance)
 
 
-def by_parameter(what: str, expected: Bounded, outputs: Arrays, kind: str, p: Params) -> list[Finding]:
-    """Judge [steps, elements], one finding for each parameter; a row is a step, the first being 0."""
+def by_parameter(what: str, expected: Bounded, outputs: Arrays, inputs: Arrays, kind: str, p: Params) -> list[Finding]:
+    """Judge [steps, elements], one finding for each parameter; a row is a step, the first being 0.
+
+    At the first step the only thing that an error of a parameter may depend on is its own value (Adam's first step is
+    lr for everyone), and one of a moment the gradient: so many are independent as there are of those.
+    """
     found = []
     for name, at in parameters.columns(p).items():
         bounded = Bounded(expected.value[:, at], expected.bound[:, at], expected.var[:, at])
         # In its own dtype, so that what overflows there is known to.
         array = outputs[f"{kind}/{name}"].reshape(bounded.value.shape)
-        found.append(judge(f"{what} of {name}", array, bounded))
+        independent = parameters.distinct(inputs[f"{'p' if kind == 'p' else 'g'}/{name}"])
+        found.append(judge(f"{what} of {name}", array, bounded, independent=independent))
     return found
 
 
@@ -136,10 +141,12 @@ class Adam(OptimizerCase):
             kind: np.concatenate([start.get(kind, np.zeros_like(start["p"])), rows[:-1]])
             for kind, rows in after.items()
         }
-        return merge([*self._local(g, before, after, outputs, p), *self._chained(start["p"], g, outputs, p)])
+        return merge(
+            [*self._local(g, before, after, outputs, inputs, p), *self._chained(start["p"], g, outputs, inputs, p)]
+        )
 
     def _local(
-        self, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+        self, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, inputs: Arrays, p: Params
     ) -> list[Finding]:
         """Judge each step from the state that the device itself had before it."""
         hyper, decay = self.hyper, 0.0 if self.decoupled else self.hyper.weight_decay
@@ -152,12 +159,13 @@ class Adam(OptimizerCase):
             readings = {reading.betas(hyper)[at] for reading in adam.READINGS}
             what = "first moment" if kind == "m" else "second moment"
             return best(
-                by_parameter(what, moment(was[kind], effective, beta), outputs, kind, p) for beta in sorted(readings)
+                by_parameter(what, moment(was[kind], effective, beta), outputs, inputs, kind, p)
+                for beta in sorted(readings)
             )
 
         def parameter(single: bool) -> list[Finding]:
             expected = adam.parameter(was["p"], m, v, step, hyper, p.dtype, decoupled=self.decoupled, single=single)
-            return by_parameter("parameter", expected, outputs, "p", p)
+            return by_parameter("parameter", expected, outputs, inputs, "p", p)
 
         return [
             *moments("m", adam.first_moment, 0),
@@ -165,7 +173,7 @@ class Adam(OptimizerCase):
             *best(parameter(single) for single in (False, True)),
         ]
 
-    def _chained(self, start: F64, g: F64, outputs: Arrays, p: Params) -> list[Finding]:
+    def _chained(self, start: F64, g: F64, outputs: Arrays, inputs: Arrays, p: Params) -> list[Finding]:
         """Judge the last step from the inputs alone: in float32, since ten stores in bfloat16 admit everything."""
         if p.dtype != "float32" or self.before or not np.isfinite(g).all():
             return []
@@ -176,7 +184,7 @@ class Adam(OptimizerCase):
             found = []
             for kind, part in zip("pmv", expected, strict=True):
                 rows = Bounded(part.value[None], part.bound[None], part.var[None])
-                found += by_parameter(f"{kind} after {len(g)} steps", rows, last, kind, p)
+                found += by_parameter(f"{kind} after {len(g)} steps", rows, last, inputs, kind, p)
             return found
 
         return best(under(reading) for reading in adam.READINGS)
@@ -241,10 +249,17 @@ class SGD(OptimizerCase):
             "p": np.concatenate([start, after["p"][:-1]]),
             "b": np.concatenate([np.zeros_like(start), after["b"][:-1]]),
         }
-        return merge(self.findings(start, g, before, after, outputs, p))
+        return merge(self.findings(start, g, before, after, outputs, inputs, p))
 
     def findings(
-        self, start: F64, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+        self,
+        start: F64,
+        g: F64,
+        before: Mapping[str, F64],
+        after: Mapping[str, F64],
+        outputs: Arrays,
+        inputs: Arrays,
+        p: Params,
     ) -> list[Finding]:
         """Judge each step from the state before it, and the last from the inputs alone, in float32."""
         was = {kind: Bounded.exact(rows) for kind, rows in before.items()}
@@ -256,14 +271,14 @@ class SGD(OptimizerCase):
         )
         expected = sgd.parameter(was["p"], adam.unstored(after["b"]), self.hyper, p.dtype)
         found = [
-            *by_parameter("momentum", momentum, outputs, "b", p),
-            *by_parameter("parameter", expected, outputs, "p", p),
+            *by_parameter("momentum", momentum, outputs, inputs, "b", p),
+            *by_parameter("parameter", expected, outputs, inputs, "p", p),
         ]
         if p.dtype == "float32":
             last = {name: array[-1:] for name, array in outputs.items()}
             for kind, part in zip("pb", sgd.chained(start[0], g, self.hyper), strict=True):
                 rows = Bounded(part.value[None], part.bound[None], part.var[None])
-                found += by_parameter(f"{kind} after {STEPS} steps", rows, last, kind, p)
+                found += by_parameter(f"{kind} after {STEPS} steps", rows, last, inputs, kind, p)
         return found
 
 
@@ -286,7 +301,14 @@ class ExactSGD(SGD):
         return arrays
 
     def findings(
-        self, start: F64, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, p: Params
+        self,
+        start: F64,
+        g: F64,
+        before: Mapping[str, F64],
+        after: Mapping[str, F64],
+        outputs: Arrays,
+        inputs: Arrays,
+        p: Params,
     ) -> list[Finding]:
         """Compare bit by bit; a parameter in bfloat16 is rounded once a step, which has one result, too."""
         kept = np.full((STEPS, 1), self.hyper.momentum)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hal_conformance import inputs as make
-from hal_conformance.case import F64, Arrays, Params
+from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import wide
 
 if TYPE_CHECKING:
@@ -39,12 +39,22 @@ def shapes(p: Params) -> dict[str, tuple[int, ...]]:
     return {"dense": (2 * rows - 1, 20), "norm": (20,), **dict.fromkeys(EXPERTS, (rows, 12)), "scalar": (1,)}
 
 
+def _full_bits(seed: int, stream: str, size: int) -> F64:
+    """Return normal numbers that use all bits of float32."""
+    return make.normal(seed, stream, size) * (1.0 + make.words(seed, f"{stream}/low", size) * 2.0**-34)
+
+
+def distinct(array: Array) -> int:
+    """Return how many numbers there are: equal ones that meet the same constants have one rounding error."""
+    return len(np.unique(np.asarray(array, np.float64)))
+
+
 def values(p: Params, stream: str) -> dict[str, F64]:
     """Return parameters as they are trained: normal, their sizes from 2^-8 to 1; every 16th is zero."""
     made = {}
     for name, shape in shapes(p).items():
         size = math.prod(shape)
-        x = make.normal(p.seed, f"{stream}/{name}", size)
+        x = _full_bits(p.seed, f"{stream}/{name}", size)
         x *= np.ldexp(1.0, make.integers(p.seed, f"{stream}/{name}/power", -8, 0, size).astype(np.int32))
         x[make.permutation(p.seed, f"{stream}/{name}/zeros", size)[: size // 16]] = 0.0
         made[name] = x.reshape(shape)
@@ -56,7 +66,7 @@ def gradients(p: Params, stream: str) -> dict[str, F64]:
     made = {}
     for name, shape in shapes(p).items():
         size = math.prod(shape)
-        g = make.normal(p.seed, f"{stream}/{name}", size) * (0.125 if name in DENSE else 8.0)
+        g = _full_bits(p.seed, f"{stream}/{name}", size) * (0.125 if name in DENSE else 8.0)
         if name == "dense":
             order = make.permutation(p.seed, "tiny gradients", size)
             power = make.integers(p.seed, f"{stream}/{name}/power", -60, -10, size).astype(np.int32)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 nonfinite = np.errstate(all="ignore")
 """Around a judge whose arithmetic meets infinities and NaN, expected ones or a device's."""
 
-_ROWS = {"tiny": 17, "small": 65, "full": 513}
+_ROWS = {"tiny": 17, "small": 31, "full": 513}
 IDLE = "expert2"
 """The expert whose gradient is zero."""
 

@@ -63,7 +63,7 @@ class FP8Ops(Protocol):
     def scale_fp8(self, x_NB: Tensor, format: MXFormat) -> Scaled:
         """Divide each block of 32 by a power of two and cast it.
 
-            scale = 2^(floor(log2(max_b |x_b|)) - emax), emax the exponent of the format's largest number, at least
+            scale = 2^(floor(log2(max_b abs(x_b))) - emax), emax the exponent of the format's largest number, at least
             2^-127; element = cast(x / scale), saturating: up to twice the largest number can occur.
 
         A block of zeros has the smallest scale, code 0. A NaN or an infinity in a block makes its scale NaN, code 255,

@@ -136,7 +136,7 @@ class OptimizerOps(Protocol):
         gradient's dtype. Below the limit the factor is exactly 1. A NaN makes the norm and every gradient NaN. An
         infinity makes the norm infinite and the factor 0: finite gradients become 0, the infinite ones NaN.
 
-        Source: Pascanu et al. 2013 (arXiv:1211.5063); torch.nn.utils.clip_grad_norm_ with error_if_nonfinite=False.
+        Source: Pascanu et al. 2013 (arXiv:1211.5063); `torch.nn.utils.clip_grad_norm_` with error_if_nonfinite=False.
         """
         ...
 

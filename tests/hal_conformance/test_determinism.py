@@ -89,4 +89,5 @@ def test_a_token_may_have_other_bits_in_another_batch_but_no_other_result(ops, c
 def test_the_bits_of_empty_and_unequal_arrays():
     assert determinism.differs(np.zeros((0, 2), np.float32), np.zeros((0, 2), np.float32)) == 0.0
     assert determinism.differs(np.zeros(2), np.zeros(3)) == 1.0
+    assert determinism.differs(np.zeros(2), np.zeros(2, np.complex64)) == 1.0
     assert determinism.differs(np.array([0.0, 1.0]), np.array([-0.0, 1.0])) == 0.5

@@ -77,6 +77,7 @@ CAUGHT_BY = {
     "reduces_twice": ("layer.forward_replayed", "FAIL-NUMERIC"),
     "depends_on_batchmates": ("layer.forward_replayed", "FAIL-NUMERIC"),
     "shared_slightly_off": ("layer.forward_replayed", "FAIL-NUMERIC"),
+    "another_order_each_time": ("determinism.repeated", "NONDET"),
     "ignores_capacity": ("layer.capacity", "FAIL-NUMERIC"),
     "replays_with_own_weights": ("layer.forward_replayed", "FAIL-NUMERIC"),
     "aux_without_k": ("losses.aux", "FAIL-NUMERIC"),

@@ -198,8 +198,11 @@ def test_a_judge_that_raises_is_invalid():
     assert report.results[0].detail == r"the judge raised ZeroDivisionError: the judge fell over \x1b[31m"
 
 
+# A process that a shell started in the background ignores SIGINT, and so would its children.
 DRIVER = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, {here!r})
 from test_runner import run
 print("started", flush=True)

@@ -101,7 +101,7 @@ def first_half(arrays: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 def differs(a: Any, b: Any) -> float:
     """Return the share of elements that differ in a bit."""
-    if a.shape != b.shape:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return 1.0
     size = a.itemsize
     bits = [np.ascontiguousarray(x).view(f"u{size}") for x in (a, b)]

@@ -309,6 +309,8 @@ def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> No
     from hal_conformance.text import plain
 
     _check_outputs(json_file)
+    if json_file is not None and json_file.exists() and any(f.exists() and f.samefile(json_file) for f in files):
+        _fail(f"{json_file} is one of the recordings; the comparison would overwrite it", 2)
     try:
         recordings = [recording.read(path, Catalogue()) for path in files]
         with Bar(max(len(r.entries) for r in recordings)) as bar:

@@ -189,3 +189,12 @@ def test_progress_is_shown_on_a_terminal_only():
 def test_the_command_imports_neither_torch_nor_numpy():
     code = "import sys, hal_conformance.cli; assert not {'torch', 'numpy', 'rich'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_comparison_never_overwrites_a_recording(tmp_path):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"recorded far away")
+    ran = hal("compare", file, "--json", file)
+    assert ran.returncode == 2
+    assert "is one of the recordings" in ran.stderr
+    assert file.read_bytes() == b"recorded far away"

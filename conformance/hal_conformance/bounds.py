@@ -83,15 +83,6 @@ class Bounded:
         return Bounded(self.value, self.bound + half, self.var + half**2 / 3.0)
 
 
-def bounded_by_variance(value: F64, var: F64, level: Level) -> Bounded:
-    """Bound a chain of stages by lambda standard deviations.
-
-    The error is, to first order, a sum of many independent rounding errors weighted by squared Jacobians, each
-    sub-Gaussian; so is the sum, and lambda = sqrt(2 L) deviations have odds exp(-L).
-    """
-    return Bounded(value, level.deviations * np.sqrt(var), var)
-
-
 def matmul_variance(value: F64, squares: F64, inner: int, rule: Arithmetic) -> F64:
     """Return a variance above that of a sum of `inner` products in any order.
 
@@ -203,29 +194,48 @@ def sigmoid(x: F64) -> Bounded:
     1/2 + 1/2 tanh(x/2) is worse by 4e5 for negative x and not admitted.
     """
     s = logistic(x)
-    return Bounded.deterministic(s, s * U32 * ((1.0 - s) * (2.0 * np.abs(x) + 4.0) + 3.0) + TINY32)
+    return Bounded.deterministic(s, s * sigmoid_error(x, s) + TINY32)
+
+
+def sigmoid_error(x: F64, sigma: F64) -> F64:
+    """Return the relative error of sigma = `sigmoid`(x)."""
+    return np.asarray(U32 * ((1.0 - sigma) * (2.0 * np.abs(x) + 4.0) + 3.0))
+
+
+def silu_error(x: F64, sigma: F64) -> F64:
+    """Return the relative error of x sigma: that of `sigmoid`, and a product."""
+    return np.asarray(sigmoid_error(x, sigma) + 2.0 * U32)
+
+
+def slope_of_silu(x: F64, sigma: F64) -> F64:
+    """Return silu'(x) = sigma (1 + x (1 - sigma))."""
+    return np.asarray(sigma * (1.0 + x * (1.0 - sigma)))
+
+
+def slope_error(x: F64, sigma: F64) -> F64:
+    """Return the absolute error of silu'(x) in float32; not relative to the slope, which has a zero.
+
+    With a = |x| and q = 1 - sigma: u sigma [(1 + a q)(4 + q (2 a + 4)) + a q (sigma (2 a + 4) + 4) + 3 + a sigma].
+    """
+    a, q = np.abs(x), 1.0 - sigma
+    inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (sigma * (2 * a + 4) + 4) + 3 + a * sigma
+    return np.asarray(sigma * U32 * inner)
 
 
 def silu(x: F64) -> Bounded:
-    """x sigmoid(x) in float32 of exact x; not yet stored: the error of `sigmoid`, and one product."""
-    q = 1.0 - logistic(x)
-    s = x * logistic(x)
-    own = np.abs(s) * U32 * (q * (2.0 * np.abs(x) + 4.0) + 5.0)
+    """x sigmoid(x) in float32 of exact x; not yet stored."""
+    sigma = logistic(x)
+    s = x * sigma
+    own = np.abs(s) * silu_error(x, sigma)
     return Bounded.deterministic(s, own + TINY32 * np.maximum(1.0, np.abs(x)))
 
 
 def silu_slope(x: F64) -> Bounded:
-    """silu'(x) = sigma (1 + x (1 - sigma)) in float32 of exact x, for an upstream gradient that is exact.
-
-    With a = |x| and q = 1 - sigma, relative to sigma and not to the slope, which has a zero:
-    u sigma [(1 + a q)(4 + q (2 a + 4)) + a q (sigma (2 a + 4) + 4) + 3 + a sigma].
-    """
+    """silu'(x) in float32 of exact x, for an upstream gradient that is exact; not yet stored."""
     sigma = logistic(x)
-    a, q = np.abs(x), 1.0 - sigma
-    inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (sigma * (2 * a + 4) + 4) + 3 + a * sigma
-    own = sigma * U32 * inner
     # Where exp overflows, sigma is 0 and x (1 - sigma) is finite: the product is 0, and the exact slope is below this.
-    return Bounded.deterministic(sigma * (1.0 + x * q), own + TINY32 * np.maximum(1.0, a))
+    lost = TINY32 * np.maximum(1.0, np.abs(x))
+    return Bounded.deterministic(slope_of_silu(x, sigma), slope_error(x, sigma) + lost)
 
 
 def smallest_normal(dtype: str) -> float:

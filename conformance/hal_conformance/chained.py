@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 from hal.contract import Arithmetic
-from hal_conformance.bounds import U32, Bounded, half_ulp, logistic, matmul_variance
+from hal_conformance.bounds import (
+    U32,
+    Bounded,
+    half_ulp,
+    logistic,
+    matmul_variance,
+    sigmoid_error,
+    silu_error,
+    slope_error,
+    slope_of_silu,
+)
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array
 
@@ -116,34 +126,24 @@ def dot(a: Chained, b: F64) -> Chained:
 
 
 def sigmoid(x: Chained) -> Chained:
-    """Return 1 / (1 + exp(-x)); its own error as in `bounds.sigmoid`."""
+    """Return 1 / (1 + exp(-x)); its own error is that of `bounds.sigmoid`."""
     s = logistic(x.value)
-    own = s * U32 * ((1.0 - s) * (2.0 * np.abs(x.value) + 4.0) + 3.0)
+    own = s * sigmoid_error(x.value, s)
     return Chained(s, (s * (1.0 - s)) ** 2 * x.var + own**2 / 3.0)
 
 
 def silu(x: Chained) -> Chained:
-    """Return x sigmoid(x): the error of `bounds.sigmoid` and one product, |s| u [(1 - sigma)(2 |x| + 4) + 5]."""
+    """Return x sigmoid(x); its own error is that of `bounds.silu`."""
     sigma = logistic(x.value)
     s = x.value * sigma
-    own = np.abs(s) * U32 * ((1.0 - sigma) * (2.0 * np.abs(x.value) + 4.0) + 5.0)
+    own = np.abs(s) * silu_error(x.value, sigma)
     # |silu''| <= 1/2: the second-order term of an error of variance v adds at most (v / 2)^2.
-    return Chained(s, _slope(x.value, sigma) ** 2 * x.var + 0.25 * x.var**2 + own**2 / 3.0)
+    return Chained(s, slope_of_silu(x.value, sigma) ** 2 * x.var + 0.25 * x.var**2 + own**2 / 3.0)
 
 
 def silu_backward(ds: Chained, x: Chained) -> Chained:
-    """Return ds silu'(x). Its own error is relative to ds, not to the result: the slope has a zero.
-
-    d slope / dx is at most 1/2. Own arithmetic, with a = |x| and q = 1 - sigma:
-    |ds| u sigma [(1 + a q)(4 + q (2 a + 4)) + a q (sigma (2 a + 4) + 4) + 3 + a sigma].
-    """
+    """Return ds silu'(x); its own error is that of `bounds.silu_slope`. d slope / dx is at most 1/2."""
     sigma = logistic(x.value)
-    slope = _slope(x.value, sigma)
-    a, q = np.abs(x.value), 1.0 - sigma
-    inner = (1 + a * q) * (4 + q * (2 * a + 4)) + a * q * (sigma * (2 * a + 4) + 4) + 3 + a * sigma
-    own = np.abs(ds.value) * U32 * sigma * inner
+    slope = slope_of_silu(x.value, sigma)
+    own = np.abs(ds.value) * slope_error(x.value, sigma)
     return Chained(ds.value * slope, slope**2 * ds.var + 0.25 * ds.value**2 * x.var + own**2 / 3.0)
-
-
-def _slope(x: F64, sigma: F64) -> F64:
-    return np.asarray(sigma * (1.0 + x * (1.0 - sigma)))

@@ -127,10 +127,14 @@ def sparse(seed: int, stream: str, ones: int, values: int, *shape: int, first: i
     return np.where(keep, integers(seed, stream, -values, values, *shape, first=first), 0).astype(np.float64)
 
 
+def low_bits(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
+    """Return factors that fill the low bits of float32; a sum of four bytes alone ends in zeros."""
+    return np.asarray(1.0 + words(seed, f"{stream}/low", *shape, first=first) * 2.0**-34)
+
+
 def full_bits(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
-    """Return weights that use all 24 bits of float32; a sum of four bytes alone would end in zeros."""
-    low = words(seed, f"{stream}/low", *shape, first=first) * 2.0**-34
-    return weights(seed, stream, *shape, first=first) * (1.0 + low)
+    """Return weights that use all 24 bits of float32."""
+    return weights(seed, stream, *shape, first=first) * low_bits(seed, stream, *shape, first=first)
 
 
 SLAB = 2**22

@@ -57,6 +57,7 @@ class Certainty:
         must, may: for each token and expert whether it must be chosen and whether it may be, judged singly; [T, E].
         experts: the selection scores, [T, E]; None where anything goes.
         groups: the scores of the groups, [T, G]; None where there is one group.
+        kept: for each token and group whether it must be kept and whether it may be; [T, G] each.
         spec: the router.
     """
 
@@ -64,6 +65,7 @@ class Certainty:
     may: Mask
     experts: Scored | None = None
     groups: Scored | None = None
+    kept: Certainty | None = None
     spec: RouterSpec | None = None
 
     def admits(self, token: int, chosen: I64) -> bool:
@@ -78,11 +80,11 @@ class Certainty:
         scores = Scored(self.experts.low[token], self.experts.high[token])
         picked = np.zeros(spec.num_experts, bool)
         picked[chosen] = True
-        if self.groups is None:
+        if self.groups is None or self.kept is None:
             return scores.admits(picked)
         groups = Scored(self.groups.low[token], self.groups.high[token])
-        sure = k_best(groups.low[None], groups.high[None], spec.top_groups)
-        must, open_ = np.flatnonzero(sure.must[0]), np.flatnonzero(sure.may[0] & ~sure.must[0])
+        surely, possibly = self.kept.must[token], self.kept.may[token]
+        must, open_ = np.flatnonzero(surely), np.flatnonzero(possibly & ~surely)
         free = spec.top_groups - len(must)
         if math.comb(len(open_), free) > MAX_GROUP_SETS:
             return True
@@ -109,9 +111,8 @@ class Certainty:
             return np.zeros((len(experts_TK), experts_TK.shape[1] - 1), bool)
         low, high = self.experts.low[rows, experts_TK], self.experts.high[rows, experts_TK]
         wrong: Mask = low[:, 1:] > high[:, :-1]
-        if self.groups is not None:
-            kept = k_best(self.groups.low, self.groups.high, self.spec.top_groups).must
-            sure = kept[rows, experts_TK // self.spec.group_size]
+        if self.kept is not None:
+            sure = self.kept.must[rows, experts_TK // self.spec.group_size]
             wrong &= sure[:, 1:] & sure[:, :-1]
         return wrong
 
@@ -149,7 +150,7 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
     scored = Scored(low, high)
     if spec.num_groups == 1:
         single = k_best(low, high, spec.top_k)
-        return Certainty(single.must, single.may, scored, None, spec)
+        return Certainty(single.must, single.may, scored, spec=spec)
     tokens = value.shape[0]
     grouped = (tokens, spec.num_groups, spec.group_size)
     if spec.group_score == "max":
@@ -165,7 +166,7 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
     masked_high = np.where(may_group, high, spec.masked_score)
     masked_low = np.where(may_group, masked_low, spec.masked_score)
     single = k_best(masked_low, masked_high, spec.top_k)
-    return Certainty(single.must, single.may, scored, Scored(group_low, group_high), spec)
+    return Certainty(single.must, single.may, scored, Scored(group_low, group_high), groups, spec)
 
 
 def judge_choice(experts_TK: I64, certain: Certainty, what: str = "experts") -> Finding:

@@ -191,9 +191,7 @@ class NoTokens(Attention):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        return {
-            name: array if name in ("k_SGd", "v_SGe") else array[:0] for name, array in super().inputs(p).items()
-        }
+        return {name: array if name in ("k_SGd", "v_SGe") else array[:0] for name, array in super().inputs(p).items()}
 
 
 class Latent(Forward):

@@ -66,6 +66,12 @@ def weight_storage(spec: RouterSpec, p: Params) -> str:
     return "float32" if spec.weight_dtype == "float32" else p.dtype
 
 
+def mean_load(p: Params) -> int:
+    """Return the rows of an expert under even routing, rounded up: the busier experts exceed it."""
+    spec = preset(p.preset).router
+    return -(-shape(p).tokens * spec.top_k // spec.num_experts)
+
+
 def expert_bytes(p: Params) -> int:
     """Return the bytes of all routed experts' weights."""
     s = shape(p)

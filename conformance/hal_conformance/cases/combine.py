@@ -13,7 +13,7 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, leaf, observed, shape, weight_storage, wide
+from hal_conformance.cases.base import ByCounts, leaf, mean_load, observed, shape, weight_storage, wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -110,8 +110,7 @@ class Dropped(Random):
 
     def capacity(self, p: Params) -> int | None:
         """See `Random.capacity`: the mean load, rounded up."""
-        spec = preset(p.preset).router
-        return -(-shape(p).tokens * spec.top_k // spec.num_experts)
+        return mean_load(p)
 
 
 class Backward(Random):

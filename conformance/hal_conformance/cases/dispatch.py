@@ -11,7 +11,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, leaf, observed, shape, wide
+from hal_conformance.cases.base import ByCounts, leaf, mean_load, observed, shape, wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -71,8 +71,7 @@ class Capacity(DispatchCase):
 
     def capacity(self, p: Params) -> int | None:
         """See `DispatchCase.capacity`: the mean load, rounded up."""
-        spec = preset(p.preset).router
-        return -(-shape(p).tokens * spec.top_k // spec.num_experts)
+        return mean_load(p)
 
 
 class CapacityZero(DispatchCase):

@@ -14,36 +14,27 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised, arithmetic
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import Base, leaf, observed, shape, wide
+from hal_conformance.cases.base import leaf, observed, shape, wide
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
 from hal_conformance.oracle.clipping import clip_grad_norm
 from hal_conformance.oracle.experts import each
+from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
     import torch
 
-ROUTED = ("w1_EFD", "w3_EFD", "w2_EDF")
 
-
-class GradientCase(Base):
-    """One preset stands for all, since no router is involved; gradients in float32 or bfloat16."""
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return ("ling-lite",)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return ("float32", "bfloat16")
+class GradientCase(parameters.ParameterCase):
+    """Gradients of the parameters."""
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
-        elements = sum(int(np.prod(shape)) for shape in parameters.shapes(p).values())
-        return Footprint(4 * elements, 4 * elements)
+        size = 4 * parameters.elements(p)
+        return Footprint(size, size)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
-from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import matmul
@@ -27,6 +26,7 @@ from hal_conformance.cases.base import (
     expert_bytes,
     gate_storage,
     leaf,
+    mean_load,
     model_of,
     observed,
     router_arrays,
@@ -35,10 +35,9 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.experts import WeightGradients
-from hal_conformance.cases.router import expected_structure
+from hal_conformance.cases.router import expected_structure, judge_routing
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
-from hal_conformance.margins import certify, judge_choice
 from hal_conformance.oracle.dispatching import sent
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE, layer
 from hal_conformance.oracle.losses import aux_loss, z_loss
@@ -76,8 +75,7 @@ class Layer(Base):
 
     def limit(self, p: Params) -> int | None:
         """Return the most rows of an expert: the mean load, rounded up, or None."""
-        spec = preset(p.preset).router
-        return -(-shape(p).tokens * spec.top_k // spec.num_experts) if self.capacity else None
+        return mean_load(p) if self.capacity else None
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
@@ -183,8 +181,7 @@ class Layer(Base):
         if self.replayed:
             found.append(discrete("replayed experts", chosen, inputs["experts_TK"]))
         else:
-            bias = wide(inputs["bias_E"]) if spec.selection_bias else None
-            found.append(judge_choice(chosen, certify(scores, bias, spec)))
+            found.append(judge_routing(chosen, scores, inputs, spec))
         if not any(f.status.colour == "red" for f in found):
             expected = weights_of(scores, chosen, spec, weight_storage(spec, p))
             found.append(judge("weights", outputs["weights_TK"], expected))

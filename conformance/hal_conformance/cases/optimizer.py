@@ -15,7 +15,7 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import Base, observed
+from hal_conformance.cases.base import observed
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
@@ -28,21 +28,13 @@ if TYPE_CHECKING:
 STEPS = 10
 
 
-class OptimizerCase(Base):
-    """One preset stands for all, since no router is involved; parameters in float32 or bfloat16."""
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return ("ling-lite",)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return ("float32", "bfloat16")
+class OptimizerCase(parameters.ParameterCase):
+    """Steps of an optimiser."""
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
-        elements = sum(int(np.prod(shape)) for shape in parameters.shapes(p).values())
-        return Footprint(4 * STEPS * elements, 12 * STEPS * elements)
+        size = 4 * STEPS * parameters.elements(p)
+        return Footprint(size, 3 * size)
 
 
 def initial(p: Params) -> Arrays:

@@ -17,7 +17,7 @@ import numpy as np
 
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Array, Arrays, Params
-from hal_conformance.cases.base import wide
+from hal_conformance.cases.base import Base, wide
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,23 @@ EXPERTS = ("expert0", "expert1", IDLE)
 DENSE = ("dense", "norm")
 
 
+class ParameterCase(Base):
+    """One preset stands for all, since no router is involved; parameters or gradients in float32 or bfloat16."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("float32", "bfloat16")
+
+
+def elements(p: Params) -> int:
+    """Return how many numbers all parameters hold."""
+    return sum(math.prod(shape) for shape in shapes(p).values())
+
+
 def shapes(p: Params) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes."""
     rows = _ROWS[p.scale]
@@ -41,7 +58,7 @@ def shapes(p: Params) -> dict[str, tuple[int, ...]]:
 
 def _full_bits(seed: int, stream: str, size: int) -> F64:
     """Return normal numbers that use all bits of float32."""
-    return make.normal(seed, stream, size) * (1.0 + make.words(seed, f"{stream}/low", size) * 2.0**-34)
+    return make.normal(seed, stream, size) * make.low_bits(seed, stream, size)
 
 
 def distinct(array: Array) -> int:

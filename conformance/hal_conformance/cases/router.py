@@ -12,7 +12,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import matmul
+from hal_conformance.bounds import Bounded, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import (
@@ -44,6 +44,12 @@ def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tu
         "experts_TK": ((tokens, spec.top_k), "int64"),
         "weights_TK": ((tokens, spec.top_k), weight_storage(spec, p)),
     }
+
+
+def judge_routing(experts_TK: I64, scores: Bounded, inputs: Arrays, spec: RouterSpec, what: str = "experts") -> Finding:
+    """Judge a device's own choice by the margins of its scores, and the case's bias where the router has one."""
+    bias = wide(inputs["bias_E"]) if spec.selection_bias else None
+    return judge_choice(experts_TK, certify(scores, bias, spec), what)
 
 
 class RouterCase(Base):
@@ -117,8 +123,7 @@ class TopkSet(RouterCase):
     ) -> list[Finding]:
         """See `RouterCase.findings`."""
         scores = scores_of(outputs["logits_TE"], spec, level(outputs["logits_TE"].size))
-        bias = wide(inputs["bias_E"]) if spec.selection_bias else None
-        return [judge_choice(outputs["experts_TK"], certify(scores, bias, spec))]
+        return [judge_routing(outputs["experts_TK"], scores, inputs, spec)]
 
 
 class Weights(RouterCase):
@@ -239,13 +244,12 @@ class Degenerate(RouterCase):
         x, gate, logits = wide(inputs["x_TD"][finite]), wide(inputs["gate_ED"]), outputs["logits_TE"][finite]
         at = level(logits.size)
         scores = scores_of(logits, spec, at)
-        bias = wide(inputs["bias_E"]) if spec.selection_bias else None
         weights = weights_of(scores, experts_TK[finite], spec, weight_storage(spec, p))
         zero = np.zeros((1, spec.num_experts))
         return [
             judge("logits", logits, matmul(x, gate.T, arithmetic(contract, storage), at).stored(storage)),
             judge("scores", outputs["scores_TE"][finite], scores),
-            judge_choice(experts_TK[finite], certify(scores, bias, spec), "finite tokens' experts"),
+            judge_routing(experts_TK[finite], scores, inputs, spec, "finite tokens' experts"),
             judge("weights", outputs["weights_TK"][finite], weights),
             discrete("experts of the zero token", experts_TK[ZERO : ZERO + 1], lowest_first(zero, spec)),
         ]
@@ -309,9 +313,7 @@ class Backward(RouterCase):
         if self.replayed:
             choice = discrete("replayed experts", chosen, inputs["experts_TK"])
         else:
-            choice = judge_choice(
-                chosen, certify(scores, wide(inputs["bias_E"]) if spec.selection_bias else None, spec)
-            )
+            choice = judge_routing(chosen, scores, inputs, spec)
         if choice.status.colour == "red":
             return merge([choice])
         rule = arithmetic(contract, storage)

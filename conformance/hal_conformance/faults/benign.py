@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing
+from hal.moe.ops import Dispatch, ExpertWeights, Routing
 from hal.moe.router_spec import RouterSpec
 from hal.moe.torch_ops import TorchMoEOps
 from hal_conformance.faults.catalogue import benign
@@ -274,19 +273,12 @@ class WideLosses(Parts):
 class OneStore(Parts):
     """The routed and the shared output are added in float32 and stored once."""
 
-    def layer(
-        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
-        capacity: int | None = None,
-    ) -> LayerOutput:  # fmt: skip
-        """See `MoEOps.layer`."""
-        routing = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E, experts_TK=experts_TK)
-        sent = self.dispatch(x_TD, routing.experts_TK, spec.router.num_experts, capacity=capacity)
-        y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
-        total = weighted(y_RD, routing.weights_TK, sent.slot_R, len(x_TD)).sum(1)
-        shared = self.shared(x_TD, weights)
-        total = total if shared is None else total + shared.float()
-        aux = self.aux_loss(routing.scores_TE, routing.experts_TK, spec.router)
-        return LayerOutput(total.to(x_TD.dtype), routing, aux, self.z_loss(routing.logits_TE))
+    def output(
+        self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, shared_TD: Tensor | None, num_tokens: int
+    ) -> Tensor:
+        """See `Parts.output`."""
+        total = weighted(y_RD, weights_TK, slot_R, num_tokens).sum(1)
+        return (total if shared_TD is None else total + shared_TD.float()).to(y_RD.dtype)
 
 
 class InThreads(Parts):

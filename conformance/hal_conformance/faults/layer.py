@@ -124,9 +124,6 @@ class ReplaysWithOwnWeights(Parts):
         own = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E)
         sent = self.dispatch(x_TD, experts_TK, spec.router.num_experts, capacity=capacity)
         y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
-        y_TD = self.combine(y_RD, own.weights_TK, sent.slot_R, len(x_TD))
-        shared = self.shared(x_TD, weights)
-        return LayerOutput(
-            y_TD if shared is None else y_TD + shared, own._replace(experts_TK=experts_TK),
-            self.aux_loss(own.scores_TE, experts_TK, spec.router), self.z_loss(own.logits_TE),
-        )  # fmt: skip
+        y_TD = self.output(y_RD, own.weights_TK, sent.slot_R, self.shared(x_TD, weights), len(x_TD))
+        aux = self.aux_loss(own.scores_TE, experts_TK, spec.router)
+        return LayerOutput(y_TD, own._replace(experts_TK=experts_TK), aux, self.z_loss(own.logits_TE))

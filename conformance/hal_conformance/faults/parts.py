@@ -55,6 +55,13 @@ class Parts:
             y = (x_TD @ weights.shared_gate_D[:, None]).sigmoid() * y
         return y
 
+    def output(
+        self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, shared_TD: Tensor | None, num_tokens: int
+    ) -> Tensor:
+        """Return the layer's output from the experts' rows and the shared output."""
+        y_TD = self.combine(y_RD, weights_TK, slot_R, num_tokens)
+        return y_TD if shared_TD is None else y_TD + shared_TD
+
     def layer(
         self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
         capacity: int | None = None,
@@ -63,12 +70,9 @@ class Parts:
         routing = self.route(x_TD, weights.gate_ED, spec.router, weights.bias_E, experts_TK=experts_TK)
         sent = self.dispatch(x_TD, routing.experts_TK, spec.router.num_experts, capacity=capacity)
         y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
-        y_TD = self.combine(y_RD, routing.weights_TK, sent.slot_R, len(x_TD))
-        shared = self.shared(x_TD, weights)
+        y_TD = self.output(y_RD, routing.weights_TK, sent.slot_R, self.shared(x_TD, weights), len(x_TD))
         aux = self.aux_loss(routing.scores_TE, routing.experts_TK, spec.router)
-        return LayerOutput(
-            y_TD if shared is None else y_TD + shared, routing, aux, self.z_loss(routing.logits_TE)
-        )  # fmt: skip
+        return LayerOutput(y_TD, routing, aux, self.z_loss(routing.logits_TE))
 
 
 class OwnProduct(Parts):

@@ -14,13 +14,17 @@ from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.parts import OwnProduct, Parts, gradient_of, last_rows, without
 
 
-class _SiluWithoutProduct(torch.autograd.Function):
-    """silu whose slope lacks the term of the product rule."""
+class _Silu(torch.autograd.Function):
+    """silu with a slope of its own."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor) -> Tensor:
         ctx.save_for_backward(g)
         return torch.nn.functional.silu(g)
+
+
+class _SiluWithoutProduct(_Silu):
+    """silu whose slope lacks the term of the product rule."""
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -28,13 +32,8 @@ class _SiluWithoutProduct(torch.autograd.Function):
         return (dy.float() * g.float().sigmoid()).to(g.dtype)
 
 
-class _SiluStep(torch.autograd.Function):
+class _SiluStep(_Silu):
     """silu whose slope is a step beyond 4."""
-
-    @staticmethod
-    def forward(ctx: Any, g: Tensor) -> Tensor:
-        ctx.save_for_backward(g)
-        return torch.nn.functional.silu(g)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -135,11 +134,9 @@ class RouterWithoutX(Parts):
             x_TD.detach(), weights.gate_ED, spec.router, weights.bias_E, experts_TK=out.routing.experts_TK
         )  # fmt: skip
         sent = self.dispatch(x_TD, routing.experts_TK, spec.router.num_experts, capacity=capacity)
-        y_TD = self.combine(
-            self.experts(sent.x_RD, sent.counts_E, weights.experts), routing.weights_TK, sent.slot_R, len(x_TD)
-        )  # fmt: skip
+        y_RD = self.experts(sent.x_RD, sent.counts_E, weights.experts)
         shared = self.shared(x_TD, weights)
-        return out._replace(y_TD=y_TD if shared is None else y_TD + shared)
+        return out._replace(y_TD=self.output(y_RD, routing.weights_TK, sent.slot_R, shared, len(x_TD)))
 
 
 @fault()

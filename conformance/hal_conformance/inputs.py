@@ -190,7 +190,7 @@ def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I6
         word[:, order[-1]] = 2**40
     if experts > top_k + 1 and tokens:
         word[:, order[-2]] = 2**39
-        word[-1, order[-2]] = -1
+        word[-1, order[-2]] = -3  # before the hot expert: one choice is enough
     return np.argsort(word, axis=1, kind="stable")[:, :top_k].astype(np.int64)
 
 

@@ -63,12 +63,20 @@ def _trouble(device_id: str, device: torch.device, error: Exception) -> HalError
     """Return what is wrong with the device itself, or None if it works and only the operator failed."""
     import torch
 
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(error)):
+    if _lacks_memory(error):
         return OutOfMemoryError("out of memory", device=device_id, requested=requested_bytes(str(error)))
     try:
         torch.zeros(1, dtype=torch.float32, device=device).to("cpu")
     except Exception as second:  # noqa: BLE001  whatever the vendor raises
-        if isinstance(second, (MemoryError, torch.OutOfMemoryError)) or _OUT_OF_MEMORY.search(str(second)):
+        if _lacks_memory(second):
             return OutOfMemoryError("out of memory", device=device_id, requested=requested_bytes(str(second)))
         return Broken(f"has failed, and makes no tensor any more: {error}", device=device_id)
     return None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return _OUT_OF_MEMORY.search(str(error)) is not None

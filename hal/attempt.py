@@ -23,10 +23,11 @@ _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|alloc\w*[ _]fa
 
 @contextlib.contextmanager
 def attempt(device_id: str, device: torch.device) -> Iterator[None]:
-    """Run operators on a device as if nothing surrounded the call: autocast and gradients are off inside.
+    """Run operators on a device as if nothing surrounded the call.
 
-    Tensors inside must be made with their dtype and device, since `torch.set_default_dtype` and
-    `torch.set_default_device` are the user's.
+    Autocast and gradients are off inside, and so are modes that see every operator, torch's or the user's own: under a
+    FakeTensorMode nothing is computed, and everything would be supported. Tensors inside must be made with their dtype
+    and device, since `torch.set_default_dtype` and `torch.set_default_device` are the user's.
 
     Raises:
         OutOfMemoryError: there was no memory for the attempt.
@@ -35,19 +36,34 @@ def attempt(device_id: str, device: torch.device) -> Iterator[None]:
     """
     import torch
 
-    try:
-        with torch.no_grad(), contextlib.ExitStack() as off:
-            for kind in {"cpu", device.type}:
-                if _autocasts(kind):
-                    off.enter_context(torch.autocast(kind, enabled=False))
+    with torch.no_grad(), _without_modes(), contextlib.ExitStack() as off:
+        for kind in {"cpu", device.type}:
+            if _autocasts(kind):
+                off.enter_context(torch.autocast(kind, enabled=False))
+        try:
             yield
-    except HalError:
-        raise
-    except Exception as error:
-        trouble = _trouble(device_id, device, error)
-        if trouble is None:
+        except HalError:
             raise
-        raise trouble from error
+        except Exception as error:
+            trouble = _trouble(device_id, device, error)
+            if trouble is None:
+                raise
+            raise trouble from error
+
+
+@contextlib.contextmanager
+def _without_modes() -> Iterator[None]:
+    from torch.utils import _python_dispatch
+
+    # Both are torch's own affair, and there in 2.7 to 2.13. The second imports half a compiler, so it is only called
+    # where there is a mode to leave.
+    current = getattr(_python_dispatch, "_get_current_dispatch_mode", None)
+    leave = getattr(_python_dispatch, "_disable_current_modes", None)
+    if current is None or leave is None or current() is None:
+        yield
+        return
+    with leave():
+        yield
 
 
 def _autocasts(kind: str) -> bool:

@@ -7,6 +7,11 @@ a `DeviceConflict`, and the last one to let go restores the old value.
 
 A switch belongs to the user all the same. If somebody else wrote it meanwhile, the newer value stays when the last
 holder lets go, and a warning in the log says so.
+
+A ledger that is dropped without `close()` leaves its switches as they are, with a `ResourceWarning`, and stands in
+nobody's way: whoever sets such a switch next takes it over, with the old value. Nothing is put back at that moment,
+since the garbage collector chooses it, and the thread: another precision or allocator in the middle of a training step
+would be worse than a switch that stays. A function may also have opened the device only to set it up.
 """
 
 from __future__ import annotations
@@ -15,6 +20,8 @@ import contextlib
 import logging
 import os
 import threading
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +92,16 @@ class _Holding:
     switch: Switch
     old: object
     new: object
-    owners: list[Changes]
+    owners: list[weakref.ref[Changes]]  # weak, or a dropped ledger would live for ever
+
+    def living(self) -> list[Changes]:
+        """Return the owners that were not dropped."""
+        return [owner for owner in (reference() for reference in self.owners) if owner is not None]
+
+    def state(self) -> object:
+        """Return what to write to put the present state back."""
+        # Not `Switch.state` where it is ours: it may have to try out, which this value needs no more.
+        return self.new if self.switch.read() == self.new else self.switch.state()
 
 
 _lock = threading.RLock()
@@ -97,12 +113,18 @@ class Changes:
 
     Args:
         owner: the device and its handle, for messages.
+
+    Warns:
+        ResourceWarning: it was dropped, by everyone who had a reference, while it held something.
     """
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self._held: dict[str, object] = {}  # switch name to the value that this owner asked for, in order
         self._closed = False
+        self._undo: contextlib.ExitStack | None = None  # of the innermost `together`
+        # Not when the interpreter ends: everything ends with it.
+        weakref.finalize(self, _dropped, owner, self._held).atexit = False
 
     def __iter__(self) -> Iterator[Change]:
         with _lock:
@@ -138,34 +160,37 @@ class Changes:
                 raise DeviceClosed(f"wants {switch.name} = {value!r} after it was closed", device=self.owner)
             holding = _holdings.get(switch.name)
             if holding is None:
-                old = switch.state()
-                self._write(switch, value, old)
-                holding = _holdings[switch.name] = _Holding(switch, old, value, [])
+                before = switch.state()
+                self._write(switch, value, before)
+                _holdings[switch.name] = made = _Holding(switch, before, value, [weakref.ref(self)])
+                if self._undo is not None:
+                    self._undo.callback(self._take_back, made, before, None)
             else:
-                self._hold_at(holding, value)
-            if self not in holding.owners:
-                holding.owners.append(self)
+                before, former = holding.state(), (holding.old, holding.new, list(holding.owners))
+                self._hold_at(holding, value, before)
+                if self._undo is not None:
+                    self._undo.callback(self._take_back, holding, before, former)
+                owners = [owner for owner in holding.living() if owner is not self]
+                holding.owners = [weakref.ref(owner) for owner in (*owners, self)]
             self._held[switch.name] = value
 
-    def _hold_at(self, holding: _Holding, value: object) -> None:
+    def _hold_at(self, holding: _Holding, value: object, before: object) -> None:
         """Set a switch that is held already."""
         switch = holding.switch
-        others = [owner.owner for owner in holding.owners if owner is not self]
+        others = [owner.owner for owner in holding.living() if owner is not self]
         if others and holding.new != value:
             raise DeviceConflict(
                 f"wants {switch.name} = {value!r}, which {', '.join(others)} holds at {holding.new!r}",
                 device=self.owner,
                 hint=f"close {others[0]} first, or ask both for the same",
             )
-        if switch.read() == holding.new:
-            if holding.new != value:
-                self._write(switch, value, holding.new)
-                holding.new = value
-            return
-        # The user wrote it since, and now asks for a value once more: theirs is what comes back at the end.
-        newer = switch.state()
-        self._write(switch, value, newer)
-        holding.old, holding.new = newer, value
+        ours = switch.read() == holding.new
+        if not (ours and holding.new == value):
+            self._write(switch, value, before)
+        if not ours:
+            # The user wrote it since, and now asks for a value once more: theirs is what comes back at the end.
+            holding.old = before
+        holding.new = value
 
     def _write(self, switch: Switch, value: object, before: object) -> None:
         try:
@@ -187,17 +212,38 @@ class Changes:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Make what is set inside the block all or nothing: an exception puts this owner's switches back."""
-        with _lock:
-            before = dict(self._held)
-            switches = {name: _holdings[name].switch for name in before}
+        """Make what is set inside the block all or nothing: an exception takes all of it back.
+
+        Every switch is then what it was before the block, whoever set it: this owner, another one or the user.
+        """
+        with _lock, contextlib.ExitStack() as undo:
+            outer, held, self._undo = self._undo, dict(self._held), undo
+            undo.callback(self._forget, held)
             try:
                 yield
-            except BaseException:
-                self.release([name for name in self._held if name not in before])
-                for name, value in before.items():
-                    self.set(switches[name], value)
-                raise
+            finally:
+                self._undo = outer
+            done = undo.pop_all()
+            if outer is not None:
+                outer.push(done)
+
+    def _forget(self, held: dict[str, object]) -> None:
+        """Hold what was held before a block, at those values, and nothing else."""
+        kept = {name: value for name, value in held.items() if name in self._held}
+        self._held.clear()  # in place: who is told that this ledger was dropped looks into it
+        self._held.update(kept)
+
+    def _take_back(
+        self, holding: _Holding, before: object, former: tuple[object, object, list[weakref.ref[Changes]]] | None
+    ) -> None:
+        """Undo one `set`; what another thread's user wrote since stays."""
+        ours = holding.switch.read() == holding.new
+        if former is None:
+            del _holdings[holding.switch.name]
+        else:
+            holding.old, holding.new, holding.owners = former
+        if ours:
+            holding.switch.write(before)
 
     def release(self, names: Iterable[str] | None = None) -> None:
         """Let go of the named switches, or of all, in reverse order; the last owner of one puts the old value back.
@@ -214,8 +260,8 @@ class Changes:
     def _let_go(self, name: str) -> None:
         del self._held[name]
         holding = _holdings[name]
-        holding.owners.remove(self)
-        if holding.owners:
+        holding.owners.remove(weakref.ref(self))
+        if holding.living():
             return
         del _holdings[name]
         now = holding.switch.read()
@@ -231,3 +277,13 @@ class Changes:
         with _lock:
             self._closed = True
             self.release()
+
+
+def _dropped(owner: str, held: dict[str, object]) -> None:
+    # Called by the garbage collector, anywhere, on any thread: it takes no lock and changes nothing.
+    if held:
+        warnings.warn(
+            f"{owner} was dropped without close(), and {', '.join(held)} stays as it set it",
+            ResourceWarning,
+            stacklevel=2,
+        )

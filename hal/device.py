@@ -43,6 +43,10 @@ class Facets:
 class Device:
     """An opened device. Get one from `hal.open_device`, and `close()` it, or use it in a `with` statement.
 
+    A device that is dropped without either, with all its facets, leaves the process as it is, with a
+    `ResourceWarning` that names what stays changed. The next device that sets such a switch takes it over, and its
+    `close()` puts the old value back.
+
     Attributes:
         info: facts that were known before opening.
         because: why this device was chosen.

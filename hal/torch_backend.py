@@ -216,19 +216,20 @@ class TorchMemory(Memory):
         """
         if self._driver is None:
             raise UnsupportedOperation("does not tell its total memory", device=self.device_id, what="memory.limit")
-        total = int(self._driver(self._device)[1])
+        device, total = self._device, int(self._driver(self._device)[1])
         set_share = self._function("set_per_process_memory_fraction")
         tell_share = getattr(self._module, "get_per_process_memory_fraction", None)
 
+        # They outlive this facet where its handle is dropped, and so know nothing of it.
         def read() -> int:
-            return _limits.get(self._device, total) if tell_share is None else round(tell_share(self._device) * total)
+            return _limits.get(device, total) if tell_share is None else round(tell_share(device) * total)
 
         def write(nbytes: int) -> None:
             # Half a byte more: the allocator cuts the product of share and total to a whole number of bytes.
-            set_share(min(1.0, (nbytes + 0.5) / total), self._device)
-            _limits[self._device] = nbytes
+            set_share(min(1.0, (nbytes + 0.5) / total), device)
+            _limits[device] = nbytes
 
-        return Switch(f"torch.{self._device.type}.set_per_process_memory_fraction on {self._device}", read, write)
+        return Switch(f"torch.{device.type}.set_per_process_memory_fraction on {device}", read, write)
 
     def _limit_value(self, nbytes: int) -> int:
         assert self._driver is not None

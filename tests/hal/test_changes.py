@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+import gc
 import logging
 import os
+import threading
+import warnings
 
 import pytest
 
@@ -176,3 +179,110 @@ def test_one_switch_that_cannot_be_written_keeps_no_other_from_being_put_back():
         owner.close()
     assert (one.value, two.value) == (0, 0)
     assert list(owner) == []
+
+
+def test_what_the_user_wrote_before_a_refused_block_is_what_it_is_afterwards():
+    flag, owner = Flag(), Changes("a")
+    owner.set(flag.switch, 1)
+    flag.value = 7
+    for wanted in (1, 2):
+        with pytest.raises(RuntimeError, match="refused"), owner.together():
+            owner.set(flag.switch, wanted)
+            assert flag.value == wanted
+            raise RuntimeError("refused")
+        assert flag.value == 7
+        assert [(c.old, c.new, c.now) for c in owner] == [(0, 1, 7)]
+    owner.release()
+    assert flag.value == 7
+
+
+def test_a_refused_block_leaves_what_another_owner_holds_as_it_was():
+    flag, first, second = Flag(), Changes("first"), Changes("second")
+    first.set(flag.switch, 1)
+    flag.value = 7
+    with pytest.raises(RuntimeError, match="refused"), second.together():
+        second.set(flag.switch, 1)
+        raise RuntimeError("refused")
+    assert flag.value == 7
+    assert (len(first), len(second)) == (1, 0)
+    first.release()
+    assert flag.value == 7
+
+
+def test_what_is_written_by_others_during_a_refused_block_stays():
+    one, two, owner = Flag(), Flag(), Changes("a")
+    owner.set(one.switch, 1)
+    with pytest.raises(RuntimeError, match="refused"), owner.together():
+        owner.set(one.switch, 2)
+        owner.set(two.switch, 2)
+        one.value = two.value = 7
+        raise RuntimeError("refused")
+    assert (one.value, two.value) == (7, 7)
+    owner.close()
+
+
+def test_an_inner_block_is_taken_back_with_the_outer_one():
+    flag, owner = Flag(), Changes("a")
+    with pytest.raises(RuntimeError, match="refused"), owner.together():
+        with owner.together():
+            owner.set(flag.switch, 1)
+        owner.set(flag.switch, 2)
+        raise RuntimeError("refused")
+    assert flag.writes == [1, 2, 1, 0]
+    assert len(owner) == 0
+    with owner.together():
+        with pytest.raises(RuntimeError, match="refused"), owner.together():
+            owner.set(flag.switch, 1)
+            raise RuntimeError("refused")
+        owner.set(flag.switch, 2)
+    assert flag.value == 2
+    owner.release()
+    assert flag.value == 0
+
+
+def test_a_ledger_that_is_dropped_warns_and_its_switch_stays_until_the_next_owner_lets_go():
+    flag, second = Flag(), Changes("b")
+    owner = Changes("a (handle 1)")
+    owner.set(flag.switch, 1)
+    with pytest.warns(ResourceWarning, match=rf"a \(handle 1\) was dropped without close\(\), and {flag.switch.name}"):
+        del owner
+    assert flag.writes == [1]
+    second.set(flag.switch, 2)  # nobody is left who could let go
+    assert [(c.old, c.new) for c in second] == [(0, 2)]
+    second.close()
+    assert flag.value == 0
+
+
+def test_a_ledger_that_holds_nothing_is_dropped_in_silence():
+    flag, owner = Flag(), Changes("a")
+    with pytest.raises(RuntimeError, match="refused"), owner.together():
+        owner.set(flag.switch, 1)
+        raise RuntimeError("refused")
+    owner.set(flag.switch, 1)
+    owner.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del owner
+        gc.collect()
+
+
+def test_a_ledger_may_be_dropped_on_any_thread_while_another_one_is_at_work():
+    flag, inside, dropped = Flag(), threading.Event(), threading.Event()
+    abandoned, owner = [Changes("a")], Changes("b")
+    abandoned[0].set(Flag().switch, 1)
+
+    def drop():
+        inside.wait(30)
+        with pytest.warns(ResourceWarning, match="a was dropped"):
+            abandoned.clear()
+        dropped.set()
+
+    thread = threading.Thread(target=drop)
+    thread.start()
+    with owner.together():
+        owner.set(flag.switch, 1)
+        inside.set()
+        assert dropped.wait(30), "the collector waits for the ledger's lock"
+    thread.join()
+    owner.close()
+    assert flag.value == 0

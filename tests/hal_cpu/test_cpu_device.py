@@ -3,14 +3,18 @@
 
 import collections
 import contextlib
+import gc
 import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hal
 from hal import philox
@@ -123,6 +127,15 @@ def default_dtype(dtype):
         torch.set_default_dtype(before)
 
 
+class Nonsense(TorchDispatchMode):
+    """A mode in which no product works."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "mm" in str(func) or "conv" in str(func):
+            raise RuntimeError("a mode of the user's")
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize(
     "surroundings",
     [
@@ -132,8 +145,19 @@ def default_dtype(dtype):
         lambda: torch.autocast("cpu", torch.bfloat16),
         torch.inference_mode,
         torch.enable_grad,
+        FakeTensorMode,
+        Nonsense,
     ],
-    ids=["bfloat16 by default", "float64 by default", "meta by default", "autocast", "inference", "gradients"],
+    ids=[
+        "bfloat16 by default",
+        "float64 by default",
+        "meta by default",
+        "autocast",
+        "inference",
+        "gradients",
+        "fake tensors",
+        "a mode of the user's",
+    ],
 )
 def test_what_surrounds_the_call_does_not_decide_what_is_measured(device, surroundings):
     with surroundings():
@@ -347,6 +371,41 @@ def test_a_switch_that_the_user_writes_meanwhile_is_shown_and_kept(device):
     finally:
         torch.set_float32_matmul_precision(before)
         torch.backends.mkldnn.matmul.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_a_refused_mode_leaves_the_switch_as_the_user_wrote_it(device):
+    part = torch.backends.mkldnn.matmul
+    device.precision.fp32_mode("ieee")
+    try:
+        for written in ("tf32", "none"):
+            part.fp32_precision = written
+            now = part.fp32_precision
+            with pytest.raises(hal.UnsupportedPrecision):
+                device.precision.fp32_mode("tf32")
+            assert part.fp32_precision == now
+            torch.backends.fp32_precision = "tf32" if now != "tf32" else "ieee"
+            assert (part.fp32_precision != now) == (written == "none"), "it inherits exactly if it did"
+            torch.backends.fp32_precision = "none"
+    finally:
+        part.fp32_precision = torch.backends.fp32_precision = "none"
+
+
+def test_a_device_that_is_dropped_warns_once_its_last_facet_is_gone_and_holds_up_nobody():
+    before = torch.are_deterministic_algorithms_enabled()
+    dropped = hal.open_device("cpu")
+    dropped.precision.deterministic()
+    precision = dropped.precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del dropped
+        gc.collect()
+        assert precision.supports(torch.float32), "a facet keeps what its handle set"
+    with pytest.warns(ResourceWarning, match=r"cpu \(handle \d+\) was dropped without close\(\), and torch.use_determ"):
+        del precision
+    assert torch.are_deterministic_algorithms_enabled()
+    with hal.open_device("cpu") as second:
+        second.precision.deterministic()
+    assert torch.are_deterministic_algorithms_enabled() == before
 
 
 def test_prepare_places_a_training_loop_and_leaves_the_loop_alone(device):

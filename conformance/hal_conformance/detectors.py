@@ -9,16 +9,19 @@ gives exactly, compared bit by bit. No single one catches all seeded faults.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from hal_conformance.absent import judgeable
 from hal_conformance.bounds import Bounded
 from hal_conformance.budget import bias_threshold, rms_threshold
 from hal_conformance.case import I64, Array, Arrays
 from hal_conformance.inputs import NUMPY_DTYPES
 from hal_conformance.verdicts import Judgement, Status, worst
+from hal_conformance.witness import note
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,13 @@ class ExactMeter:
         """Take in a part."""
         wide, want = np.asarray(got, np.float64), np.asarray(expected, np.float64)
         wrong = ~((wide == want) | (np.isnan(wide) & np.isnan(want)))
-        self._size += wrong.size
+        seen = judgeable(got, want)
+        self._size += wrong.size if seen is None else int(np.count_nonzero(seen))
+        if seen is not None:
+            wrong &= seen
         count = int(wrong.sum())
+        if count:
+            note(self._name, got, wrong, places)
         if count and not self._wrong:
             at = int(np.flatnonzero(wrong.ravel())[0])
             place = where(at, wrong.shape, places)
@@ -161,9 +169,19 @@ class Meter:
         wide = np.asarray(got, np.float64)
         value, bound = np.broadcast_to(expected.value, wide.shape), np.broadcast_to(expected.bound, wide.shape)
         var = np.broadcast_to(expected.var, wide.shape)
+        shape, row_size, index = wide.shape, math.prod(wide.shape[1:]), None
+        if (seen := judgeable(got, value, bound)) is not None:
+            # The statistics of all elements cannot be had from some of them: no variance, no RMS and no bias.
+            index = np.flatnonzero(seen)
+            wide, value, bound = (part.ravel()[index] for part in (wide, value, bound))
+            var = np.zeros_like(value)
         self._size += wide.size
         if wide.size == 0:
             return
+
+        def place(at: int) -> str:
+            return where(at if index is None else int(index[at]), shape, places)
+
         finite = np.isfinite(value)
         if np.isnan(bound[finite]).any():
             self._unknown = True  # a comparison with NaN would call everything right
@@ -173,24 +191,26 @@ class Meter:
         if not agree.all():
             if not self._nonfinite:
                 at = int(np.flatnonzero(~agree.ravel())[0])
-                place = where(at, wide.shape, places)
-                self._first_nonfinite = f"{place}: {wide.ravel()[at]}, expected {value.ravel()[at]:.6g}"
+                self._first_nonfinite = f"{place(at)}: {wide.ravel()[at]}, expected {value.ravel()[at]:.6g}"
             self._nonfinite += int((~agree).sum())
+            note(self._name, got, ~agree, places)
             return
         use = finite & ~overflow
         error = np.where(use, wide - np.where(use, value, 0.0), 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where(error == 0.0, 0.0, np.abs(error) / bound)
+        if index is None:
+            note(self._name, got, ratio, places)
         at = int(ratio.argmax())
         if (margin := float(ratio.ravel()[at])) > self._margin:
             self._margin = margin
             self._worst = (
-                f"{where(at, wide.shape, places)}: {wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} "
-                f"within {bound.ravel()[at]:.2g}"
+                f"{place(at)}: {wide.ravel()[at]:.9g}, expected {value.ravel()[at]:.9g} within {bound.ravel()[at]:.2g}"
             )
         if margin > 1.0:
-            self._beyond += int((ratio > 1.0).sum())
-            rows = np.flatnonzero((ratio > 1.0).reshape(wide.shape[0] if wide.ndim else 1, -1).any(axis=1))
+            beyond = np.flatnonzero(ratio > 1.0)
+            self._beyond += len(beyond)
+            rows = np.unique((beyond if index is None else index[beyond]) // row_size)
             self._beyond_rows += len(rows)
             self._rows += [row_of(int(row), places) for row in rows[: max(0, 4 - len(self._rows))]]
         known = use & (var > 0)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Elements that a recording does not hold: judging what is there, and nothing else.
+
+A recording holds samples of a large output (`sampling`). The judge gets a whole array all the same, in which every
+other element is a NaN with bits of its own. Those bits survive slicing, copying and widening, so that the detectors
+know such an element wherever it turns up; and whatever is computed from it is NaN, so that a stage whose input is not
+there is left unjudged instead of being judged wrongly. No case has to know about recordings.
+
+A stage whose oracle is NaN is then unjudged, too, where the device has a number: it cannot be told from one whose input
+is not there. The recorder, which had everything, has judged it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from hal_conformance.case import Array
+
+Mask = npt.NDArray[np.bool_]
+
+# A quiet NaN whose first seven bits of significand are 1010101: one number in all of these dtypes, so that widening
+# (which keeps the leading bits, IEEE 754-2019, 6.2.3) maps each of them to the next.
+_BITS = {
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7FD5),
+    np.dtype(np.float16): np.uint16(0x7EA8),
+    np.dtype(np.float32): np.uint32(0x7FD50000),
+    np.dtype(np.float64): np.uint64(0x7FFAA00000000000),
+}
+
+
+@dataclass
+class Coverage:
+    """How many elements were judged, of how many that the detectors were shown."""
+
+    judged: int = 0
+    shown: int = 0
+
+
+_coverage: ContextVar[Coverage | None] = ContextVar("coverage", default=None)
+
+
+def can_be_absent(dtype: np.dtype[np.generic]) -> bool:
+    """Tell whether an element of that dtype can be marked as absent."""
+    return dtype in _BITS
+
+
+def blank(shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> Array:
+    """Return an array of which every element is absent, in one element's memory; copy it to write into it."""
+    return np.broadcast_to(np.asarray(_BITS[dtype]).view(dtype), shape)
+
+
+def is_absent(array: Array) -> Mask:
+    """Return which elements are absent; the array may be a copy of the one that was made by `blank`, widened or not."""
+    mark = _BITS.get(array.dtype)
+    if mark is None:
+        return np.zeros(array.shape, bool)
+    return np.asarray(np.ascontiguousarray(array).view(mark.dtype).reshape(array.shape) == mark)
+
+
+@contextmanager
+def partial() -> Iterator[Coverage]:
+    """Judge outputs of which elements may be absent."""
+    coverage = Coverage()
+    token = _coverage.set(coverage)
+    try:
+        yield coverage
+    finally:
+        _coverage.reset(token)
+
+
+def judgeable(got: Array, *expected: Array) -> Mask | None:
+    """Return which elements can be judged; None: all of them, since nothing is absent here.
+
+    Args:
+        got: what came back.
+        expected: the oracle's value, and its bound; of the same shape.
+    """
+    coverage = _coverage.get()
+    if coverage is None:
+        return None
+    seen = ~is_absent(got)
+    for part in expected:
+        seen &= ~np.isnan(part) | np.isnan(got)
+    coverage.judged += int(np.count_nonzero(seen))
+    coverage.shown += seen.size
+    return seen

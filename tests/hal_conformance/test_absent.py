@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recording does not hold is not judged, and neither is what follows from it."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from hal_conformance import absent, witness
+from hal_conformance.bounds import Bounded
+from hal_conformance.detectors import ExactMeter, Meter, exact, judge
+from hal_conformance.verdicts import Status
+
+DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)]
+
+
+def holed(values, holes, dtype=np.float32):
+    array = np.array(absent.blank(np.shape(values), np.dtype(dtype)))
+    kept = np.ones(array.shape, bool)
+    kept[holes] = False
+    array[kept] = np.asarray(values, dtype)[kept]
+    return array
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_absent_element_is_known_after_slicing_copying_and_widening(dtype):
+    array = holed(np.arange(12.0).reshape(3, 4), (1, slice(1, 3)), dtype)
+    want = np.zeros((3, 4), bool)
+    want[1, 1:3] = True
+    assert (absent.is_absent(array) == want).all()
+    assert (absent.is_absent(array.T[::-1]) == want.T[::-1]).all()
+    assert (absent.is_absent(np.asarray(array[[1, 0]], np.float64)) == want[[1, 0]]).all()
+    assert (absent.is_absent(np.stack([array, array])) == want).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_another_nan_is_not_absent(dtype):
+    assert not absent.is_absent(np.array([np.nan, np.inf, 1.0]).astype(dtype)).any()
+
+
+def test_detectors_judge_what_is_there_and_count_it():
+    got = holed([[1.0, 2.0], [3.0, 5.0]], ([0, 1], [1, 0]))
+    value = np.array([[1.0, 99.0], [99.0, 4.0]])
+    with absent.partial() as coverage:
+        assert exact("y", got, value).detail.startswith(
+            "y: 1 of 2 elements differ where the result is exact, first at [1, 1]"
+        )
+        finding = judge("y", got, Bounded(value, np.full((2, 2), 0.5), np.ones((2, 2))))
+    assert (finding.status, finding.margin, finding.rms, finding.bias) == (Status.FAIL_NUMERIC, 2.0, None, None)
+    assert "1 of 2 elements beyond their bound, in 1 rows (1); worst at [1, 1]" in finding.detail
+    assert (coverage.judged, coverage.shown) == (4, 8)
+
+
+def test_what_follows_from_an_absent_element_is_not_judged():
+    given = np.asarray(holed([1.0, 2.0], [0]), np.float64)
+    with absent.partial() as coverage:
+        value = 2.0 * given
+        assert judge("y", np.float32([2.0, 4.0]), Bounded(value, np.abs(value) / 8, value)).status is Status.PASS
+        assert exact("y", np.float32([7.0, 4.0]), value).status is Status.EXACT
+    assert coverage.judged == 2
+
+
+def test_without_a_recording_every_element_is_judged():
+    got = holed([1.0, 2.0], [0])
+    assert exact("y", got, np.array([1.0, 2.0])).status is Status.FAIL_NUMERIC
+
+
+def test_the_worst_elements_are_found_in_views_and_in_copies_of_rows():
+    y = np.zeros((4, 3), np.float32)
+    y[3, 1] = 0.75
+    w = np.zeros((6, 2, 2), np.float32)
+    w[5, 0, 1], w[2, 1, 0] = 9.0, np.nan
+    outputs = {"y_TD": y, "dw1_EFD": w}
+    ones = np.ones((4, 3))
+    with witness.watching(outputs) as seen:
+        meter = Meter("y")
+        meter.add(y[2:].T, Bounded(np.zeros((3, 2)), ones[:3, :2], ones[:3, :2]))
+        parts = ExactMeter("dw1_EFD")
+        parts.add(w[[2, 5]], np.zeros((2, 2, 2)), np.array([2, 5]))
+        judge("derived", np.float32([1.0]), Bounded(np.zeros(1), np.ones(1), np.ones(1)))
+    assert seen.worst("y_TD").tolist() == [10]
+    assert seen.worst("dw1_EFD").tolist() == [2 * 4 + 2, 5 * 4 + 1]
+    assert seen.worst("another").tolist() == []

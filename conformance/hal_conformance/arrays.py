@@ -91,8 +91,12 @@ def to_torch(array: Array, device: torch.device) -> torch.Tensor:
     owned = np.array(array, copy=True, order="C")
     if tag in _EXTENDED:
         carrier = owned.view(np.int16 if owned.itemsize == 2 else np.uint8)
-        return torch.from_numpy(carrier).view(getattr(torch, tag)).to(device)
-    return torch.from_numpy(owned).to(device)
+        tensor = torch.from_numpy(carrier).view(getattr(torch, tag))
+    else:
+        tensor = torch.from_numpy(owned)
+    if not owned.size:  # numpy's have strides of 0, which no user's tensor has, and torch's grouped product refuses
+        tensor = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return tensor.to(device)
 
 
 def from_torch(tensor: torch.Tensor) -> Array:

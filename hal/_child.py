@@ -7,6 +7,7 @@ import traceback
 
 from hal import plugins
 from hal._report import Reporter
+from hal.backend import Backend, advice_of
 from hal.errors import Absent, HalError
 from hal.registry import find_plugin, open_device
 from hal.surveys import survey
@@ -32,6 +33,14 @@ def _fail(reporter: Reporter, error: BaseException) -> None:
     )
 
 
+def _advice(backend: Backend) -> list[str]:
+    """Return the backend's advice; if it gives none that can be read, the advice to mend that."""
+    try:
+        return list(advice_of(backend))
+    except Exception as error:  # noqa: BLE001  what it has to say decides nothing about whether its devices work
+        return [f"the plug-in is at fault: advice() failed with {type(error).__name__}: {error}"]
+
+
 def _examine(name: str, reporter: Reporter) -> None:
     plugin = find_plugin(name)
     answer = survey(plugin, lambda stage: reporter.say(stage=stage))
@@ -44,7 +53,7 @@ def _examine(name: str, reporter: Reporter) -> None:
     if not answer.broken:
         # Where the hardware seems absent, too: what is missing may be only the right build of a library.
         reporter.say(stage="asking for its advice")
-        reporter.say(advice=[str(advice) for advice in plugins.load(plugin).advice()])
+        reporter.say(advice=_advice(plugins.load(plugin)))
     if answer.error is not None:
         _fail(reporter, answer.error)
         return

@@ -114,6 +114,14 @@ def _is_tuple_of(value: object, kind: type) -> bool:
     return isinstance(value, tuple) and all(isinstance(item, kind) for item in value)
 
 
+def advice_of(backend: Backend) -> tuple[str, ...]:
+    """Return what `Backend.advice` says. Raises TypeError, as `DeviceInfo` does, if that is no sequence of str."""
+    advice = backend.advice()
+    if isinstance(advice, str) or not (isinstance(advice, Sequence) and all(isinstance(a, str) for a in advice)):
+        raise TypeError(f"advice() returned {advice!r}; expected: a sequence of str")
+    return tuple(advice)
+
+
 class Backend(abc.ABC):
     """One kind of device. Implement `discover` and `open`; everything else has a default.
 
@@ -123,7 +131,7 @@ class Backend(abc.ABC):
     plugin_api: ClassVar[tuple[int, int]]
     """Copy the literal value of `PLUGIN_API` that you wrote against; never refer to the constant itself."""
     name: ClassVar[str]
-    """Short lower-case key, the same as the entry point's."""
+    """Short lower-case key, the same as the entry point's; hal/backend_name.py has the rule."""
     vendor: ClassVar[str]
 
     @abc.abstractmethod

@@ -326,7 +326,7 @@ def _reduce_op(reduction: Reduction) -> dist.ReduceOp.RedOpType:
         "max": dist.ReduceOp.MAX,
         "product": dist.ReduceOp.PRODUCT,
     }
-    if reduction not in operations:
+    if not isinstance(reduction, str) or reduction not in operations:
         raise ConfigError(f"no reduction {reduction!r}", expected=", ".join(operations))
     return operations[reduction]
 

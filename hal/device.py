@@ -117,7 +117,9 @@ class Device:
     def prepare(self, *objects: Any) -> Any:
         """Place on the device what a training loop has; the loop itself stays as it is.
 
-        Nothing is moved unless all of it can be.
+        Nothing is moved if it can be seen that something cannot be. What only moving can show (a module whose own
+        `to` refuses, a device that is full) is an error that says which objects are moved by then; they stay there,
+        since moving back could fail as well.
 
         Args:
             objects: modules (moved in place); optimisers (their state is moved; their parameters must be those of
@@ -130,7 +132,9 @@ class Device:
             The same objects in the same order; one alone is returned as it is, not in a tuple.
 
         Raises:
-            ConfigError: an object is none of these, or an optimiser holds parameters that are elsewhere.
+            ConfigError: an object is none of these; a module has parameters on the meta device or lazy ones, which
+                have no values or no shape yet; an optimiser holds parameters that are elsewhere; an object refused to
+                move.
             OutOfMemoryError: the device has too little memory; what was moved until then stays there.
         """
         self._open()

@@ -16,6 +16,7 @@ from hal import plugins
 from hal._process import run_python
 from hal._report import read_reports
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
+from hal.errors import PluginError
 from hal.registry import AUTOLOAD
 from hal.surveys import Survey, settle
 
@@ -91,6 +92,10 @@ def _without(answer: Explanation, lost: dict[str, str]) -> Explanation:
 
 def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Specificity]]:
     """Run `hal._child` for one plug-in and read what it reported before it ended, however it ended."""
+    try:
+        plugins.check_name(plugin)
+    except PluginError as error:  # the child is told its plug-in by name, in a list of names
+        return Explanation(plugin.name, plugin.owners, "broken", str(error)), []
     environment = {**os.environ, AUTOLOAD: "0", "HAL_BACKENDS": plugin.name}
     ending = run_python(
         "from hal._child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, final
 
@@ -13,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def place(device_id: str, device: torch.device, things: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Place things on a device; see `Device.prepare`. Nothing is moved unless all of it can be.
+    """Place things on a device; see `Device.prepare`. Nothing is moved if it can be seen that something cannot be.
+
+    What only moving can show (a module whose own `to` refuses, a device that is full) is an error that says how far it
+    came. Nothing is moved back: that can fail as well, and would take away the parameters that an optimiser outside of
+    this call may follow by now.
 
     Args:
         device_id: for messages.
@@ -21,42 +26,91 @@ def place(device_id: str, device: torch.device, things: tuple[Any, ...]) -> tupl
         things: modules, optimisers, batches, and iterables of batches.
 
     Raises:
-        ConfigError: one is none of these, or an optimiser's parameters are elsewhere.
+        ConfigError: one is none of these; a module's parameters have no values or no shape yet; an optimiser's
+            parameters are elsewhere; one refused to move.
     """
-    import torch
-
-    modules = [thing for thing in things if isinstance(thing, torch.nn.Module)]
-    optimizers = [thing for thing in things if isinstance(thing, torch.optim.Optimizer)]
-    coming = {parameter for module in modules for parameter in module.parameters()}
-    for optimizer in optimizers:
-        _check_parameters(device_id, device, optimizer, coming)
+    coming = {parameter for thing in things if _kind(thing) == "module" for parameter in thing.parameters()}
     for thing in things:
-        if not isinstance(thing, (torch.nn.Module, torch.optim.Optimizer)):
+        if _kind(thing) == "module":
+            _check_module(device_id, device, thing)
+        elif _kind(thing) == "optimizer":
+            _check_parameters(device_id, device, thing, coming)
+        else:
             _check_data(device_id, thing)
 
     moved: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
-    for module in modules:
-        _move_module(module, device, moved)
-    for optimizer in optimizers:
-        _move_optimizer(optimizer, device, moved)
-    return tuple(
-        thing if isinstance(thing, (torch.nn.Module, torch.optim.Optimizer)) else _placed(thing, device)
-        for thing in things
-    )
+    placed = list(things)
+    # Modules first: an optimiser follows the parameters that they have then.
+    order = [index for kind in _KINDS for index, thing in enumerate(things) if _kind(thing) == kind]
+    for step, index in enumerate(order):
+        try:
+            placed[index] = _placed(things[index], device, moved)
+        except Exception as error:
+            raise ConfigError(
+                f"{device_id}: {_called(things, [index])} cannot be moved: {type(error).__name__}: {error}\n"
+                f"  moved before: {_called(things, order[:step])}; not moved: {_called(things, order[step + 1 :])}; "
+                "itself perhaps in part"
+            ) from error
+    return tuple(placed)
+
+
+_KINDS = ("module", "optimizer", "data")
+
+
+def _kind(thing: Any) -> str:
+    import torch
+
+    if isinstance(thing, torch.nn.Module):
+        return "module"
+    return "optimizer" if isinstance(thing, torch.optim.Optimizer) else "data"
+
+
+def _called(things: tuple[Any, ...], indices: list[int]) -> str:
+    return ", ".join(f"argument {index + 1} ({type(things[index]).__name__})" for index in sorted(indices)) or "none"
+
+
+def _placed(thing: Any, device: torch.device, moved: dict[torch.nn.Parameter, torch.nn.Parameter]) -> Any:
+    kind = _kind(thing)
+    if kind == "module":
+        _move_module(thing, device, moved)
+    elif kind == "optimizer":
+        _move_optimizer(thing, device, moved)
+    else:
+        return _placed_data(thing, device)
+    return thing
 
 
 # Modules and optimisers ------------------------------------------------------------------------------------------
 
 
+def _check_module(device_id: str, device: torch.device, module: torch.nn.Module) -> None:
+    from torch.nn.parameter import is_lazy
+
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        what = f"{device_id}: {name} of this {type(module).__name__}"
+        # torch would move it; but where a module gets new parameters, its own can no longer become what they are to be.
+        if is_lazy(tensor):
+            raise ConfigError(f"{what} has no shape yet", hint="one forward pass of the module before it is prepared")
+        if tensor.device.type == "meta" and device.type != "meta":
+            raise ConfigError(
+                f"{what} is on the meta device and has no values",
+                hint=f"module.to_empty(device={str(device)!r}) and its own initialisation, or "
+                "module.load_state_dict(..., assign=True), before it is prepared",
+            )
+
+
 def _check_parameters(
     device_id: str, device: torch.device, optimizer: torch.optim.Optimizer, coming: set[torch.nn.Parameter]
 ) -> None:
+    from torch.nn.parameter import is_lazy
+
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in coming and parameter.device != device:
+                shape = "no shape yet" if is_lazy(parameter) else f"shape {tuple(parameter.shape)}"
                 raise ConfigError(
-                    f"{device_id}: the optimiser holds a parameter of shape {tuple(parameter.shape)} on "
-                    f"{parameter.device}, of none of the modules here",
+                    f"{device_id}: the optimiser holds a parameter of {shape} on {parameter.device}, of none of the "
+                    "modules here",
                     hint="prepare it together with its model: device.prepare(model, optimizer, loader)",
                 )
 
@@ -127,18 +181,20 @@ def _moves_itself(thing: Any) -> bool:
 
 
 def _check_data(device_id: str, thing: Any) -> None:
-    import torch
     from torch.utils._pytree import tree_leaves
 
-    if _is_batch(thing):
-        leaves = tree_leaves(thing, is_leaf=_moves_itself)
+    is_batch = _is_batch(thing)
+    # A list without tensors is a loader, whose batches lie in memory; a set is one, too.
+    if is_batch or isinstance(thing, (list, set, frozenset, collections.deque)):
+        leaves = tree_leaves(thing if is_batch else list(thing), is_leaf=_moves_itself)
         for leaf in leaves:
-            if isinstance(leaf, (torch.nn.Module, torch.optim.Optimizer)):
+            if _kind(leaf) != "data":
                 raise ConfigError(
                     f"{device_id}: a {type(leaf).__name__} inside a {type(thing).__name__}",
                     expected="modules and optimisers as arguments of their own",
+                    hint="device.prepare(*objects), or a torch.nn.ModuleList",
                 )
-        if any(map(_moves_itself, leaves)):
+        if any(map(_moves_itself, leaves)) or not is_batch:
             return
         raise ConfigError(f"{device_id}: nothing in this {type(thing).__name__} can be placed", expected="tensors")
     if not isinstance(thing, Iterable) or isinstance(thing, (str, bytes)):
@@ -148,7 +204,7 @@ def _check_data(device_id: str, thing: Any) -> None:
         )
 
 
-def _placed(thing: Any, device: torch.device) -> Any:
+def _placed_data(thing: Any, device: torch.device) -> Any:
     if _is_batch(thing):
         return move_batch(thing, device)
     return BatchMover(thing.loader if isinstance(thing, BatchMover) else thing, device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from hal.backend import PLUGIN_API, Backend
+from hal.backend_name import fault_of
 from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError
 
 BACKENDS = "hal.backends"
@@ -131,9 +132,10 @@ def load(plugin: Plugin) -> Backend:
     Raises:
         DuplicateBackend: two distributions register this name.
         IncompatiblePlugin: it was written for another major version of the interface.
-        PluginError: the entry point does not lead to a backend of this name.
+        PluginError: the name is no name for a backend, or the entry point does not lead to a backend of this name.
         Broken: importing or making it raised; the original exception is the cause.
     """
+    check_name(plugin)
     if len(plugin.entry_points) > 1:
         raise DuplicateBackend(
             f"backend {plugin.name!r} is registered by {plugin.claimants()}",
@@ -157,13 +159,28 @@ def load(plugin: Plugin) -> Backend:
     return _loaded[key]
 
 
+def check_name(plugin: Plugin) -> None:
+    """Refuse a name under which nobody could ask for the backend, before its code runs.
+
+    Raises:
+        PluginError: it is no name for a backend.
+    """
+    fault = fault_of(plugin.name)
+    if fault is not None:
+        raise PluginError(
+            f"{plugin.claimants()} registers a backend as {plugin.name!r}, which {fault}",
+            hint="uninstall it, or another name in its entry point and its class",
+        )
+
+
 def _checked(backend: object, name: str, where: str) -> Backend:
     if not isinstance(backend, Backend):
         raise PluginError(
             f"{where} is a {type(backend).__name__}", expected="an instance of hal.Backend, or the class itself"
         )
     version = getattr(backend, "plugin_api", None)
-    if not (isinstance(version, tuple) and len(version) == 2 and all(isinstance(n, int) for n in version)):
+    # Not isinstance: True is an int.
+    if not (isinstance(version, tuple) and len(version) == 2 and all(type(n) is int for n in version)):
         raise IncompatiblePlugin(
             f"{where} does not say for which plug-in interface it was written",
             expected=f"plugin_api = {PLUGIN_API}",

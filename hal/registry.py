@@ -59,15 +59,28 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
         UnknownDevice: no admitted backend has this name.
         Absent: the backend is there, and the device is not.
         Broken: the device or its backend does not work; the original error is the cause.
-        ConfigError: a setting cannot be read or comes too late.
+        ConfigError: the name is no text or empty; a setting cannot be read or comes too late.
     """
     because = "asked for by name"
     if name is None:
         name = os.environ.get("HAL_DEVICE")
         because = f"HAL_DEVICE={name}"
+        if name is not None and not name.strip():
+            raise ConfigError(
+                f"HAL_DEVICE is {name!r}, which names no device", expected="a name that `hal devices` lists, or auto",
+                hint="unset HAL_DEVICE to open the first accelerator, or the CPU without one",
+            )  # fmt: skip
     if name is None or name == "auto":
         return _open_automatic(allocator)
-    return _open(_find(name), because, allocator)
+    try:
+        found = _find(name)
+    except UnknownDevice as error:
+        if not because.startswith("HAL_DEVICE"):
+            raise
+        raise UnknownDevice(
+            f"{error.reason}, and {because} asks for it", device=error.device, expected=error.expected, hint=error.hint
+        ) from None
+    return _open(found, because, allocator)
 
 
 def _open(info: DeviceInfo, because: str, allocator: AllocatorPlan | None) -> Device:
@@ -134,8 +147,9 @@ def find_plugin(name: str) -> plugins.Plugin:
 
     Raises:
         UnknownDevice: it is not registered, or HAL_BACKENDS does not admit it.
-        ConfigError: HAL_BACKENDS cannot be read.
+        ConfigError: the name is no text or empty, or HAL_BACKENDS cannot be read.
     """
+    _check_text("a backend", name)
     admitted = plugins.allowed()
     for plugin in admitted:
         if plugin.name == name:
@@ -149,7 +163,13 @@ def find_plugin(name: str) -> plugins.Plugin:
     )
 
 
+def _check_text(what: str, name: object) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{what} is named by {name!r}", expected="its name as `hal devices` lists it, such as 'cpu'")
+
+
 def _find(name: str) -> DeviceInfo:
+    _check_text("a device", name)
     backend_name, _, index = name.partition(":")
     plugin = find_plugin(backend_name)
     own = survey(plugin)

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import keyword
 import os
-import re
 import tempfile
 from collections.abc import Mapping
 from importlib import resources
@@ -15,11 +13,8 @@ from string import Template
 
 import hal
 from hal import plugins
+from hal.backend_name import LONGEST, fault_of, is_word
 from hal.errors import ConfigError
-
-_NAME = re.compile(r"[a-z][a-z0-9]*(_[a-z0-9]+)*")
-LONGEST = 50
-"""Characters of a name: it becomes part of file names and of a distribution's name."""
 
 
 def write_package(name: str, folder: Path, torch_type: str) -> Path:
@@ -39,7 +34,7 @@ def write_package(name: str, folder: Path, torch_type: str) -> Path:
             left behind then.
     """
     _check_name(name)
-    if not _NAME.fullmatch(torch_type) or len(torch_type) > LONGEST:
+    if not is_word(torch_type):
         raise ConfigError(f"no torch device type {torch_type!r}", expected="lower-case letters, digits, underscores")
     module = f"hal_{name}"
     distribution = "hal-" + name.replace("_", "-")
@@ -92,16 +87,13 @@ def _module_template(torch_type: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name) or keyword.iskeyword(name) or len(name) > LONGEST:
-        raise ConfigError(
-            f"{name[: 2 * LONGEST]!r} is no name for a backend",
-            expected=f"at most {LONGEST} lower-case letters and digits, beginning with a letter; single underscores "
-            "between them",
-        )
+    fault = fault_of(name)
+    if fault is not None:
+        raise ConfigError(f"{name[: 2 * LONGEST]!r} is no name for a backend: it {fault}", hint="another name")
     for plugin in plugins.registered():
         if plugin.name == name:
             raise ConfigError(
                 f"backend {name!r} is there already, from {', '.join(plugin.owners)}", hint="another name"
             )
-    if name in {"auto", "all"} or find_spec(f"hal_{name}") is not None:
-        raise ConfigError(f"{name!r} means something else here, or there is a module hal_{name}", hint="another name")
+    if find_spec(f"hal_{name}") is not None:
+        raise ConfigError(f"there is a module hal_{name}", hint="another name")

@@ -141,6 +141,8 @@ def test_whatever_the_library_refuses_is_one_error_that_names_operation_and_rank
 
 def test_a_wrong_name_of_a_reduction_is_a_setting_that_is_wrong(alone):
     with pytest.raises(hal.ConfigError, match="sum, avg"):
+        alone.all_reduce(torch.ones(1), ["sum"])
+    with pytest.raises(hal.ConfigError, match="sum, avg"):
         alone.all_reduce(torch.ones(1), "mean")
 
 

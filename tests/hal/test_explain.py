@@ -109,6 +109,29 @@ def test_a_device_that_turns_out_to_be_absent_is_not_broken(distributions: Any, 
     assert (answer.status, "taken" in answer.reason) == ("absent", True)
 
 
+@pytest.mark.parametrize(
+    ("advice", "said"),
+    [
+        ("return 'reinstall it'", "TypeError: advice() returned 'reinstall it'; expected: a sequence of str"),
+        ("return None", "TypeError: advice() returned None"),
+        ("return [1]", "TypeError: advice() returned [1]"),
+        ("return (text for text in 'ab')", "TypeError: advice() returned <generator"),
+        ("raise KeyError('driver')", "KeyError: 'driver'"),
+    ],
+)
+def test_advice_that_cannot_be_read_is_told_and_decides_nothing(
+    distributions: Any, explained: Any, advice: str, said: str
+) -> None:
+    distributions.stub("mychip")
+    with (distributions.folder / "dist-mychip" / "fake_dist_mychip.py").open("a") as module:
+        module.write(f"def advice(self):\n    {advice}\nStub.advice = advice\n")
+    answer = explained("mychip")
+    assert answer.status == "found", answer
+    assert [text.startswith(f"the plug-in is at fault: advice() failed with {said}") for text in answer.advice] == [
+        True
+    ]
+
+
 def test_what_a_backend_prints_does_not_disturb_the_report(distributions: Any, explained: Any) -> None:
     noise = "import sys\nprint('hal-report {')\nprint('hal-report null')\nsys.stdout.write('half a line')\n"
     distributions.stub(

@@ -121,6 +121,54 @@ def test_nothing_is_moved_if_one_thing_cannot_be(wrong):
     assert {parameter.device for parameter in model.parameters()} == {CPU}
 
 
+def test_a_module_without_values_or_without_a_shape_is_refused_before_anything_is_moved():
+    model = torch.nn.Linear(2, 2)
+    empty = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2, affine=False, device="meta"))
+    with pytest.raises(ConfigError, match=r"1.running_mean of this Sequential is on the meta(?s:.*)to_empty"):
+        put(model, empty, device=torch.device("cuda", 0))  # never reached
+    lazy = torch.nn.Sequential(torch.nn.LazyLinear(2))
+    for device in (META, CPU):
+        with pytest.raises(ConfigError, match=r"0.weight of this Sequential has no shape yet(?s:.*)forward pass"):
+            put(model, lazy, device=device)
+    optimizer = torch.optim.SGD(lazy.parameters())
+    with pytest.raises(ConfigError, match=r"parameter of no shape yet on cpu(?s:.*)together with its model"):
+        put(model, optimizer)
+    assert {parameter.device for parameter in (*model.parameters(), *lazy.parameters())} == {CPU}
+    lazy(torch.ones(1, 3))
+    assert put(lazy, optimizer) == (lazy, optimizer)
+
+
+class Stubborn(torch.nn.Linear):
+    """A module that refuses to move, as quantised ones do."""
+
+    def to(self, *_, **__):
+        raise ValueError("`.to` is not supported for 4-bit models")
+
+
+def test_what_refuses_to_move_is_named_with_what_is_moved_and_what_is_not():
+    first, stubborn, last = torch.nn.Linear(2, 2), Stubborn(2, 2), torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError) as caught:
+        put(torch.ones(2), first, stubborn, trained(last), last)
+    assert str(caught.value) == (
+        "test:0: argument 3 (Stubborn) cannot be moved: ValueError: `.to` is not supported for 4-bit models\n"
+        "  moved before: argument 2 (Linear); not moved: argument 1 (Tensor), argument 4 (Adam), argument 5 (Linear); "
+        "itself perhaps in part"
+    )
+    assert isinstance(caught.value.__cause__, ValueError)
+    assert (first.weight.device, stubborn.weight.device, last.weight.device) == (META, CPU, CPU)
+
+
+@pytest.mark.parametrize(
+    "kind", [list, set, frozenset, collections.deque, lambda things: [things], lambda x: [{"x": x}]]
+)
+@pytest.mark.parametrize("both", [True, False])
+def test_modules_and_optimisers_in_a_list_are_no_loader(kind, both):
+    model = torch.nn.Linear(2, 2)
+    things = [torch.optim.SGD(model.parameters()), model] if both else [torch.optim.SGD(model.parameters())]
+    with pytest.raises(ConfigError, match=r"inside a (?s:.*)arguments of their own(?s:.*)device\.prepare\(\*objects\)"):
+        put(kind(things))
+
+
 def test_a_batch_is_moved_as_what_it_is():
     x, y = torch.ones(2), torch.zeros(2)
     mapped, pair, plain, listed = put({"x": x, "deep": [y, {"name": "first"}]}, Pair(x, y), (x, 3), [x, y])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -8,8 +9,10 @@ from typing import Any
 
 import pytest
 
+import hal
 from hal import plugins
 from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError
+from hal.scaffold import write_package
 
 
 def plugin(name: str) -> plugins.Plugin:
@@ -46,7 +49,14 @@ def test_a_module_that_raises_is_broken_with_the_original_error_as_its_cause(dis
 
 @pytest.mark.parametrize(
     ("version", "error"),
-    [("(2, 0)", "2.0"), ("(0, 9)", "0.9"), ("(1, 1)", "1.1"), ("'1.0'", "does not say"), ("None", "does not say")],
+    [
+        ("(2, 0)", "2.0"),
+        ("(0, 9)", "0.9"),
+        ("(1, 1)", "1.1"),
+        ("'1.0'", "does not say"),
+        ("None", "does not say"),
+        ("(True, False)", "does not say"),
+    ],
 )
 def test_a_plugin_of_another_interface_is_refused(distributions: Any, version: str, error: str) -> None:
     code = f"""
@@ -60,6 +70,23 @@ backend = Stub
     distributions.backend("mychip", code)
     with pytest.raises(IncompatiblePlugin, match=error):
         plugins.load(plugin("mychip"))
+
+
+@pytest.mark.parametrize(
+    "name", ["auto", "all", "one,two", "MyChip", "my-chip", "my chip", "my:chip", "class", "a" * 51]
+)
+def test_a_name_by_which_nobody_could_ask_for_it_is_refused_before_its_code_runs(
+    distributions: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    owner = distributions.backend(name, "import os; os.environ['MYCHIP_RAN'] = '1'", dist="odd")
+    monkeypatch.delenv("MYCHIP_RAN", raising=False)
+    with pytest.raises(PluginError, match=f"{owner} .*registers a backend as '{name}', which"):
+        plugins.load(plugin(name))
+    with pytest.raises(ConfigError, match=r"is no name for a backend|is there already"):
+        write_package(name, distributions.folder, "cpu")  # one rule for both
+    (answer,) = hal.explain(admitted=[plugin(name)])
+    assert (answer.status, "which" in answer.reason) == ("broken", True)
+    assert "MYCHIP_RAN" not in os.environ
 
 
 @pytest.mark.parametrize("value", ["42", "None", "object", "int"])
@@ -99,14 +126,10 @@ def test_an_allow_list_that_cannot_be_read_is_an_error_that_names_the_choices(
 def test_an_allow_list_keeps_the_code_of_the_others_from_running(
     distributions: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import hal
-
     distributions.backend("mychip", "import os; os.environ['MYCHIP_RAN'] = '1'")
     monkeypatch.delenv("MYCHIP_RAN", raising=False)
     monkeypatch.setenv("HAL_BACKENDS", "cpu")
     assert [info.id for info in hal.list_devices()] == ["cpu"]
-    import os
-
     assert "MYCHIP_RAN" not in os.environ
 
 

@@ -9,6 +9,7 @@ import threading
 from typing import Any
 
 import pytest
+import torch
 
 import hal
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
@@ -91,10 +92,21 @@ def test_the_variable_names_the_device_where_nobody_else_does(monkeypatch: pytes
     with hal.open_device() as device:
         assert (device.info.id, device.because) == ("cpu", "HAL_DEVICE=cpu:0")
     monkeypatch.setenv("HAL_DEVICE", "nope")
-    with pytest.raises(hal.UnknownDevice):
+    with pytest.raises(hal.UnknownDevice, match="HAL_DEVICE=nope asks for it"):
         hal.open_device()
+    for empty in ("", " "):
+        monkeypatch.setenv("HAL_DEVICE", empty)
+        with pytest.raises(hal.ConfigError, match=f"HAL_DEVICE is '{empty}'(?s:.*)unset HAL_DEVICE"):
+            hal.open_device()
     with hal.open_device("cpu") as device:
         assert device.because == "asked for by name"
+
+
+@pytest.mark.parametrize("name", [3, b"cpu", ["cpu"], torch.device("cpu"), "", " "], ids=repr)
+def test_what_is_no_name_is_an_error_that_says_so(name: Any) -> None:
+    for ask in (hal.open_device, lambda name: hal.plan_environment(name, hal.AllocatorPlan())):
+        with pytest.raises(hal.ConfigError, match=r"is named by (?s:.*)such as 'cpu'"):
+            ask(name)
 
 
 def test_auto_says_what_it_chose_and_what_it_passed_over(

@@ -21,6 +21,7 @@ BEFORE_OPEN: dict[str, Callable[[Backend], str]] = {
     "discover.facts": listing.facts,
     "discover.repeatable": listing.repeatable,
     "discover.cheap": listing.cheap,
+    "advice": listing.advice,
     "allocator": listing.allocator,
 }
 JUST_OPENED: dict[str, Callable[[Device, ProcessState], str]] = {

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from hal.backend import Backend
+from hal.backend import Backend, advice_of
 from hal.check.checks.expect import Failed, expect
 from hal.errors import ConfigError, UnsupportedOperation
 from hal.memory import AllocatorPlan
@@ -51,6 +51,13 @@ def cheap(backend: Backend) -> str:
     if torch_type != "cpu" and initialized is not None:
         expect(not initialized(), f"discover() initialised torch.{torch_type}")
     return "no vendor package imported" if package else "nothing initialised"
+
+
+def advice(backend: Backend) -> str:
+    """What `hal doctor` tells about the backend is texts, none of them empty."""
+    told = advice_of(backend)
+    expect(all(text.strip() for text in told), f"an empty advice: {told}")
+    return f"{len(told)} given"
 
 
 # Two values of each setting of a plan.

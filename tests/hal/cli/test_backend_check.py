@@ -94,10 +94,11 @@ LIES = {
         """,
         """
         def versions(self): return {"driver": 5}
+        def advice(self): return "reinstall it"
         def allocator_environment(self, plan, environ): return {"FOO": "1"}
         """,
         {
-            "allocator", "memory.stats", "memory.allocated", "memory.pin", "memory.snapshot", "memory.limit",
+            "advice", "allocator", "memory.stats", "memory.allocated", "memory.pin", "memory.snapshot", "memory.limit",
             "precision.autocast", "precision.fp8", "precision.deterministic", "random.seed", "random.state",
             "collectives", "streams", "contract", "versions", "close.refuses",
         },

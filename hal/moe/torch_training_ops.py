@@ -69,7 +69,10 @@ class TorchTrainingOps(TrainingOps):
         return torch.cat((y.to(x_THd.dtype), rest), dim=-1)
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
-        """See `TrainingOps.attention`: a kernel of the device's where torch has one, otherwise float32 products."""
+        """See `TrainingOps.attention`: a kernel of the device's where torch has one, otherwise float32 products.
+
+        On the CPU in float32 whatever the dtype, rounded once.
+        """
         where = "attention"
         check_shape(where, "q_THd", q_THd, ("T", "H", "d"))
         check_floating(where, "q_THd", q_THd)
@@ -84,18 +87,20 @@ class TorchTrainingOps(TrainingOps):
         if keys < (queries if causal else min(queries, 1)):
             raise ShapeError(f"{where}: {queries} queries and {keys} keys", expected="a key for every query to see")
         dtype = model_dtype(q_THd)
-        q, k, v = (x.to(dtype).transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
+        # torch 2.13's CPU kernel rounds the gradients of k and v to 16 bits after every block of queries.
+        wide = wide_dtype(dtype) if q_THd.device.type == "cpu" else dtype
+        q, k, v = (x.to(dtype).to(wide).transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
         mask = None
         if causal and queries < keys:
             # torch's own flag puts the first query beside the first key.
             mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
         with without_autocast(q_THd):
             if not _has_fused_kernel(q, k, v, mask, causal and mask is None, scale, groups != heads):
-                return _attention(q[0], k[0], v[0], scale, causal).transpose(0, 1)
+                return _attention(q[0], k[0], v[0], scale, causal).transpose(0, 1).to(dtype)
             y = F.scaled_dot_product_attention(
                 q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=groups != heads
             )
-        return y[0].transpose(0, 1)
+        return y[0].transpose(0, 1).to(dtype)
 
     def latent_attention(
         self,

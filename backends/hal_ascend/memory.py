@@ -7,7 +7,7 @@ import re
 from typing import final
 
 from hal.memory import requested_bytes
-from hal.torch_backend import TorchMemory
+from hal.torch_memory import TorchMemory
 
 # The allocator raises torch.OutOfMemoryError; the runtime's and the collectives' workspaces raise a plain RuntimeError
 # with one of these codes: ACL_ERROR_RT_MEMORY_ALLOCATION (207001), ACL_ERROR_BAD_ALLOC (200000), HCCL's EL0004 and

@@ -7,7 +7,7 @@ import re
 from typing import final
 
 from hal.memory import requested_bytes
-from hal.torch_backend import TorchMemory
+from hal.torch_memory import TorchMemory
 
 # The allocator raises torch.OutOfMemoryError. The driver, the libraries' workspaces and the collectives do not.
 _EXHAUSTED = re.compile(

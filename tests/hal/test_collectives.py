@@ -11,7 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import hal
-from hal.collectives import Collectives, _typed_errors
+from hal.collectives import Collectives
+from hal.group import library_errors
 
 
 def everything(rank: int, size: int, store: str) -> None:
@@ -242,7 +243,7 @@ def test_a_group_that_somebody_else_started_is_joined_with_its_own_timeout_and_l
     ],
 )
 def test_a_timeout_is_told_from_other_errors_by_what_the_libraries_really_say(error, expected):
-    with pytest.raises(hal.CollectiveError) as caught, _typed_errors("all_reduce", 0):
+    with pytest.raises(hal.CollectiveError) as caught, library_errors("all_reduce", 0):
         raise error
     assert isinstance(caught.value, hal.CollectiveTimeout) == expected
     assert caught.value.__cause__ is error

@@ -20,7 +20,7 @@ from hal.memory import (
     parse_allocator_settings,
     requested_bytes,
 )
-from hal.torch_backend import TorchMemory
+from hal.torch_memory import TorchMemory
 
 words = st.text("abcdefghij_", min_size=1, max_size=8)
 

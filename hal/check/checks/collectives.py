@@ -19,7 +19,7 @@ from hal.errors import CollectiveError, Unsupported
 if TYPE_CHECKING:
     import torch
 
-    from hal.collectives import Group
+    from hal.group import Group
 
 # What each does to (output, tensor). Those without an output change the tensor, and over one rank must not.
 _OPERATIONS: dict[str, Callable[[Group, torch.Tensor, torch.Tensor], object]] = {

@@ -147,9 +147,9 @@ class MoEOps(Protocol):
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """Add up each token's rows, weighted: [T, D] in the dtype of `y_RD`.
 
-        Products and sum are in float32 (float64 for float64 rows). The order of the sum is the implementation's own: the
-        portable one adds over k = 0..K-1, another may add otherwise, and the suite's bounds admit every order. A slot
-        without a row adds nothing.
+        Products and sum are in float32 (float64 for float64 rows). The order of the sum is the implementation's own:
+        the portable one adds over k = 0..K-1, another may add otherwise, and the suite's bounds admit every order. A
+        slot without a row adds nothing.
         """
         ...
 

@@ -7,6 +7,7 @@ A plug-in that hangs or kills its process costs its own child, nothing else. Not
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -67,8 +68,12 @@ def explain(*, timeout_s: float = TIMEOUT_S, admitted: Sequence[plugins.Plugin] 
     """
     if admitted is None:
         admitted = plugins.allowed()
+    stop = threading.Event()
     with ThreadPoolExecutor(max_workers=max(1, min(len(admitted), os.cpu_count() or 1))) as pool:
-        answers = list(pool.map(lambda plugin: _ask(plugin, timeout_s), admitted))
+        try:
+            answers = list(pool.map(lambda plugin: _ask(plugin, timeout_s, stop), admitted))
+        finally:
+            stop.set()  # after an interrupt, or the pool would wait for every child to come to its end
     surveys = [
         Survey(
             a.backend, a.owners, Discovery(tuple(Claim(i, s) for i, s in zip(a.devices, specific, strict=True))), None
@@ -90,7 +95,7 @@ def _without(answer: Explanation, lost: dict[str, str]) -> Explanation:
     )  # fmt: skip
 
 
-def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Specificity]]:
+def _ask(plugin: plugins.Plugin, timeout_s: float, stop: threading.Event) -> tuple[Explanation, list[Specificity]]:
     """Run `hal._child` for one plug-in and read what it reported before it ended, however it ended."""
     try:
         plugins.check_name(plugin)
@@ -98,8 +103,9 @@ def _ask(plugin: plugins.Plugin, timeout_s: float) -> tuple[Explanation, list[Sp
         return Explanation(plugin.name, plugin.owners, "broken", str(error)), []
     environment = {**os.environ, AUTOLOAD: "0", "HAL_BACKENDS": plugin.name}
     ending = run_python(
-        "from hal._child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s
-    )
+        "from hal._child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s,
+        stop=stop,
+    )  # fmt: skip
     reports: dict[str, Any] = {"stage": "starting Python"}
     for said in read_reports(ending.output):
         reports.update(said)

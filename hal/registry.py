@@ -91,13 +91,13 @@ def _open(info: DeviceInfo, because: str, allocator: AllocatorPlan | None) -> De
         facets = backend.open(info, changes)
         if not isinstance(facets, Facets):
             raise TypeError(f"open() returned a {type(facets).__name__}, not hal.Facets")
+        return Device(info, because, backend, facets, changes)
     except (HalError, KeyboardInterrupt):
         changes.close()
         raise
     except BaseException as error:
         changes.close()
         raise Broken(f"opening it raised {type(error).__name__}: {error}", device=info.id) from error
-    return Device(info, because, backend, facets, changes)
 
 
 def _import_torch(backend: Backend, changes: Changes, allocator: AllocatorPlan | None) -> None:

@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ time.sleep(3600)
     pid = int(marks.read_text())
     state = Path(f"/proc/{pid}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_an_interrupt_ends_the_children_at_once(
+    distributions: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "child"
+    opens = (
+        f"import os, time\nwith open({str(mark)!r}, 'w') as file:\n    file.write(str(os.getpid()))\ntime.sleep(3600)"
+    )
+    distributions.stub("mychip", opens=opens)
+    monkeypatch.setenv("HAL_BACKENDS", "mychip")
+    asking = subprocess.Popen([sys.executable, "-c", "import hal; hal.explain()"], stderr=subprocess.PIPE, text=True)
+    while not (mark.exists() and mark.read_text()):
+        assert asking.poll() is None, asking.communicate()
+        time.sleep(0.05)
+    asking.send_signal(signal.SIGINT)
+    _, said = asking.communicate(timeout=60)  # half of what the child might take
+    assert "KeyboardInterrupt" in said
+    assert not Path(f"/proc/{mark.read_text()}").exists()
 
 
 @pytest.mark.parametrize("code", ["raise OSError('no library')", "import os; os._exit(3)"])

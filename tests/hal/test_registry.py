@@ -109,6 +109,21 @@ def test_what_is_no_name_is_an_error_that_says_so(name: Any) -> None:
             ask(name)
 
 
+def test_facets_that_are_none_are_the_backends_fault_and_what_opening_changed_is_put_back(
+    distributions: Any, only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MYCHIP_SETTING", raising=False)
+    distributions.stub(
+        "mychip", opens="import dataclasses\nfrom hal_cpu.backend import backend as cpu\n"
+        "changes.set_environment('MYCHIP_SETTING', '1')\n"
+        "return dataclasses.replace(cpu.open(info, changes), random=None)",
+    )  # fmt: skip
+    only("mychip")
+    with pytest.raises(hal.Broken, match="opening it raised AttributeError"):
+        hal.open_device("mychip:0")
+    assert "MYCHIP_SETTING" not in os.environ
+
+
 def test_auto_says_what_it_chose_and_what_it_passed_over(
     distributions: Any, only: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

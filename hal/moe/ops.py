@@ -105,6 +105,10 @@ class MoEOps(Protocol):
     ) -> Routing:
         """Choose K experts for each token, and their weights.
 
+        All but the experts are differentiable. A NaN among a token's activations makes its logits, scores and weights
+        NaN. Of an infinite one the logits are infinite (or NaN); softmax scores are then NaN, sigmoid scores 1 and 0.
+        Its experts are distinct and in range all the same, and no other token is affected.
+
         Args:
             x_TD: activations.
             gate_ED: the router's matrix.
@@ -154,15 +158,18 @@ class MoEOps(Protocol):
         ...
 
     def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
-        """Return E / (K T) * sum_e count_e * mean_t p_te, where p is the scores divided by their sum over E.
+        """Return E / (K T) * sum_e count_e * mean_t p_te.
 
-        A float32 scalar, 1 for perfectly even routing; the coefficient is not applied; counts carry no
-        gradient.
+        p is softmax scores as they are, and sigmoid scores divided by (their sum over E + 1e-20). A float32 scalar, 1
+        for perfectly even routing, 0 for zero tokens; the coefficient is not applied; counts carry no gradient.
         """
         ...
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
-        """Return mean_t logsumexp_e(logits_te)^2, a float32 scalar; the coefficient is not applied."""
+        """Return mean_t logsumexp_e(logits_te)^2, a float32 scalar; the coefficient is not applied.
+
+        Zero tokens give 0.
+        """
         ...
 
     def layer(

@@ -36,6 +36,7 @@ def route(
     A NaN score ranks with +inf, above every number, ties again to the lower index. So a token with a NaN or
     infinite activation, whose softmax scores are all NaN, goes to experts 0..K-1 (of the first groups) with
     NaN weights: its experts are distinct and in range, nothing is raised, and no other token is affected.
+    The sigmoid scores of an infinite activation are 1 and 0, and rank as such.
 
     Raises:
         ShapeError: shapes, dtypes or devices do not fit; the bias is missing, or there is one that the spec does not

@@ -53,6 +53,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
         ("writes_its_weights", "experts.backward", "FAIL-STRUCTURE", "wrote into its input w2_EDF"),
         ("fails_without_rows", "experts.no_rows", "CRASH", "invalid configuration argument"),
         ("route_without_gradient", "router.backward", "CRASH", "does not require grad"),
+        ("detached_scores", "router.backward", "CRASH", "does not require grad"),
     ],
 )
 def test_what_an_implementation_does_in_training_alone_is_seen(name, case, status, words, tmp_path):

@@ -88,6 +88,12 @@ CAUGHT_BY = {
     "low_z_loss": ("losses.z", "FAIL-NUMERIC"),
     "z_of_means": ("losses.z", "FAIL-NUMERIC"),
     "half_z_gradient": ("losses.z", "FAIL-NUMERIC"),
+    "aux_without_epsilon": ("losses.aux", "FAIL-NONFINITE"),
+    "aux_of_low_counts": ("losses.aux", "FAIL-NUMERIC"),
+    "losses_of_nothing": ("losses.no_tokens", "FAIL-NUMERIC"),
+    "losses_taken_for_last": ("losses.aux", "FAIL-NUMERIC"),
+    "z_of_plain_exponentials": ("losses.z", "FAIL-NONFINITE"),
+    "z_gradient_of_plain_exponentials": ("losses.z", "FAIL-NONFINITE"),
     "accumulates_in_bfloat16": ("experts.cancelling", "FAIL-NUMERIC"),
     "reduced_inputs": ("experts.one_hot", "FAIL-NUMERIC"),
     "truncates_stores": ("experts.random", "DEGRADED"),
@@ -119,16 +125,32 @@ CAUGHT_BY = {
     "chooses_in_bfloat16": ("router.topk_set", "FAIL-DISCRETE"),
     "low_gate": ("router.logits", "FAIL-NUMERIC"),
     "ignores_replay": ("router.replayed", "FAIL-DISCRETE"),
+    "swallows_nan": ("router.degenerate", "FAIL-NONFINITE"),
+    "clamps_logits": ("router.degenerate", "FAIL-NONFINITE"),
+    "nan_of_infinite_sigmoids": ("router.degenerate", "FAIL-NONFINITE"),
+    "spreads_nan_to_tokens": ("router.nan_backward", "FAIL-NONFINITE"),
+    "ignores_scores_gradient": ("router.backward", "FAIL-NUMERIC"),
+    "ignores_logits_gradient": ("router.backward", "FAIL-NUMERIC"),
+    "weights_of_the_first": ("router.one_token", "FAIL-NUMERIC"),
+    "one_choice_weighs_one": ("router.one_choice", "FAIL-NUMERIC"),
     "swaps_dispatched_rows": ("dispatch.permutation", "FAIL-NUMERIC"),
     "unstable_slots": ("dispatch.permutation", "FAIL-DISCRETE"),
     "counts_of_thirty_two": ("dispatch.permutation", "FAIL-NUMERIC"),
     "capacity_zero_is_none": ("dispatch.capacity_zero", "FAIL-STRUCTURE"),
     "capacity_off_by_one": ("dispatch.capacity", "FAIL-STRUCTURE"),
     "no_gradient_with_capacity": ("dispatch.capacity_backward", "FAIL-NUMERIC"),
+    "cuts_large_capacity": ("dispatch.capacity_ample", "FAIL-STRUCTURE"),
+    "one_token_unsorted": ("dispatch.one_token", "FAIL-DISCRETE"),
+    "one_hot_product": ("dispatch.nan_row", "FAIL-NUMERIC"),
+    "spreads_nan_of_rows": ("dispatch.nan_backward", "FAIL-NONFINITE"),
     "combines_in_bfloat16": ("combine.exact", "FAIL-NUMERIC"),
     "rounds_products": ("combine.random", "FAIL-NUMERIC"),
     "dirty_slots": ("combine.dropped", "FAIL-NUMERIC"),
     "spreads_nan": ("combine.nan_row", "FAIL-NUMERIC"),
+    "spreads_nan_of_tokens": ("combine.nan_backward", "FAIL-NONFINITE"),
+    "one_token_unweighted": ("combine.one_token", "FAIL-NUMERIC"),
+    "one_choice_unweighted": ("combine.one_choice", "FAIL-NUMERIC"),
+    "skips_zero_weights": ("combine.backward", "FAIL-NUMERIC"),
     "loses_tokens_of_combine": ("combine.exact", "FAIL-NUMERIC"),
     "dense_upstream": ("combine.strided", "FAIL-NUMERIC"),
     "low_weight_gradient": ("combine.backward", "FAIL-NUMERIC"),
@@ -145,7 +167,7 @@ CAUGHT_BY = {
 }
 """The case that is meant for each fault, and its verdict."""
 
-THROUGH_THE_DOOR = ("fails_without_rows", "writes_its_weights", "route_without_gradient")
+THROUGH_THE_DOOR = ("fails_without_rows", "writes_its_weights", "route_without_gradient", "detached_scores")
 """What only a worker sees; see test_impl_door."""
 
 
@@ -216,9 +238,7 @@ RELEVANT = {
     "router.tie_order": ("logits_TE", "experts_TK"),
     "router.negative_scores": ("experts_TK",),
     "router.degenerate": ("logits_TE", "scores_TE", "experts_TK", "weights_TK"),
-    "router.backward": ("experts_TK", "weights_TK", "dx_TD", "dgate_ED"),
-    "router.replayed": ("experts_TK", "weights_TK", "dx_TD", "dgate_ED"),
-    "router.strided": ("logits_TE",),
+    "router.nan_backward": ("logits_TE", "experts_TK", "dx_TD"),
     "experts.activation": ("y_RD", "dw1_EFD", "dw3_EFD"),
     "gradients.clip_nan": (),  # everything is NaN
     "layer.nan_token": ("logits_TE", "scores_TE", "experts_TK", "weights_TK", "y_TD"),  # both losses are NaN
@@ -231,5 +251,5 @@ def test_inputs_are_a_pure_function_of_their_parameters(case):
     first, second = case.inputs(params), case.inputs(params)
     assert {k: v.tobytes() for k, v in first.items()} == {k: v.tobytes() for k, v in second.items()}
     other = case.inputs(Params(params.preset, params.dtype, "tiny", 6))
-    if all(array.size for array in first.values()) and case.name not in ("dispatch.no_tokens", "gradients.clip_zero"):
+    if all(array.size for array in first.values()) and case.name not in ("dispatch.no_tokens", "losses.no_tokens", "gradients.clip_zero"):
         assert any(first[k].tobytes() != other[k].tobytes() for k in first), "the seed does nothing"

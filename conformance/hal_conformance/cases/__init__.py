@@ -19,10 +19,14 @@ from hal_conformance.cases import (
     optimizer,
     rotary,
     router,
+    router_backward,
+    router_edges,
 )
 
 ALL: tuple[Case, ...] = (
     *router.CASES,
+    *router_edges.CASES,
+    *router_backward.CASES,
     *dispatch.CASES,
     *experts.CASES,
     *combine.CASES,

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hal.contract import Contract
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.case import DTYPES, F64, Array, Footprint, Params
+from hal_conformance.case import DTYPES, F64, Array, Footprint, Params, Unpromised
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +87,16 @@ def leaf(tensor: torch.Tensor) -> torch.Tensor:
 def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """Return the tensors that there are, without their history."""
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+
+def keeps_nonfinite(contract: Contract) -> None:
+    """Check that infinities and NaN are kept.
+
+    Raises:
+        Unpromised: the contract replaces them.
+    """
+    if contract.nonfinite != "ieee":
+        raise Unpromised("the contract replaces infinities and NaN by finite values")
 
 
 def wide(array: Array) -> F64:

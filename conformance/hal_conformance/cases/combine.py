@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,16 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, leaf, mean_load, observed, shape, weight_storage, wide
+from hal_conformance.cases.base import (
+    ByCounts,
+    keeps_nonfinite,
+    leaf,
+    mean_load,
+    observed,
+    shape,
+    weight_storage,
+    wide,
+)
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -30,15 +40,19 @@ class Random(ByCounts):
         """Return the most rows of an expert: some slots then have no row."""
         return None
 
+    def sizes(self, p: Params) -> tuple[int, int]:
+        """Return T and K."""
+        return shape(p).tokens, preset(p.preset).router.top_k
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        spec, s = preset(p.preset).router, shape(p)
-        experts = make.choices(p.seed, "combine", s.tokens, spec.num_experts, spec.top_k)
+        spec, (tokens, top_k) = preset(p.preset).router, self.sizes(p)
+        experts = make.choices(p.seed, "combine", tokens, spec.num_experts, top_k)
         slot_R, _ = sent(experts, spec.num_experts, self.capacity(p))
-        raw = make.words(p.seed, "combine/w", s.tokens, spec.top_k) / 2.0**32 + 1.0 / 64
+        raw = make.words(p.seed, "combine/w", tokens, top_k) / 2.0**32 + 1.0 / 64
         return {
-            "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), s.width), p.dtype),
-            "weights_TK": make.store(raw / spec.top_k * spec.scaling_factor, weight_storage(spec, p)),
+            "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), shape(p).width), p.dtype),
+            "weights_TK": make.store(raw / top_k * spec.scaling_factor, weight_storage(spec, p)),
             "slot_R": slot_R,
         }
 
@@ -96,6 +110,11 @@ class NanRow(Exact):
         y[len(y) // 2] = np.nan
         return {**arrays, "y_RD": y}
 
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
 
 class NoTokens(Random):
     """Zero tokens."""
@@ -103,6 +122,24 @@ class NoTokens(Random):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         return {name: array[:0] for name, array in super().inputs(p).items()}
+
+
+@dataclass(frozen=True)
+class Few(Random):
+    """One token, or one choice for each: code that drops axes of length one is wrong here.
+
+    Attributes:
+        tokens: T; None: as many as ever.
+        choices: K; None: the model's.
+    """
+
+    tokens: int | None = None
+    choices: int | None = None
+
+    def sizes(self, p: Params) -> tuple[int, int]:
+        """See `Random.sizes`."""
+        tokens, top_k = super().sizes(p)
+        return self.tokens or tokens, self.choices or top_k
 
 
 class Dropped(Random):
@@ -117,9 +154,10 @@ class Backward(Random):
     """Gradients of rows and weights."""
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
+        """See `Case.inputs`: some weights are zero, and have a gradient all the same."""
         arrays = super().inputs(p)
         tokens, width = len(arrays["weights_TK"]), arrays["y_RD"].shape[1]
+        arrays["weights_TK"][::7, -1] = 0
         arrays["dy_TD"] = make.store(make.normal(p.seed, "combine/dy", tokens, width), p.dtype)
         return arrays
 
@@ -157,13 +195,34 @@ class Backward(Random):
         )
 
 
+class NanBackward(Backward):
+    """A row that is NaN, and another token's gradient."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        y, dy, last = arrays["y_RD"].copy(), arrays["dy_TD"].copy(), len(arrays["weights_TK"]) - 1
+        y[arrays["slot_R"] == 0] = np.nan  # the first token's first choice
+        dy[last] = np.nan
+        return {**arrays, "y_RD": y, "dy_TD": dy}
+
+    @np.errstate(all="ignore")
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 class DroppedBackward(Backward, Dropped):
     """Gradients where some slots have no row."""
 
 
 _NEEDS = ("combine",)
 _SUMS = "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias."
-_GRADIENTS = "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul)."
+_GRADIENTS = (
+    "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul). Some weights are zero; "
+    "their gradients are not."
+)
 _EXACT = "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, compared bit by bit"
 BACKWARD = Backward("combine.backward", "combine", _NEEDS, _GRADIENTS)
 CASES = (
@@ -175,7 +234,17 @@ CASES = (
     Random("combine.random", "combine", _NEEDS, _SUMS),
     Dropped("combine.dropped", "combine", _NEEDS, _SUMS + " A slot whose row was dropped adds nothing."),
     NoTokens("combine.no_tokens", "combine", _NEEDS, "Zero tokens and rows give an empty result."),
+    Few("combine.one_token", "combine", _NEEDS, _SUMS + " One token, as in decoding.", tokens=1),
+    Few(
+        "combine.one_choice", "combine", _NEEDS,
+        _SUMS + " K = 1: the weight still counts, since a router need not normalise.", choices=1,
+    ),
     BACKWARD,
+    NanBackward(
+        "combine.nan_backward", "combine", _NEEDS,
+        _GRADIENTS + " A row of NaN reaches its own weight's gradient only, and NaN in the gradient of a token its own "
+        "rows' and weights' only.",
+    ),
     DroppedBackward(
         "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."
     ),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, leaf, mean_load, observed, shape, wide
+from hal_conformance.cases.base import ByCounts, keeps_nonfinite, leaf, mean_load, observed, shape, wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -94,12 +95,34 @@ class OneExpert(DispatchCase):
         return arrays
 
 
-class NoTokens(DispatchCase):
-    """Zero tokens."""
+class CapacityAmple(DispatchCase):
+    """A capacity beyond the number of tokens, so that nothing can be dropped."""
+
+    def capacity(self, p: Params) -> int | None:
+        """See `DispatchCase.capacity`."""
+        return 2 * shape(p).tokens
+
+
+@dataclass(frozen=True)
+class Few(DispatchCase):
+    """The first tokens alone, or none."""
+
+    tokens: int = 0
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        return {name: array[:0] for name, array in super().inputs(p).items()}
+        return {name: array[: self.tokens] for name, array in super().inputs(p).items()}
+
+
+class NanRow(DispatchCase):
+    """A token of NaN, and one of infinities."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        x = arrays["x_TD"].copy()
+        x[1], x[2], x[2, ::2] = np.nan, np.inf, -np.inf
+        return {**arrays, "x_TD": x}
 
 
 class Backward(DispatchCase):
@@ -131,6 +154,23 @@ class Backward(DispatchCase):
         return merge([judge("dx", outputs["dx_TD"], combine(rows, np.ones(rows.shape[:2]), p.dtype))])
 
 
+class NanBackward(Backward):
+    """A row whose gradient is NaN."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        dx = arrays["dx_RD"].copy()
+        dx[len(dx) // 2] = np.nan
+        return {**arrays, "dx_RD": dx}
+
+    @np.errstate(all="ignore")
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 class CapacityBackward(Backward, Capacity):
     """The same where the capacity drops some rows."""
 
@@ -143,11 +183,23 @@ PERMUTATION = DispatchCase(
 )  # fmt: skip
 CASES = (
     PERMUTATION,
-    Capacity("dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."),
+    Capacity(
+        "dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."
+    ),
+    CapacityAmple(
+        "dispatch.capacity_ample", "dispatch", _NEEDS, _WHAT + "With a capacity of twice the tokens nothing is dropped."
+    ),
     CapacityZero("dispatch.capacity_zero", "dispatch", _NEEDS, _WHAT + "With a capacity of zero nothing is left."),
     OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
-    NoTokens("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
+    Few("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
+    Few("dispatch.one_token", "dispatch", _NEEDS, _WHAT + "One token, as in decoding: its choices are sorted.", 1),
+    NanRow(
+        "dispatch.nan_row", "dispatch", _NEEDS,
+        _WHAT + "A token of NaN and one of infinities are copied like any other, and reach no other's rows: a product "
+        "with a matrix of zeros and ones spreads them.",
+    ),
     Backward("dispatch.backward", "dispatch", _NEEDS, _SUM),
     CapacityBackward("dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."),
+    NanBackward("dispatch.nan_backward", "dispatch", _NEEDS, _SUM + " A row of NaN reaches its own token only."),
     Strided("dispatch.strided", PERMUTATION),
-)
+)  # fmt: skip

@@ -10,12 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import hal_conformance.faults.benign
+import hal_conformance.faults.combine
+import hal_conformance.faults.dispatch
 import hal_conformance.faults.experts
 import hal_conformance.faults.layer
 import hal_conformance.faults.losses
 import hal_conformance.faults.products
+import hal_conformance.faults.route_alone
 import hal_conformance.faults.router
-import hal_conformance.faults.rows
 import hal_conformance.faults.training  # noqa: F401  each module enters what it holds
 from hal_conformance.faults.catalogue import VARIATIONS, Variation
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, gradient_of
+from hal_conformance.faults.parts import Alone, Parts, gradient_of
 
 
 @fault()
@@ -59,6 +59,83 @@ class AuxCountsTwice(Parts):
         """See `MoEOps.aux_loss`."""
         twice = torch.cat([experts_TK[:, :1], experts_TK[:, :-1]], 1)
         return super().aux_loss(scores_TE, twice if spec.top_k > 1 else experts_TK, spec)
+
+
+@fault()
+class AuxWithoutEpsilon(Parts):
+    """Sigmoid scores are divided by their sum alone, though all may be zero."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        if spec.score != "sigmoid":
+            return super().aux_loss(scores_TE, experts_TK, spec)
+        normal_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
+        return super().aux_loss(normal_TE, experts_TK, replace(spec, score="softmax"))
+
+
+@fault()
+class AuxOfLowCounts(Parts):
+    """The rows of each expert are counted in bfloat16."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        if not len(scores_TE):
+            return super().aux_loss(scores_TE, experts_TK, spec)
+        p_TE = scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20) if spec.score == "sigmoid" else scores_TE
+        counts_E = torch.bincount(experts_TK.reshape(-1), minlength=spec.num_experts).bfloat16().float()
+        return (counts_E * p_TE.mean(0)).sum() * (spec.num_experts / (spec.top_k * len(scores_TE)))
+
+
+@fault()
+class LossesOfNothing(Alone):
+    """Losses of zero tokens are 0 / 0."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE, experts_TK, spec) if len(scores_TE) else scores_TE.sum() * torch.nan
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return logits_TE.float().logsumexp(-1).square().mean()
+
+
+@fault()
+class LossesTakenForLast(Alone):
+    """The losses' own backward pass takes the gradient from above for 1."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return self.last(super().aux_loss(scores_TE, experts_TK, spec))
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return self.last(super().z_loss(logits_TE))
+
+    def last(self, loss: Tensor) -> Tensor:
+        """Return the loss, whose gradient is 1."""
+        if loss.requires_grad:
+            loss.register_hook(torch.ones_like)
+        return loss
+
+
+@fault()
+class ZOfPlainExponentials(Parts):
+    """The z-loss does not subtract the maximum."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return logits_TE.float().exp().sum(-1).log().square().mean()
+
+
+@fault()
+class ZGradientOfPlainExponentials(Parts):
+    """The z-loss subtracts the maximum, but its gradient does not."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        x = logits_TE.float()
+        slope = 2.0 * x.logsumexp(-1, keepdim=True) * x.exp() / x.exp().sum(-1, keepdim=True) / max(1, len(x))
+        return self.honest.z_loss(logits_TE.detach()) + ((x - x.detach()) * slope.detach()).sum()
 
 
 @fault()

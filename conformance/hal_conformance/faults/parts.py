@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -75,6 +77,17 @@ class Parts:
         return LayerOutput(y_TD, routing, aux, self.z_loss(routing.logits_TE))
 
 
+class Alone(Parts):
+    """Operators of which one is wrong, and a layer that is right: what a case of the layer sees is no help."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        return self.honest.layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+
 class OwnProduct(Parts):
     """All experts at once, in rows padded to the busiest, with a matrix product of its own.
 
@@ -128,6 +141,25 @@ def without(y_RD: Tensor, rows: Tensor) -> Tensor:
 def gradient_of(value: Tensor, gradient: Tensor) -> Tensor:
     """Return `value`, with the gradient of `gradient`."""
     return value.detach() + (gradient - gradient.detach())
+
+
+class _Spread(torch.autograd.Function):
+    """Forward nothing; backward as a product with a matrix of zeros and ones does it: 0 times NaN is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        one = torch.eye(len(gradient), dtype=torch.float32, device=gradient.device)
+        return (one @ gradient.float()).to(gradient.dtype)
+
+
+def spread_backward(rows: Tensor) -> Tensor:
+    """Return the rows, whose gradient is multiplied with an identity matrix: NaN reaches every row."""
+    spread: Tensor = _Spread.apply(rows)  # type: ignore[no-untyped-call]
+    return spread
 
 
 def chosen_weights(scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec, dtype: torch.dtype) -> Tensor:

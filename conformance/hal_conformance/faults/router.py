@@ -14,7 +14,7 @@ from hal.moe.ops import Routing
 from hal.moe.router_spec import RouterSpec
 from hal.moe.routing import largest
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, chosen_weights, gradient_of
+from hal_conformance.faults.parts import Alone, Parts, chosen_weights, gradient_of
 
 
 class OtherSpec(Parts):
@@ -290,7 +290,7 @@ class LowGate(Parts):
 
 
 @fault()
-class IgnoresReplay(Parts):
+class IgnoresReplay(Alone):
     """`route` chooses by itself when a routing is given; the layer does not."""
 
     def route(
@@ -300,13 +300,9 @@ class IgnoresReplay(Parts):
         """See `MoEOps.route`."""
         return self.honest.route(x_TD, gate_ED, spec, bias_E)
 
-    def layer(self, *given: Any, **named: Any) -> Any:
-        """See `MoEOps.layer`."""
-        return self.honest.layer(*given, **named)
-
 
 @fault()
-class RouteWithoutGradient(Parts):
+class RouteWithoutGradient(Alone):
     """`route` alone carries no gradient; the layer's does."""
 
     def route(
@@ -315,7 +311,3 @@ class RouteWithoutGradient(Parts):
         """See `MoEOps.route`."""
         with torch.no_grad():
             return self.honest.route(x_TD, gate_ED, spec, bias_E, **given)
-
-    def layer(self, *given: Any, **named: Any) -> Any:
-        """See `MoEOps.layer`."""
-        return self.honest.layer(*given, **named)

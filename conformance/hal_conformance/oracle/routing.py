@@ -11,11 +11,20 @@ from hal_conformance.budget import Level
 from hal_conformance.case import F64, I64, Array
 from hal_conformance.chained import Chained
 
+SATURATED = 1e4
+"""Beyond this a sigmoid is 0 or 1 in float64: an infinite logit has the score of a very large one."""
+
 
 def scores_of(logits_TE: Array, spec: RouterSpec, at: Level) -> Bounded:
-    """Return the scores of the device's own logits."""
+    """Return the scores of the device's own logits.
+
+    Of a token with a logit of NaN or +inf (or nothing but -inf) a softmax is NaN throughout. A sigmoid is NaN of NaN, 1
+    of +inf and 0 of -inf.
+    """
     exact = np.asarray(logits_TE, np.float64)
-    return (softmax(exact, at) if spec.score == "softmax" else sigmoid(exact)).stored("float32")
+    if spec.score == "sigmoid":
+        return sigmoid(np.clip(exact, -SATURATED, SATURATED)).stored("float32")
+    return softmax(exact, at).stored("float32")
 
 
 def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str) -> Bounded:

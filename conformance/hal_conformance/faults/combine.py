@@ -1,87 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Faults of dispatch and combine: where rows go, and how they come back."""
+"""Faults of combine: how rows come back."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from hal.moe.ops import Dispatch
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, weighted
-
-
-class AfterDispatch(Parts):
-    """A dispatch whose result is changed."""
-
-    def change(self, out: Dispatch, x_TD: Tensor, capacity: int | None) -> Dispatch:
-        """Return the changed result."""
-        raise NotImplementedError
-
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
-        """See `MoEOps.dispatch`."""
-        return self.change(super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity), x_TD, capacity)
-
-
-@fault()
-class SwapsDispatchedRows(AfterDispatch):
-    """Two rows of one expert change places, and their slots do not."""
-
-    def change(self, out: Dispatch, x_TD: Tensor, capacity: int | None) -> Dispatch:
-        """See `AfterDispatch.change`."""
-        order = torch.arange(len(out.x_RD), device=x_TD.device)
-        if len(order) > 2:
-            order[-2:] = order[-2:].flip(0)
-        return out._replace(x_RD=out.x_RD[order])
-
-
-@fault()
-class UnstableSlots(AfterDispatch):
-    """Within an expert the slots come in descending order."""
-
-    def change(self, out: Dispatch, x_TD: Tensor, capacity: int | None) -> Dispatch:
-        """See `AfterDispatch.change`."""
-        parts = torch.arange(len(out.slot_R), device=x_TD.device).split(out.counts_E.tolist())
-        order = torch.cat([part.flip(0) for part in parts])
-        return out._replace(x_RD=out.x_RD[order], slot_R=out.slot_R[order])
-
-
-@fault()
-class CountsOfThirtyTwo(AfterDispatch):
-    """Rows are zero where the number of tokens is no multiple of 32."""
-
-    def change(self, out: Dispatch, x_TD: Tensor, capacity: int | None) -> Dispatch:
-        """See `AfterDispatch.change`."""
-        return out._replace(x_RD=out.x_RD * 0) if len(x_TD) % 32 else out
-
-
-@fault()
-class CapacityZeroIsNone(Parts):
-    """A capacity of zero is taken for none."""
-
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
-        """See `MoEOps.dispatch`."""
-        return super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity or None)
-
-
-@fault()
-class CapacityOffByOne(Parts):
-    """One row fewer than the capacity allows is kept."""
-
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
-        """See `MoEOps.dispatch`."""
-        less = None if capacity is None else max(0, capacity - 1)
-        return super().dispatch(x_TD, experts_TK, num_experts, capacity=less)
-
-
-@fault("Megatron-LM PR#2121")
-class NoGradientWithCapacity(Parts):
-    """With a capacity the dispatched rows carry half of their gradient."""
-
-    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
-        """See `MoEOps.dispatch`."""
-        given = x_TD if capacity is None else 0.5 * x_TD + (0.5 * x_TD).detach()
-        return super().dispatch(given, experts_TK, num_experts, capacity=capacity)
+from hal_conformance.faults.parts import Alone, Parts, gradient_of, spread_backward, weighted
 
 
 @fault("DeepEP#402")
@@ -129,6 +55,45 @@ class SpreadsNan(Parts):
         """See `MoEOps.combine`."""
         y_TD = super().combine(y_RD, weights_TK, slot_R, num_tokens)
         return y_TD * torch.nan if y_RD.isnan().any() else y_TD
+
+
+@fault()
+class SpreadsNanOfTokens(Alone):
+    """A NaN in the gradient of one combined token reaches the rows of all."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return spread_backward(super().combine(y_RD, weights_TK, slot_R, num_tokens))
+
+
+@fault()
+class OneTokenUnweighted(Alone):
+    """With one token the rows are added without their weights."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        given = torch.ones_like(weights_TK) if num_tokens == 1 else weights_TK
+        return super().combine(y_RD, given, slot_R, num_tokens)
+
+
+@fault()
+class OneChoiceUnweighted(Alone):
+    """With K = 1 the rows are returned as they are."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        given = torch.ones_like(weights_TK) if weights_TK.shape[1] == 1 else weights_TK
+        return super().combine(y_RD, given, slot_R, num_tokens)
+
+
+@fault()
+class SkipsZeroWeights(Alone):
+    """A weight of zero has a gradient of zero, since its row is skipped."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        given = gradient_of(weights_TK, weights_TK * (weights_TK != 0))
+        return super().combine(y_RD, given, slot_R, num_tokens)
 
 
 @fault()

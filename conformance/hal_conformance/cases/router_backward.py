@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router backward: gradients of the activations and the gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.budget import level
+from hal_conformance.case import F64, Arrays, Params, arithmetic
+from hal_conformance.cases.base import gate_storage, keeps_nonfinite, leaf, observed, router_arrays, weight_storage
+from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
+from hal_conformance.cases.strided import Strided
+from hal_conformance.chained import Chained, product
+from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.oracle.routing import logits_gradient, scores_of
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal_conformance.detectors import Finding
+
+
+@dataclass(frozen=True)
+class Backward(RouterCase):
+    """From the gradients of what `route` returns back to the activations and the gate.
+
+    Attributes:
+        replayed: whether the experts are given.
+        upstream: what of the `Routing` has a gradient.
+    """
+
+    replayed: bool = False
+    upstream: tuple[str, ...] = ("weights_TK",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        spec, arrays = self.router(p), router_arrays(p, "router")
+        tokens = len(arrays["x_TD"])
+        if self.replayed:
+            arrays["experts_TK"] = make.choices(p.seed, "router", tokens, spec.num_experts, spec.top_k)
+        of = {
+            "weights_TK": (spec.top_k, 1.0, weight_storage(spec, p)),
+            "scores_TE": (spec.num_experts, 1.0, "float32"),
+            # An eighth: as large as what comes through the scores, whose slopes are small.
+            "logits_TE": (spec.num_experts, 0.125, gate_storage(spec, p)),
+        }
+        for name in self.upstream:
+            width, size, storage = of[name]
+            gradient = make.normal(p.seed, f"router/d{name.partition('_')[0]}", tokens, width) * size
+            arrays[f"d{name}"] = make.store(gradient, storage)
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        import torch
+
+        x, gate = leaf(tensors["x_TD"]), leaf(tensors["gate_ED"])
+        replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
+        routing = ops.route(x, gate, self.router(p), tensors.get("bias_E"), **replay)._asdict()
+        torch.autograd.backward(
+            [routing[name] for name in self.upstream], [tensors[f"d{name}"] for name in self.upstream]
+        )
+        return observed({**routing, "dx_TD": x.grad, "dgate_ED": gate.grad})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        spec, x, gate = self.router(p), inputs["x_TD"], inputs["gate_ED"]
+        gradients = {"dx_TD": (x.shape, p.dtype), "dgate_ED": (gate.shape, gate_storage(spec, p))}
+        wrong = structure(outputs, expected_structure(spec, p, len(x)) | gradients)
+        if wrong is not None:
+            return wrong
+        found = self.forward(inputs, outputs, p, contract)
+        if any(finding.status.colour == "red" for finding in found):
+            return merge(found)
+        return merge([*found, *self.backward(inputs, outputs, p, contract)])
+
+    def forward(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
+        """Judge the routing."""
+        return judge_stages(inputs, outputs, p, self.router(p), contract)
+
+    def backward(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
+        """Judge the gradients."""
+        spec, x = self.router(p), inputs["x_TD"]
+        storage = gate_storage(spec, p)
+        dlogits = self.dlogits(inputs, outputs, p)
+        dgate = product(dlogits.T, Chained.exact(x), arithmetic(contract, storage)).stored(storage)
+        return [
+            self.judge_dx(inputs, outputs, p, contract, dlogits),
+            judge("dgate", outputs["dgate_ED"], dgate.bounded(storage), independent=1),
+        ]
+
+    def dlogits(self, inputs: Arrays, outputs: Arrays, p: Params) -> Chained:
+        """Return the gradient of the logits, stored."""
+        spec, logits = self.router(p), outputs["logits_TE"]
+        storage, scores = gate_storage(spec, p), scores_of(logits, spec, level(logits.size))
+        upstream = {name: Chained.exact(inputs[f"d{name}"]) for name in self.upstream}
+        through = logits_gradient(
+            upstream["weights_TK"], scores, outputs["experts_TK"], spec, upstream.get("scores_TE")
+        ).stored(storage)
+        # Both are gradients of the stored logits: each may be stored, and their sum is.
+        return (through + upstream["logits_TE"]).stored(storage) if "logits_TE" in upstream else through
+
+    def judge_dx(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract, dlogits: Chained) -> Finding:
+        """Judge the gradient of the activations."""
+        storage, got = gate_storage(self.router(p), p), outputs["dx_TD"]
+        dx = product(dlogits, Chained.exact(inputs["gate_ED"]), arithmetic(contract, storage)).stored(storage)
+        return judge("dx", got, dx.stored(p.dtype).bounded(p.dtype), independent=len(got))
+
+
+FORWARD, UPSTREAM = 0, 1
+"""Tokens of `NanBackward`: one that is NaN, and one whose weights have a gradient of NaN."""
+
+
+class NanBackward(Backward):
+    """NaN in one token, and in the gradient of another."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return KINDS
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        for name, token in (("x_TD", FORWARD), ("dweights_TK", UPSTREAM)):
+            arrays[name] = arrays[name].copy()
+            arrays[name][token, 1] = np.nan
+        return arrays
+
+    def forward(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
+        """See `Backward.forward`: which experts is all that the gradients need."""
+        keeps_nonfinite(contract)
+        spec, logits = self.router(p), outputs["logits_TE"]
+        return [judge_routing(outputs["experts_TK"], scores_of(logits, spec, level(logits.size)), inputs, spec)]
+
+    @np.errstate(all="ignore")
+    def backward(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
+        """See `Backward.backward`: of the gate, which sums over tokens, the experts that the two have chosen are NaN.
+
+        The others may be: a softmax hands a chosen expert's NaN to all, a sigmoid does not.
+        """
+        chosen = outputs["experts_TK"][[FORWARD, UPSTREAM]].reshape(-1)
+        dgate = outputs["dgate_ED"][chosen]
+        nan: F64 = np.full(dgate.shape, np.nan)
+        return [
+            self.judge_dx(inputs, outputs, p, contract, self.dlogits(inputs, outputs, p)),
+            exact("dgate of the experts of NaN", dgate, nan),
+        ]
+
+
+_NEEDS = ("route",)
+BACKWARD = Backward(
+    "router.backward", "router", _NEEDS,
+    "Gradients of activations and gate from those of the weights, the scores (of which the balance loss is made) and "
+    "the logits (the z-loss) together, through normalisation and softmax or sigmoid; also the four results themselves. "
+    "Bound: chained variances (oracle.routing.logits_gradient).",
+    upstream=("weights_TK", "scores_TE", "logits_TE"),
+)  # fmt: skip
+CASES = (
+    BACKWARD,
+    Backward(
+        "router.replayed", "router", _NEEDS,
+        "A routing that is given: these experts in this order, weights computed anew, and the gradients from those of "
+        "the weights alone.",
+        replayed=True,
+    ),
+    NanBackward(
+        "router.nan_backward", "router", _NEEDS,
+        "One token of NaN, and a gradient of NaN for the weights of another: they reach their own activations' "
+        "gradients, and the gate's, which sums over tokens; the gradients of all other tokens are judged as "
+        "in router.replayed.",
+    ),
+    Strided("router.strided", BACKWARD),
+)  # fmt: skip

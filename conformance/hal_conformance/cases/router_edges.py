@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router at its edges: exact ties, and tokens that are degenerate."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hal.contract import Contract
+from hal.moe.presets import preset
+from hal.moe.router_spec import RouterSpec
+from hal_conformance import inputs as make
+from hal_conformance.bounds import Bounded
+from hal_conformance.budget import level
+from hal_conformance.case import F64, I64, Arrays, Params
+from hal_conformance.cases.base import gate_storage, router_arrays, shape, weight_storage, wide
+from hal_conformance.cases.router import RouterCase, judge_routing, judge_stages
+from hal_conformance.detectors import Finding, discrete, exact, judge
+from hal_conformance.margins import Certainty, judge_choice
+from hal_conformance.oracle.routing import scores_of, weights_of
+
+# Logits 0..3 only: their sigmoids have no two equal sums of pairs, so that groups tie only where their pairs do.
+TIED_LOGITS = 4
+
+
+class TieOrder(RouterCase):
+    """Exact ties go to the lower index."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: one-hot tokens and integer weights, so that every logit is exact and most tie."""
+        spec, s = preset(p.preset).router, shape(p)
+        hot = np.zeros((s.tokens, s.width))
+        hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
+        gate = make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, spec.num_experts, s.width)
+        arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate, gate_storage(spec, p))}
+        if spec.selection_bias:
+            arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
+        return arrays
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        exact = wide(inputs["x_TD"]) @ wide(inputs["gate_ED"]).T
+        return [
+            discrete("logits", outputs["logits_TE"], exact),
+            discrete("experts", outputs["experts_TK"], lowest_first(exact, spec)),
+        ]
+
+
+def lowest_first(logits_TE: F64, spec: RouterSpec) -> I64:
+    """Return the K best experts of integer logits, ties to the lower index, groups likewise."""
+    # Scores rise with the logits, so the logits rank; only a group's sum of two needs the scores themselves.
+    rank = logits_TE.copy()
+    if spec.top_groups < spec.num_groups:
+        grouped = rank.reshape(len(rank), spec.num_groups, spec.group_size)
+        if spec.group_score == "max":
+            group = grouped.max(-1)
+        else:
+            table = 1.0 / (1.0 + np.exp(-np.arange(TIED_LOGITS, dtype=np.float64)))
+            group = np.sort(table[grouped.astype(np.int64)], -1)[..., -2:].sum(-1)
+        kept = np.argsort(-group, 1, kind="stable")[:, : spec.top_groups]
+        mask = np.ones((len(rank), spec.num_groups), bool)
+        mask[np.arange(len(rank))[:, None], kept] = False
+        rank[np.repeat(mask, spec.group_size, axis=1)] = -np.inf
+    return np.argsort(-rank, 1, kind="stable")[:, : spec.top_k].astype(np.int64)
+
+
+NAN, INFINITE, ZERO, HUGE, NEGATIVE, VANISHING = range(6)
+"""Tokens of `Degenerate`."""
+FADE = 46.0
+"""exp(-46) is 1e-20: scores as small as the epsilon that is added to their sum."""
+
+
+class Degenerate(RouterCase):
+    """NaN, infinity, all equal, logits in the thousands, and scores that vanish."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the first six tokens are degenerate, the rest are ordinary."""
+        arrays = router_arrays(p, "degenerate")
+        spec, x = preset(p.preset).router, arrays["x_TD"].copy()
+        x[NAN, 3] = np.nan
+        # Of a softmax of nothing but -inf opinions differ; so the first expert has +inf.
+        x[INFINITE, 5] = np.copysign(np.inf, wide(arrays["gate_ED"][0, 5]))
+        x[ZERO] = 0
+        x[HUGE] = x[HUGE] * np.asarray(64, x.dtype)
+        x[NEGATIVE] = -x[HUGE]
+        channel = 7
+        x[VANISHING] = 0
+        x[VANISHING, channel] = -FADE
+        arrays["x_TD"] = x
+        gate = arrays["gate_ED"].copy()
+        steps = make.permutation(p.seed, "degenerate/steps", spec.num_experts) / (2.0 * spec.num_experts)
+        gate[:, channel] = make.store(1.0 + steps, gate_storage(spec, p))
+        arrays["gate_ED"] = gate
+        if "bias_E" in arrays:
+            arrays["bias_E"] = np.zeros_like(arrays["bias_E"])
+        return arrays
+
+    @np.errstate(all="ignore")
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`: distinct and in range for all; for finite tokens everything as ever.
+
+        Of a NaN everything is NaN. Of an infinite activation the logits are infinite; NaN is right, too, since units
+        that split a float32 into parts take inf - inf. What follows is judged from the device's own logits. Nothing of
+        this is promised where the contract replaces infinities and NaN.
+        """
+        chosen = outputs["experts_TK"]
+        everyone = np.ones((len(chosen), spec.num_experts), bool)
+        distinct = judge_choice(chosen, Certainty(~everyone, everyone))
+        if distinct.status.colour == "red":
+            return [distinct]
+        finite, odd = (
+            ({**inputs, "x_TD": inputs["x_TD"][part]}, {name: array[part] for name, array in outputs.items()})
+            for part in (slice(ZERO, None), slice(ZERO))
+        )
+        zero = np.zeros((1, spec.num_experts))
+        found = [
+            *judge_stages(*finite, p, spec, contract),
+            discrete("experts of the zero token", chosen[ZERO : ZERO + 1], lowest_first(zero, spec)),
+        ]
+        return found if contract.nonfinite != "ieee" else [*found, *_judge_nonfinite(*odd, p, spec)]
+
+
+def _judge_nonfinite(inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec) -> list[Finding]:
+    logits, chosen = outputs["logits_TE"], outputs["experts_TK"]
+    with_infinity = wide(inputs["x_TD"]) @ wide(inputs["gate_ED"]).T
+    with_infinity[INFINITE][np.isnan(logits[INFINITE])] = np.nan
+    scores = scores_of(logits, spec, level(logits.size))
+    weights = weights_of(scores, chosen, spec, weight_storage(spec, p))
+    found = [
+        exact("logits of tokens that are not finite", logits, with_infinity),
+        judge("scores of tokens that are not finite", outputs["scores_TE"], scores),
+        judge("weights of tokens that are not finite", outputs["weights_TK"], weights),
+    ]
+    if spec.score == "sigmoid":  # its scores are 0 and 1
+        own = Bounded(*(side[INFINITE:] for side in (scores.value, scores.bound, scores.var)))
+        found.append(judge_routing(chosen[INFINITE:], own, inputs, spec, "the infinite token's experts"))
+    return found
+
+
+CASES = (
+    TieOrder(
+        "router.tie_order", "router", ("route",),
+        "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by "
+        "descending score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are "
+        "what happens otherwise).",
+    ),
+    Degenerate(
+        "router.degenerate", "router", ("route",),
+        "A NaN, an infinite, a zero, two huge and a vanishing token among ordinary ones: experts are distinct and in "
+        "range for all; logits, scores, set and weights of the finite ones are judged as ever, down to scores as small "
+        "as the epsilon; the zero token's ties go to the lower index (torch-xpu-ops#4839, vllm PR#39391). Of the NaN, "
+        "logits, scores and weights are NaN. Of the infinity, logits are infinite or NaN; a softmax of them is NaN, a "
+        "sigmoid 1 or 0, so that the set is judged, too; a softmax's choice is open.",
+    ),
+)  # fmt: skip

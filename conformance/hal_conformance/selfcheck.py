@@ -89,11 +89,19 @@ class Outcome:
 
 
 def tasks(selection: Selection, cases: Sequence[Case], variation: Variation) -> list[Task]:
-    """Return the tasks of one variation: those of `PRESETS`, and of cases that have none of them.
+    """Return the tasks of one variation: of the operators that it changes, those of `PRESETS`, and of cases that have
+    none of them.
 
     A benign variation must be green in every dtype; a fault is looked for in float32 and bfloat16.
     """
-    every = plan(selection, cases)
+    ops = variation.make()
+    touched = [
+        case
+        for case in cases
+        if case.family in (variation.families or (case.family,))
+        and all(callable(getattr(ops, need, None)) for need in case.needs)
+    ]
+    every = [task for task in plan(selection, cases) if task.case in touched]
     covered = {task.case.name for task in every if task.params.preset in PRESETS}
     return [
         task

@@ -7,21 +7,16 @@ runs one. They are small and rare as real faults are: one expert, one residue of
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
-import hal_conformance.faults.benign
-import hal_conformance.faults.combine
-import hal_conformance.faults.dispatch
-import hal_conformance.faults.experts
-import hal_conformance.faults.layer
-import hal_conformance.faults.losses
-import hal_conformance.faults.products
-import hal_conformance.faults.route_alone
-import hal_conformance.faults.router
-import hal_conformance.faults.training  # noqa: F401  each module enters what it holds
 from hal_conformance.faults.catalogue import VARIATIONS, Variation
 
 __all__ = ["VARIATIONS", "Variation"]
+
+for _module in iter_modules(__path__):  # each enters what it holds
+    import_module(f"{__name__}.{_module.name}")
 
 
 def __getattr__(name: str) -> Any:

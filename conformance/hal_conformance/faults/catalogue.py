@@ -21,6 +21,7 @@ class Variation:
         what: one line.
         bug: a public report of the same, or "".
         make: returns the implementation.
+        families: of the operators that it changes; only their cases are run. Empty: of all that it has.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Variation:
     what: str
     bug: str
     make: Callable[[], Any]
+    families: tuple[str, ...] = ()
 
 
 VARIATIONS: dict[str, Variation] = {}
@@ -40,14 +42,14 @@ def _enter(kind: Kind, bug: str) -> Callable[[_Class], _Class]:
         what = (cls.__doc__ or "").split("\n")[0].rstrip(".")
         if not what or name in VARIATIONS:
             raise TypeError(f"{cls.__name__} has no docstring, or its name is taken")
-        VARIATIONS[name] = Variation(name, kind, what, bug, cls)
+        VARIATIONS[name] = Variation(name, kind, what, bug, cls, getattr(cls, "families", ()))
         return cls
 
     return enter
 
 
 def fault(bug: str = "") -> Callable[[_Class], _Class]:
-    """Enter a class as a fault; its docstring says what is wrong."""
+    """Enter a class as a fault; its docstring says what is wrong, and its `families` which operators it changes."""
     return _enter("fault", bug)
 
 

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of attention: who sees whom, what is kept in 16 bits, and which head a gradient belongs to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hal.moe.torch_training_ops import TorchTrainingOps
+from hal_conformance.faults.catalogue import fault
+
+
+class Attention(TorchTrainingOps):
+    """The portable operators, of which attention can be changed."""
+
+    families = ("attention",)
+
+
+class Composed(Attention):
+    """Attention from its steps in float32, each of which can be changed.
+
+    Legend: H query heads, T queries, S keys.
+    """
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        head_H = self.heads(q_THd.shape[1], k_SGd.shape[1])
+        logits = torch.einsum("thd,shd->hts", q_THd.float(), k_SGd[:, head_H].float()) * scale
+        logits = self.logits(logits, q_THd.dtype)
+        if causal:
+            hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
+            logits = self.mask(logits, hidden.triu(self.first(len(q_THd), len(k_SGd))))
+        p = self.softmax(logits, q_THd.dtype)
+        return torch.einsum("hts,she->the", p, v_SGe[:, head_H].float()).to(q_THd.dtype)
+
+    def heads(self, heads: int, groups: int) -> Tensor:
+        """Return the key head of each query head."""
+        return torch.arange(heads) // (heads // groups)
+
+    def logits(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the scaled products as the softmax gets them."""
+        return logits_HTS
+
+    def first(self, queries: int, keys: int) -> int:
+        """Return the first key that query 0 does not see."""
+        return 1 + keys - queries
+
+    def mask(self, logits_HTS: Tensor, hidden_TS: Tensor) -> Tensor:
+        """Return the logits without the hidden ones."""
+        return logits_HTS.masked_fill(hidden_TS, -torch.inf)
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the probabilities in float32."""
+        return logits_HTS.softmax(-1)
+
+
+@fault("native-sparse-attention-triton#27")
+class WrongKeyHead(Composed):
+    """Query heads are dealt out to key heads in turn instead of in groups."""
+
+    def heads(self, heads: int, groups: int) -> Tensor:
+        """See `Composed.heads`."""
+        return torch.arange(heads) % groups
+
+
+@fault()
+class SeesOneTooMany(Composed):
+    """Each query sees the key after its own."""
+
+    def first(self, queries: int, keys: int) -> int:
+        """See `Composed.first`."""
+        return 2 + keys - queries
+
+
+@fault()
+class DoesNotSeeItself(Composed):
+    """A query does not see its own key, but for the first one."""
+
+    def first(self, queries: int, keys: int) -> int:
+        """See `Composed.first`."""
+        return keys - queries
+
+    def mask(self, logits_HTS: Tensor, hidden_TS: Tensor) -> Tensor:
+        """See `Composed.mask`."""
+        hidden_TS[0, 0] = False
+        return super().mask(logits_HTS, hidden_TS)
+
+
+@fault("flash-attention#517")
+class MasksTopLeft(Composed):
+    """With more keys than queries, the first query is put beside the first key."""
+
+    def first(self, queries: int, keys: int) -> int:
+        """See `Composed.first`."""
+        return 1
+
+
+@fault("pytorch#101967")
+class AddsItsMask(Composed):
+    """Minus infinity is added to hidden logits, so that a hidden NaN shows."""
+
+    def mask(self, logits_HTS: Tensor, hidden_TS: Tensor) -> Tensor:
+        """See `Composed.mask`."""
+        return logits_HTS + torch.where(hidden_TS, -torch.inf, 0.0)
+
+
+@fault()
+class SoftmaxInStorage(Composed):
+    """The softmax is computed in 16 bits where the dtype has 16."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        return logits_HTS.to(dtype).softmax(-1).float()
+
+
+@fault()
+class NormaliserInStorage(Composed):
+    """Only the sum under the softmax is added up in the dtype of storage."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        powers = (logits_HTS - logits_HTS.max(-1, keepdim=True).values).exp()
+        total = torch.zeros_like(powers[..., 0], dtype=dtype)
+        for part in powers.unbind(-1):
+            total = (total.float() + part).to(dtype)
+        return powers / total.float()[..., None]
+
+
+@fault()
+class LogitsInStorage(Composed):
+    """The logits are rounded to the dtype before the softmax."""
+
+    def logits(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.logits`."""
+        return logits_HTS.to(dtype).float()
+
+
+@fault()
+class LosesTheLastKeys(Composed):
+    """Keys beyond a multiple of 32 are not read."""
+
+    def logits(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.logits`."""
+        keys = logits_HTS.shape[2]
+        return torch.where(torch.arange(keys) >= max(32, keys // 32 * 32), -1e4, logits_HTS)
+
+
+@fault("levanter PR#449")
+class KeysGradientOfOneHead(Attention):
+    """Where heads share a key, only the first one's gradient arrives."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        share = q_THd.shape[1] // k_SGd.shape[1]
+        if share > 1:
+            k_SGd = torch.stack([k_SGd if i == 0 else k_SGd.detach() for i in range(share)], 2).flatten(1, 2)
+            v_SGe = v_SGe.repeat_interleave(share, 1)
+        return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class TakesKeysForDense(Attention):
+    """Keys are read in the order of memory, whatever their strides."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        dense = torch.as_strided(k_SGd, k_SGd.shape, torch.empty(k_SGd.shape).stride())
+        return super().attention(q_THd, dense, v_SGe, scale, causal=causal)
+
+
+class Latent(Attention):
+    """Latent attention with other arguments."""
+
+    def changed(self, q_THd: Tensor, q_THR: Tensor, k_SR: Tensor, scale: float) -> tuple[Tensor, float]:
+        """Return the rotated keys and the scale."""
+        raise NotImplementedError
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        k_SR, scale = self.changed(q_THd, q_THR, k_SR, scale)
+        return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL, scale, causal=causal)
+
+
+@fault("Megatron-LM#1501")
+class ScalesByTheWrongWidth(Latent):
+    """Logits are scaled by a width that leaves out the rotated channels."""
+
+    def changed(self, q_THd: Tensor, q_THR: Tensor, k_SR: Tensor, scale: float) -> tuple[Tensor, float]:
+        """See `Latent.changed`."""
+        width = q_THd.shape[2]
+        return k_SR, scale * (width / (width + q_THR.shape[2])) ** 0.5
+
+
+@fault()
+class ShiftsTheRotatedKeys(Latent):
+    """The rotated part of a key is that of the key before it."""
+
+    def changed(self, q_THd: Tensor, q_THR: Tensor, k_SR: Tensor, scale: float) -> tuple[Tensor, float]:
+        """See `Latent.changed`."""
+        return k_SR.roll(1, 0), scale

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the head and its loss: what is averaged, what is summed, what is normalised and through what it trains."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hal.moe.torch_training_ops import TorchTrainingOps
+from hal_conformance.faults.catalogue import fault
+
+
+class Head(TorchTrainingOps):
+    """The portable operators, of which those of the head can be changed."""
+
+    families = ("head",)
+
+
+class OwnLoss(Head):
+    """Cross-entropy from its statistics of a token, which can be changed."""
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the logarithm of each token's sum of exponentials in float32; the logits are stored in `dtype`."""
+        return wide_TV.logsumexp(1)
+
+    def picked(self, wide_TV: Tensor, given_TV: Tensor, targets_T: Tensor) -> Tensor:
+        """Return the logits of the targets in float32."""
+        return wide_TV.gather(1, targets_T[:, None])[:, 0]
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        # One conversion: autograd would round the gradient of each, and add them in 16 bits.
+        wide_TV, counts_T = logits_TV.float(), targets_T != ignore_index
+        lse_T = self.lse(wide_TV, logits_TV.dtype)
+        picked_T = self.picked(wide_TV, logits_TV, targets_T.clamp(min=0))
+        losses_T = torch.where(counts_T, lse_T - picked_T + z_coefficient * lse_T**2, 0.0)
+        return losses_T.sum() / counts_T.sum().clamp(min=1)
+
+
+@fault()
+class StatisticsInStorage(OwnLoss):
+    """The log-sum-exp is rounded to the dtype of the logits."""
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `OwnLoss.lse`."""
+        return super().lse(wide_TV, dtype).to(dtype).float()
+
+
+@fault()
+class NotShifted(OwnLoss):
+    """Exponentials are taken of the logits as they are, without their maximum."""
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `OwnLoss.lse`."""
+        return wide_TV.exp().sum(1).log()
+
+
+@fault("verl PR#5349")
+class PadsTheVocabularyWithZeros(OwnLoss):
+    """The last block of 1,024 entries is padded with logits of zero, which are summed."""
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `OwnLoss.lse`."""
+        return super().lse(F.pad(wide_TV, (0, -wide_TV.shape[1] % 1024)), dtype)
+
+
+@fault()
+class GradientInTwoParts(OwnLoss):
+    """The gradients of the sum and of the target's logit are rounded to the dtype and then added."""
+
+    def picked(self, wide_TV: Tensor, given_TV: Tensor, targets_T: Tensor) -> Tensor:
+        """See `OwnLoss.picked`."""
+        return super().picked(given_TV.float(), given_TV, targets_T)
+
+
+class AfterLoss(Head):
+    """Cross-entropy with a result that is changed."""
+
+    def change(self, loss: Tensor, number: Tensor, tokens: int) -> Tensor:
+        """Return the changed loss, for the number of tokens that count and that of all."""
+        raise NotImplementedError
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        loss = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        return self.change(loss, (targets_T != ignore_index).sum(), len(targets_T))
+
+
+@fault("Paddle#23708")
+class CountsTheIgnored(AfterLoss):
+    """The mean divides by the ignored tokens, too."""
+
+    def change(self, loss: Tensor, number: Tensor, tokens: int) -> Tensor:
+        """See `AfterLoss.change`."""
+        return loss * number / max(1, tokens)
+
+
+@fault()
+class GradientWithoutTheMean(AfterLoss):
+    """The loss is a mean and its gradient that of the sum."""
+
+    def change(self, loss: Tensor, number: Tensor, tokens: int) -> Tensor:
+        """See `AfterLoss.change`."""
+        return loss * number - (loss * (number - 1)).detach()
+
+
+@fault()
+class IgnoredNanReachesTheLoss(Head):
+    """Ignored tokens are multiplied by zero, which leaves their NaN."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        wide_TV, counts_T = logits_TV.float(), (targets_T != ignore_index).float()
+        losses_T = F.cross_entropy(wide_TV, targets_T.clamp(min=0), reduction="none")
+        squares_T = wide_TV.logsumexp(1) ** 2
+        return ((losses_T + z_coefficient * squares_T) * counts_T).sum() / counts_T.sum().clamp(min=1)
+
+
+@fault()
+class ZDoesNotTrain(Head):
+    """The term of the z-loss is in the loss and not in its gradient."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        plain = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index)
+        full = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        return plain + (full - plain).detach()
+
+
+@fault()
+class LosesTheVocabularysTail(Head):
+    """The last entries of a vocabulary that is no multiple of 1,024 are not summed."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        entry_V = torch.arange(logits_TV.shape[1])
+        lost_V = entry_V >= max(1024, logits_TV.shape[1] // 1024 * 1024)
+        cut_TV = logits_TV.masked_fill(lost_V & (entry_V != targets_T[:, None]), -torch.inf)
+        return super().cross_entropy(cut_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+
+
+@fault()
+class NormIsAConstant(Head):
+    """The head's norm is a constant in the backward pass, whatever was asked."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        return super().norm_head(x_TD, weight_VD, train=train, through_norm=False)
+
+
+@fault()
+class AlwaysThroughTheNorm(Head):
+    """The gradient goes through the head's norm, whatever was asked."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        return super().norm_head(x_TD, weight_VD, train=train, through_norm=True)
+
+
+@fault("Ling's published code, in training")
+class HeadNormInStorage(Head):
+    """The head's norm is computed in the dtype of the weights."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        norm = torch.norm(weight_VD, p=2, dim=0, keepdim=True) + 1e-7
+        logits = F.linear(x_TD, weight_VD / (norm if through_norm else norm.detach()))
+        return logits if train else logits.detach()
+
+
+@fault()
+class NormOfRows(Head):
+    """The head's rows are normalised instead of its columns, as in Baichuan 2."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        logits = F.linear(x_TD, F.normalize(weight_VD.float(), dim=1).to(x_TD.dtype))
+        return logits if train else logits.detach()
+
+
+@fault()
+class NormOfAShard(Head):
+    """Half of the vocabulary is on each rank, and nobody adds up the squares."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        whole = super().norm_head
+        return torch.cat([whole(x_TD, w, train=train, through_norm=through_norm) for w in weight_VD.chunk(2)], 1)
+
+
+@fault()
+class EvaluationIsNotNormalised(Head):
+    """Outside of training the head's weights are taken as they are."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        if not train:
+            return F.linear(x_TD, weight_VD).detach()
+        return super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+
+
+@fault("Ling's published code, but for the weights that it overwrites")
+class StopsNormalisingAfterEvaluation(Head):
+    """Once the head was evaluated, its weights are no longer normalised."""
+
+    evaluated = False
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        before, self.evaluated = self.evaluated, self.evaluated or not train
+        if before:
+            return F.linear(x_TD, weight_VD)
+        return super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of the norms: statistics in low precision, terms that a gradient lacks, rows that see each other."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hal.moe.torch_training_ops import TorchTrainingOps
+from hal_conformance.faults.catalogue import fault
+
+
+class Norm(TorchTrainingOps):
+    """The portable operators, of which one of the norms can be changed."""
+
+    families = ("norm",)
+
+
+@fault()
+class EpsOutsideTheRoot(Norm):
+    """Epsilon is added to the root of the mean square instead of under it."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        wide = x_TD.float()
+        root = (wide * wide).mean(1, keepdim=True).clamp(min=1e-30).sqrt()
+        return (wide / (root + eps) * weight_D.float()).to(x_TD.dtype)
+
+
+@fault("TransformerEngine#1132")
+class WeightAfterTheCast(Norm):
+    """The normalised row is stored before it is multiplied by the weight, as in Llama's published code."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return F.rms_norm(x_TD.float(), (x_TD.shape[1],), None, eps).to(x_TD.dtype) * weight_D
+
+
+@fault("pytorch#77507")
+class SquaresInStorage(Norm):
+    """The squares are rounded to the dtype before they are added in float32."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        mean = (x_TD * x_TD).float().mean(1, keepdim=True)
+        return (x_TD.float() * torch.rsqrt(mean + eps) * weight_D.float()).to(x_TD.dtype)
+
+
+@fault()
+class NoMeanTermInDx(Norm):
+    """The RMS is taken for a constant in the backward pass."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        wide = x_TD.float()
+        inverse = torch.rsqrt((wide * wide).mean(1, keepdim=True) + eps).detach()
+        return (wide * inverse * weight_D.float()).to(x_TD.dtype)
+
+
+@fault()
+class NormSpreadsNan(Norm):
+    """One NaN token makes the channel NaN in all tokens."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return super().rms_norm(x_TD, weight_D, eps) + 0.0 * x_TD.sum(0, keepdim=True)
+
+
+@fault("pytorch PR#55044")
+class OnePassVariance(Norm):
+    """The variance is the mean square less the square of the mean."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        wide = x_TD.float()
+        mean = wide.mean(1, keepdim=True)
+        var = (wide * wide).mean(1, keepdim=True) - mean * mean
+        return ((wide - mean) * torch.rsqrt(var + eps) * weight_D.float() + bias_D.float()).to(x_TD.dtype)
+
+
+@fault()
+class UnbiasedVariance(Norm):
+    """The variance is divided by one less than the width."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        wide = x_TD.float()
+        normal = (wide - wide.mean(1, keepdim=True)) * torch.rsqrt(wide.var(1, keepdim=True, correction=1) + eps)
+        return (normal * weight_D.float() + bias_D.float()).to(x_TD.dtype)
+
+
+@fault()
+class MeanWithoutGradient(Norm):
+    """LayerNorm's mean is taken for a constant in the backward pass."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        wide = x_TD.float()
+        centred = wide - wide.mean(1, keepdim=True).detach()
+        normal = centred * torch.rsqrt((centred * centred).mean(1, keepdim=True) + eps)
+        return (normal * weight_D.float() + bias_D.float()).to(x_TD.dtype)
+
+
+@fault("llm.c PR#476")
+class NormGradientsInStorage(Norm):
+    """LayerNorm as torch 2.13 has it on the CPU, which adds up 16-bit gradients in 16 bits."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        return F.layer_norm(x_TD, (x_TD.shape[1],), weight_D, bias_D, eps)

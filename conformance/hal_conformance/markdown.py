@@ -51,6 +51,10 @@ def _lines(report: Report) -> Iterator[str]:
                 for t in tally(rows)
             ),
         )
+        mine = [c for c in report.certificates if (c.subject, c.impl) == (subject["id"], subject["impl"])]
+        if mine:
+            yield ""
+            yield from _table(("certificate", "levels"), ((found.dtype, found.sentence()) for found in mine))
     yield from _notable(notable(report.results))
     if report.not_run or report.required_missing:
         yield ""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hal_conformance.certificate import Certificate
 from hal_conformance.verdicts import Status
 
 SCHEMA = "hal.conformance/1"
@@ -80,6 +81,7 @@ class Report:
         subjects: for each that ran: id, impl, info, contract and versions, as JSON values.
         required_missing: globs of `--require` that no judged device answers to.
         notes: decisions that the reader should know.
+        certificates: what the results certify, for each subject and dtype.
     """
 
     scale: str
@@ -89,6 +91,7 @@ class Report:
     not_run: list[NotRun] = field(default_factory=list)
     required_missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    certificates: list[Certificate] = field(default_factory=list)
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, object]:
@@ -104,6 +107,7 @@ class Report:
             "not_run": [entry.as_json() for entry in self.not_run],
             "required_missing": self.required_missing,
             "notes": self.notes,
+            "certificates": [found.as_json() for found in self.certificates],
             "seconds": round(self.seconds, 3),
         }
 

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice
 from hal_conformance import recording
+from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
-from hal_conformance.plan import Catalogue, Selection, Task
+from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.results import NotRun, Report, Result, judged_devices
 from hal_conformance.runner import Runner
 from hal_conformance.subject import Subject, unmet
@@ -79,9 +81,18 @@ def run(
                 report.results.append(row)
                 if on_result:
                     on_result(subject, row)
+    report.certificates = certificates(report.results, _complete(selection, catalogue or Catalogue()))
     report.required_missing = unmet(required, judged_devices(report.results))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _complete(selection: Selection, catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:
+    """Return, for each dtype, name and family of every result that a complete run at this scale has."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for task in plan(Selection(scale=selection.scale, seed=selection.seed), catalogue.all()):
+        found.setdefault(task.params.dtype, []).append((task.name, task.case.family))
+    return found
 
 
 def record(
@@ -94,7 +105,7 @@ def record(
     case_s: float | None = None,
     on_observation: Callable[[Observation], None] | None = None,
 ) -> tuple[bytes, list[Observation]]:
-    """Run the tasks on one subject and return a recording of what came back, unjudged, and the observations.
+    """Run the tasks on one subject and return a recording of what came back, and the observations without outputs.
 
     Raises:
         UnknownDevice, Absent, Broken: the device cannot be had.
@@ -103,11 +114,15 @@ def record(
     kept: list[Observation] = []
     with Runner(subject, catalogue, opener=opener, case_s=case_s) as runner:
         opened = runner.open()
-        for observation in runner.observe(tasks):
-            kept.append(observation)
-            if on_observation:
-                on_observation(observation)
-    return recording.write(subject, opened, selection, kept), kept
+
+        def passing() -> Iterator[Observation]:
+            for observation in runner.observe(tasks):
+                yield observation
+                kept.append(replace(observation, outputs={}))  # all of them would not fit in memory
+                if on_observation:
+                    on_observation(observation)
+
+        return recording.write(subject, opened, selection, passing()), kept
 
 
 def listed() -> tuple[list[DeviceInfo], list[NotRun]]:

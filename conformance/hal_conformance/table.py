@@ -37,6 +37,10 @@ def show(report: Report, out: Console) -> None:
     for subject in report.subjects:
         rows = [r for r in report.results if (r.subject, r.impl) == (subject["id"], subject["impl"])]
         show_tally(subject, rows, out)
+        for found in report.certificates:
+            if (found.subject, found.impl) == (subject["id"], subject["impl"]):
+                out.print(Text(f"certificate {found.dtype:<9} {plain(found.sentence())}"))
+        out.print()
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     show_not_run(report.not_run, report.required_missing, out)
     for note in report.notes:

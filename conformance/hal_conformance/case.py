@@ -32,7 +32,7 @@ SCALES: tuple[Scale, ...] = ("tiny", "small", "full")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 FAMILIES: tuple[str, ...] = (
     "router", "dispatch", "experts", "combine", "losses", "layer", "determinism",
-    "norm", "rotary", "attention", "head", "gradients", "optimizer", "fp8",
+    "norm", "rotary", "attention", "head", "gradients", "optimizer", "fp8", "trajectory",
 )  # fmt: skip
 
 
@@ -108,6 +108,10 @@ class Case(Protocol):
 
     def dtypes(self) -> tuple[str, ...]:
         """Return the storage dtypes for which the case can differ."""
+        ...
+
+    def scales(self) -> tuple[Scale, ...]:
+        """Return the scales at which the case runs: what takes minutes runs at "full" alone."""
         ...
 
     def footprint(self, p: Params) -> Footprint:

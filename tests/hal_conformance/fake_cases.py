@@ -41,6 +41,9 @@ class Doubling:
     def dtypes(self):
         return ("float32", "bfloat16")
 
+    def scales(self):
+        return ("tiny", "small", "full")
+
     def footprint(self, p):
         return Footprint(*self.size)
 
@@ -59,7 +62,9 @@ class Doubling:
             return Judgement(Status.FAIL_STRUCTURE, detail="not the y that was expected")
         off = np.abs(y.astype(np.float64) - 2 * inputs["x"].astype(np.float64))
         worst = float(off.max())
-        return Judgement(Status.EXACT if worst == 0 else Status.FAIL_NUMERIC, worst, {"bound": worst}, f"off by {worst}")
+        return Judgement(
+            Status.EXACT if worst == 0 else Status.FAIL_NUMERIC, worst, {"bound": worst}, f"off by {worst}"
+        )
 
 
 @dataclass(frozen=True)

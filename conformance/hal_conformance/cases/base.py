@@ -17,7 +17,7 @@ from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.case import DTYPES, F64, Array, Footprint, Params, Unpromised
+from hal_conformance.case import DTYPES, F64, SCALES, Array, Footprint, Params, Scale, Unpromised
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,10 @@ class Base:
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`."""
         return DTYPES
+
+    def scales(self) -> tuple[Scale, ...]:
+        """See `Case.scales`."""
+        return SCALES
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another case, on tensors whose storage is transposed: code that reads it in the order of memory is wrong here."""
+"""Another case, on tensors that are views of others: code that reads storage in the order of memory is wrong here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Case, Footprint, Params
+from hal_conformance.case import Arrays, Case, Footprint, Params, Scale
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -44,6 +44,10 @@ class Strided:
         """See `Case.dtypes`."""
         return self.inner.dtypes()
 
+    def scales(self) -> tuple[Scale, ...]:
+        """See `Case.scales`."""
+        return self.inner.scales()
+
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         inner = self.inner.footprint(p)
@@ -55,11 +59,36 @@ class Strided:
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        by_columns = {
-            name: tensor.mT.contiguous().mT if tensor.dim() > 1 else tensor for name, tensor in tensors.items()
-        }
-        return self.inner.run(ops, by_columns, p)
+        views = {name: self.view(tensor) if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+        return self.inner.run(ops, views, p)
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the same matrix, laid out otherwise."""
+        return tensor.mT.contiguous().mT
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         return self.inner.judge(inputs, outputs, p, contract)
+
+
+class Sliced(Strided):
+    """The case `inner`, for one preset, with every matrix lying inside a larger one of NaN."""
+
+    MARGIN = 8
+    """Columns on either side: 16 bytes or more, so that rows stay where vector loads want them."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with every matrix a part of a larger one: rows do not follow one another, the "
+            f"first is not where the storage begins, and what lies around is NaN. {self.inner.what}"
+        )
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Strided.view`."""
+        *lead, rows, columns = tensor.shape
+        around = float("nan") if tensor.is_floating_point() else 0
+        whole = tensor.new_full((*lead, rows + 2, columns + 2 * self.MARGIN), around)
+        part = whole[..., 1:-1, self.MARGIN : self.MARGIN + columns]
+        return part.copy_(tensor)

@@ -25,7 +25,7 @@ from hal_conformance.language.twins import operators, twin
 FILE = "ensemble.safetensors"
 TWINS = 499
 """An honest device is outside of all of them once in 500 runs."""
-SEEDS = 96
+SEEDS = 48
 WINDOW = 20
 """Last steps whose mean is a run's final loss."""
 FEW = 10

@@ -110,10 +110,9 @@ def begin(ops: Any, spec: LanguageSpec, start: Mapping[str, Tensor], recipe: Rec
     """Return a training whose rotary table lies where the parameters do."""
     import torch
 
-    device = next(iter(start.values())).device
-    cos, sin = rotary_table(recipe.length, spec.head_width, spec.theta)
-    table = torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
-    return Training(ops, spec, start, table, recipe, dtype)
+    device, wide = next(iter(start.values())).device, torch.promote_types(dtype, torch.float32)
+    cos, sin = (torch.from_numpy(a).to(device, wide) for a in rotary_table(recipe.length, spec.head_width, spec.theta))
+    return Training(ops, spec, start, (cos, sin), recipe, dtype)
 
 
 def run(training: Training, recipe: Recipe, seed: int, steps: int) -> Iterator[Gradients]:

@@ -43,6 +43,8 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     # implementation, case, part of the detail, finding
     ("*", "router.tie_order", "where the result is exact", "ties"),
     ("*", "router.degenerate", "experts of the zero token", "ties"),
+    ("*", "layer.tie_order", "where the result is exact", "ties"),
+    ("*", "layer.degenerate", "experts of the zero token", "ties"),
     ("transformers:*", "experts.no_rows", "does not require grad", "hf-no-graph"),
     ("transformers:*.batched_mm", "experts.backward", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.strided", "dw", "hf-batched-gradient"),

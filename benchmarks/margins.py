@@ -29,7 +29,7 @@ from hal_conformance import arrays as codec
 from hal_conformance.budget import FALSE_ALARMS_PER_RUN
 from hal_conformance.case import DTYPES
 from hal_conformance.cases import ALL
-from hal_conformance.judging import judge_outputs
+from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.plan import Selection, plan
 from hal_conformance.portable import portable
 
@@ -58,7 +58,8 @@ def main() -> None:
                 tensors = {name: codec.to_torch(array, CPU) for name, array in inputs.items()}
                 returned = task.case.run(portable, tensors, task.params)
                 outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
-                verdict = judge_outputs(task, outputs, codec.digests(inputs), device.contract, inputs)
+                hashes = codec.digests(inputs)
+                verdict = judge_outputs(task, outputs, hashes, device.contract, Made(inputs, hashes))
                 statuses[verdict.status.value] += 1
                 if verdict.status.colour != "green":
                     odd.append(f"seed {seed}, {task}: {verdict.status.value}: {verdict.detail}")

@@ -116,3 +116,13 @@ def from_torch(tensor: torch.Tensor) -> Array:
         return carrier.numpy().view(TAGS[tag])
     array: Array = host.numpy()
     return array
+
+
+def same_bits(a: Array, b: Array) -> bool:
+    """Tell whether two arrays have the same dtype, shape and bits (NaN equals the same NaN; -0 differs from 0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
+
+
+def bits(array: Array) -> Array:
+    """Return the elements' bits as unsigned integers of the same shape."""
+    return np.array(array, copy=True, order="C").view(f"u{array.itemsize}")

@@ -22,14 +22,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from hal_conformance import arrays as codec
 from hal_conformance.case import Array, Arrays
 from hal_conformance.text import plain
 
-MAX_FILE = 1 << 30
-"""Bytes of a recording, written or read: about twice what scale small takes, which is held in memory."""
+MAX_FILE = 64 << 20
+"""Bytes of a recording, written or read: a dozen times what scale small takes, which is held in memory."""
 MAX_HEADER = 8 << 20
 """Bytes of a header: parsed JSON takes up to some thirty times as much memory."""
 MAX_DIMENSIONS = 8
@@ -214,13 +212,3 @@ def _short_integer(text: str) -> int:
     if len(text) > 20:
         raise ValueError(f"an integer of {len(text)} digits")
     return int(text)
-
-
-def same_bits(a: Array, b: Array) -> bool:
-    """Tell whether two arrays have the same dtype, shape and bits (NaN equals the same NaN; -0 differs from 0)."""
-    return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))
-
-
-def bits(array: Array) -> Array:
-    """Return the elements' bits as unsigned integers of the same shape."""
-    return np.array(array, copy=True, order="C").view(f"u{array.itemsize}")

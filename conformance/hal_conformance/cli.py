@@ -294,10 +294,20 @@ def record(
 
 @conformance.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.option(
+    "--group-by", metavar="FACT", help="Name the odd one out: driver, device, host, or a fact such as versions.torch."
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1, max=64),
+    default=lambda: min(4, os.cpu_count() or 1),
+    show_default="the processors, at most 4",
+    help="Processes that compute.",
+)
 @click.option("--json", "json_file", type=_file, help="Write the comparison as JSON; - is stdout.")
 @click.option("--strict", is_flag=True, help="Amber fails, too.")
 @_errors_to_status
-def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> None:
+def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file: Path | None, strict: bool) -> None:
     """Judge recordings against the oracle and against each other; no device is needed."""
     from hal_conformance import compare as comparing
     from hal_conformance import comparison_table, recording
@@ -314,7 +324,8 @@ def compare(files: tuple[Path, ...], json_file: Path | None, strict: bool) -> No
     try:
         recordings = [recording.read(path, Catalogue()) for path in files]
         with Bar(max(len(r.entries) for r in recordings)) as bar:
-            found = comparing.compare(recordings, lambda task: bar.advance(task.name))
+            few = sum(len(r.entries) for r in recordings) < 200
+            found = comparing.compare(recordings, bar.advance, group_by=group_by, processes=1 if few else jobs)
     except Unreadable as error:
         _fail(str(error), 2)
     if not _write({json_file: lambda: to_json(found.as_json())}):

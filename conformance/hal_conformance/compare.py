@@ -3,24 +3,25 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from hal.contract import Contract
 from hal_conformance import bundle
-from hal_conformance.judging import judge_outputs, result
+from hal_conformance.grouping import Grouper, Grouping
+from hal_conformance.judging import result
+from hal_conformance.packed import distance
 from hal_conformance.recording import FACTS, Entry, Recording
-from hal_conformance.results import Report, judged_devices, suite_version, verdict_status
+from hal_conformance.rejudging import Rejudge
+from hal_conformance.results import Report, Result, judged_devices, suite_version, verdict_status
 from hal_conformance.text import plain
-from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
-    from hal.contract import Contract
-    from hal_conformance.case import Array, Arrays
     from hal_conformance.plan import Task
 
 SCHEMA = "hal.comparison/1"
@@ -40,8 +41,8 @@ class Difference:
 
     Attributes:
         a, b: the recordings.
-        share: of the elements, that differ in a bit; 1 where shapes or dtypes differ.
-        worst: largest absolute difference; None where shapes differ or one is not finite.
+        share: of the elements that both hold, those that differ in a bit; 1 where shapes or dtypes differ.
+        worst: largest absolute difference of these; None where shapes differ or one is not finite.
         bounds: the difference is at most this many of the case's bounds (the sum of both margins, since each
             is within its margin of the oracle); None where the case uses no bound.
     """
@@ -67,6 +68,7 @@ class Comparison:
         differences: outputs that differ from those of the first recording that has the case.
         compared, equal: outputs that at least two recordings have, and how many of these are bit-equal in all.
         partial: cases that only some of the recordings have.
+        grouping: by the fact that was asked for; None: none was.
     """
 
     report: Report
@@ -76,6 +78,7 @@ class Comparison:
     compared: int = 0
     equal: int = 0
     partial: int = 0
+    grouping: Grouping | None = None
 
     def unjudged(self) -> list[str]:
         """Return the labels of recordings of which no result says anything."""
@@ -85,9 +88,12 @@ class Comparison:
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 if every recording was judged and nothing is red (nor amber, if strict), otherwise 1.
 
-        A recording of a dead device must not hide behind that of a good one.
+        A recording of a dead device must not hide behind that of a good one, and an odd card not in a crowd.
         """
-        return 1 if self.unjudged() else verdict_status(self.report.results, strict=strict)
+        colour = "green" if self.grouping is None else self.grouping.colour()
+        if self.unjudged() or colour == "red" or (strict and colour == "amber"):
+            return 1
+        return verdict_status(self.report.results, strict=strict)
 
     def as_json(self) -> dict[str, object]:
         """Return the comparison in the form `hal.comparison/1`."""
@@ -96,6 +102,7 @@ class Comparison:
             "schema": SCHEMA,
             "suite": suite_version(),
             "recordings": self.recordings,
+            "grouping": None if self.grouping is None else self.grouping.as_json(),
             "differences": {
                 "manifest": [{"name": fact.name, "values": list(fact.values)} for fact in self.facts],
                 "outputs": [dict(vars(difference)) for difference in self.differences],
@@ -112,15 +119,90 @@ def labels(recordings: Sequence[Recording]) -> list[str]:
     return [f"{n}#{i + 1}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
-def compare(recordings: Sequence[Recording], tick: Callable[[Task], None] | None = None) -> Comparison:
+@dataclass
+class Compared:
+    """What was found of one task.
+
+    Attributes:
+        task: its place in the order of all.
+        name: with its dtype.
+        rows: a result for each recording that has it.
+        judged: for each of these, how many elements were judged here, and of how many.
+    """
+
+    task: int
+    name: str
+    rows: dict[int, Result] = field(default_factory=dict)
+    judged: dict[int, tuple[int, int]] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    compared: int = 0
+    equal: int = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is needed of each recording besides its entries; it can be sent to another process."""
+
+    labels: tuple[str, ...]
+    impls: tuple[str, ...]
+    contracts: tuple[Mapping[str, Any], ...]
+
+    def compare(self, place: int, task: Task, entries: Mapping[int, Entry]) -> Compared:
+        """Judge and compare what the recordings have of one task."""
+        found = Compared(place, f"{task.name} {task.params.dtype}")
+        rejudge = Rejudge(task)
+        contracts = [Contract.from_json(contract) for contract in self.contracts]
+        for index, entry in entries.items():
+            judgement = rejudge(entry, contracts[index])
+            found.rows[index] = result(task, judgement, self.labels[index], self.impls[index], 0.0)
+            found.judged[index] = (rejudge.coverage.judged, rejudge.coverage.shown)
+        having = [index for index, entry in entries.items() if entry.status is None]
+        for output in dict.fromkeys(key for index in having for key in entries[index].outputs):
+            sharing = [index for index in having if output in entries[index].outputs]
+            if len(sharing) < 2:
+                continue
+            reference = sharing[0]
+            a = entries[reference].outputs[output]
+            differing = [i for i in sharing[1:] if entries[i].outputs[output].digest != a.digest]
+            found.compared += 1
+            found.equal += not differing
+            for index in differing:
+                share, worst, detail = distance(a, entries[index].outputs[output])
+                both = (found.rows[reference].margin, found.rows[index].margin)
+                bounds = None if both[0] is None or both[1] is None else both[0] + both[1]
+                found.differences.append(
+                    Difference(
+                        task.name, task.params.dtype, plain(output, 60), self.labels[reference], self.labels[index],
+                        share, worst, bounds, detail,
+                    )
+                )  # fmt: skip
+        return found
+
+
+Work = list[tuple[int, "Task", dict[int, Entry]]]
+
+
+def _compare_all(bench: Bench, work: Work) -> list[Compared]:
+    return [bench.compare(place, task, entries) for place, task, entries in work]
+
+
+def compare(
+    recordings: Sequence[Recording],
+    tick: Callable[[str], None] | None = None,
+    *,
+    group_by: str | None = None,
+    processes: int = 1,
+) -> Comparison:
     """Judge recordings against the oracle and against each other.
 
     Args:
         recordings: at least one; all of one scale and seed.
         tick: called with each task that is done.
+        group_by: a fact of the manifests, by which recordings are grouped to find the odd one out of each group.
+        processes: how many compute. More than one are spawned, so that a script must be importable.
 
     Raises:
-        Unreadable: they were made from different inputs.
+        Unreadable: they were made from different inputs, or none has the fact.
     """
     first = recordings[0].selection
     for other in recordings[1:]:
@@ -132,86 +214,71 @@ def compare(recordings: Sequence[Recording], tick: Callable[[Task], None] | None
             )
     started = time.monotonic()
     names = labels(recordings)
+    facts = [_facts(recording) for recording in recordings]
+    grouper = None if group_by is None else Grouper(group_by, facts, names)
     report = Report(first.scale, first.seed, [_subject(r, n) for r, n in zip(recordings, names, strict=True)])
-    files = [{"file": r.name, "label": n, "sha256": r.sha256} for r, n in zip(recordings, names, strict=True)]
-    found = Comparison(report, files, manifest_differences(recordings), [])
+    files: list[dict[str, Any]] = [
+        {"file": r.name, "label": n, "sha256": r.sha256, "elements_judged_here": 0, "elements": 0}
+        for r, n in zip(recordings, names, strict=True)
+    ]
+    found = Comparison(report, files, manifest_differences(facts), [])
     table: dict[Task, dict[int, Entry]] = {}
     for index, recording in enumerate(recordings):
         for entry in recording.entries:
             table.setdefault(entry.task, {})[index] = entry
-    for task, entries in table.items():
-        _compare_task(task, entries, recordings, names, found)
+    bench = Bench(tuple(names), tuple(r.impl for r in recordings), tuple(r.facts["contract"] for r in recordings))
+    work: Work = [(place, task, entries) for place, (task, entries) in enumerate(table.items())]
+    done: list[Compared] = []
+    for one in _spread(bench, work, processes):
+        done.append(one)
         if tick:
-            tick(task)
+            tick(one.name)
+    for one in sorted(done, key=lambda c: c.task):
+        _, _, entries = work[one.task]
+        _take_in(one, found, len(recordings))
+        if grouper is not None:
+            grouper.add(one.name, entries)
+    found.grouping = None if grouper is None else grouper.found
     report.seconds = time.monotonic() - started
     return found
 
 
-def _compare_task(
-    task: Task, entries: dict[int, Entry], recordings: Sequence[Recording], names: list[str], found: Comparison
-) -> None:
-    inputs = _inputs(task)
-    margins: dict[int, float | None] = {}
-    for index, entry in entries.items():
-        recording = recordings[index]
-        judgement = _judge(entry, recording.contract, inputs)
-        row = result(task, judgement, names[index], recording.impl, 0.0)
-        margins[index] = row.margin
-        found.report.results.append(row)
-    found.partial += len(entries) < len(recordings)
-    having = [index for index, entry in entries.items() if entry.status is None]
-    for output in dict.fromkeys(key for index in having for key in entries[index].outputs):
-        sharing = [index for index in having if output in entries[index].outputs]
-        if len(sharing) < 2:
-            continue
-        reference = sharing[0]
-        a = entries[reference].outputs[output]
-        differing = [i for i in sharing[1:] if not bundle.same_bits(a, entries[i].outputs[output])]
-        found.compared += 1
-        found.equal += not differing
-        for index in differing:
-            share, worst, detail = distance(a, entries[index].outputs[output])
-            both = (margins[reference], margins[index])
-            bounds = None if both[0] is None or both[1] is None else both[0] + both[1]
-            found.differences.append(
-                Difference(
-                    task.name, task.params.dtype, plain(output, 60), names[reference], names[index],
-                    share, worst, bounds, detail,
-                )
-            )  # fmt: skip
+def _take_in(one: Compared, found: Comparison, recordings: int) -> None:
+    found.report.results += one.rows.values()
+    found.differences += one.differences
+    found.compared += one.compared
+    found.equal += one.equal
+    found.partial += len(one.rows) < recordings
+    for index, (judged, shown) in one.judged.items():
+        found.recordings[index]["elements_judged_here"] += judged
+        found.recordings[index]["elements"] += shown
 
 
-def _inputs(task: Task) -> Arrays | None:
-    try:
-        return task.case.inputs(task.params)
-    except Exception:  # noqa: BLE001  the judge meets the same error, and makes a verdict of it
-        return None
+def _spread(bench: Bench, work: Work, processes: int) -> Iterator[Compared]:
+    """Yield what is found of each task, in the order in which it is done."""
+    if processes == 1:
+        for place, task, entries in work:
+            yield bench.compare(place, task, entries)
+        return
+    # Neighbours have the same weights, which a process keeps (`kept.Kept`): a family's tasks of one preset together.
+    parts = [
+        list(part) for _, part in itertools.groupby(work, lambda item: (item[1].case.family, item[1].params.preset))
+    ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for part in pool.map(_compare_all, itertools.repeat(bench), parts):
+            yield from part
 
 
-def _judge(entry: Entry, contract: Contract, inputs: Arrays | None) -> Judgement:
-    if entry.status is not None:
-        return Judgement(entry.status, detail=entry.detail or "without a reason in the recording")
-    return judge_outputs(entry.task, entry.outputs, entry.hashes, contract, inputs)
-
-
-def distance(a: Array, b: Array) -> tuple[float, float | None, str]:
-    """Return the share of elements that differ in a bit, the largest absolute difference, and a remark."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return 1.0, None, f"{a.dtype}{list(a.shape)} against {b.dtype}{list(b.shape)}"
-    changed = bundle.bits(a) != bundle.bits(b)
-    with np.errstate(all="ignore"):
-        gap = np.abs(a.astype(np.float64) - b.astype(np.float64))[changed]
-    worst = float(np.max(gap, initial=0.0))
-    share = float(np.count_nonzero(changed)) / max(1, changed.size)
-    return share, (worst, None)[not math.isfinite(worst)], "" if math.isfinite(worst) else "not finite in one of them"
-
-
-def manifest_differences(recordings: Sequence[Recording]) -> list[Fact]:
+def manifest_differences(facts: Sequence[Mapping[str, str]]) -> list[Fact]:
     """Return what the manifests do not agree on: versions, driver, flags, environment, contract."""
-    flat = [_flatten({**{name: r.facts[name] for name in FACTS}, "impl": r.impl}) for r in recordings]
-    names = dict.fromkeys(name for facts in flat for name in facts)
-    rows = [Fact(plain(name, 80), tuple(facts.get(name) for facts in flat)) for name in names]
+    names = dict.fromkeys(name for flat in facts for name in flat)
+    rows = [Fact(plain(name, 80), tuple(flat.get(name) for flat in facts)) for name in names]
     return [row for row in rows if len(set(row.values)) > 1]
+
+
+def _facts(recording: Recording) -> dict[str, str]:
+    """Return the lines of a manifest by dotted name."""
+    return _flatten({**{name: recording.facts[name] for name in FACTS}, "impl": recording.impl})
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:

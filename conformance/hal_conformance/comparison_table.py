@@ -14,6 +14,7 @@ from hal_conformance.text import plain
 
 if TYPE_CHECKING:
     from hal_conformance.compare import Comparison, Difference
+    from hal_conformance.grouping import Group, Grouping
 
 
 def show(found: Comparison, out: Console) -> None:
@@ -27,6 +28,10 @@ def show(found: Comparison, out: Console) -> None:
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     if len(report.subjects) > 1:
         _show_differences(found, out)
+    if found.grouping is not None:
+        _show_groups(found.grouping, out)
+    judged, elements = (sum(r[key] for r in found.recordings) for key in ("elements_judged_here", "elements"))
+    out.print(Text(f"judged here: {judged} of {elements} elements, those that are held; all of them by the recorders"))
     green = not any(row.status.colour == "red" for row in report.results)
     out.print(Text(verdict(report.results, 0, report.seconds), style="bold green" if green else "bold red"))
 
@@ -63,3 +68,32 @@ def _line(difference: Difference) -> Text:
     text = Text(f"{'differs':<16}", style="yellow")
     text.append(f"{plain(difference.case)} {difference.dtype} {difference.output}", style="")
     return text.append(f"\n                {share}{worst}{bounds}{remark} ({plain(difference.b, 60)})", style="dim")
+
+
+def _show_groups(grouping: Grouping, out: Console) -> None:
+    out.print(Text(f"by {plain(grouping.fact, 60)}:", style="bold"))
+    for group in grouping.groups.values():
+        many = f"{len(group.recordings)} recordings" if len(group.recordings) > 1 else "1 recording"
+        out.print(Text(f"  {plain(group.value, 80)}: {many}{_agreement(group)}"))
+        for odd in sorted(group.odd.values(), key=lambda odd: -odd.tasks):
+            style = "yellow" if odd.explained_by else "bold red"
+            reason = (
+                f"; {plain('; '.join(odd.explained_by))}" if odd.explained_by else "; nothing in its manifest says why"
+            )
+            text = Text(f"    odd one out: {plain(odd.recording, 120)}", style=style)
+            text.append(f"\n      differs from {odd.others} others in {odd.tasks} tasks{reason}", style="")
+            out.print(text.append(f"\n      first {plain(odd.first)}", style="dim"))
+    if grouping.compared:
+        out.print(Text(f"  between groups: {grouping.alike} of {grouping.compared} tasks have the same bits"))
+    if grouping.first:
+        out.print(Text(f"    first that differs: {plain(grouping.first)}", style="dim"))
+
+
+def _agreement(group: Group) -> str:
+    if not group.compared:
+        return ""
+    text = f", all alike in {group.alike} of {group.compared} tasks"
+    if not group.open:
+        return text
+    why = "two that differ: either may be wrong" if len(group.recordings) == 2 else "no majority, so not deterministic"
+    return f"{text}, {group.open} open ({why}; first {plain(group.first_open, 120)})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,8 +32,22 @@ def judge(observation: Observation, contract: Contract, subject: str, impl: str)
     return result(observation.task, judgement, subject, impl, observation.seconds)
 
 
+@dataclass(frozen=True)
+class Made:
+    """Inputs of a task that were made on this host, and the SHA-256 of each."""
+
+    inputs: Arrays
+    hashes: Mapping[str, str]
+
+    @classmethod
+    def of(cls, task: Task) -> Made:
+        """Make them. Raises whatever the case raises."""
+        inputs = task.case.inputs(task.params)
+        return cls(inputs, codec.digests(inputs))
+
+
 def judge_outputs(
-    task: Task, outputs: Arrays, hashes: Mapping[str, str], contract: Contract, inputs: Arrays | None = None
+    task: Task, outputs: Arrays, hashes: Mapping[str, str], contract: Contract, made: Made | None = None
 ) -> Judgement:
     """Judge the outputs of a task.
 
@@ -41,19 +56,18 @@ def judge_outputs(
         outputs: what came back.
         hashes: SHA-256 of each input where it was run.
         contract: what the subject promises.
-        inputs: the task's inputs, if the caller has made them already.
+        made: the task's inputs, if the caller has made them already.
     """
     try:
         # Outputs may be anything: overflow and NaN in the judge's arithmetic are expected.
         with np.errstate(all="ignore"):
-            if inputs is None:
-                inputs = task.case.inputs(task.params)
-            here = codec.digests(inputs)
-            differing = sorted(name for name in {*here, *hashes} if here.get(name) != hashes.get(name))
+            made = Made.of(task) if made is None else made
+            names = {*made.hashes, *hashes}
+            differing = sorted(name for name in names if made.hashes.get(name) != hashes.get(name))
             if differing:
                 what = f"the inputs {', '.join(map(plain, differing))} differ from those of this host"
                 return Judgement(Status.INVALID, detail=what)
-            judgement = task.case.judge(inputs, outputs, task.params, contract)
+            judgement = task.case.judge(made.inputs, outputs, task.params, contract)
         if not isinstance(judgement, Judgement) or not isinstance(judgement.status, Status):
             return Judgement(Status.INVALID, detail=f"the case judged {plain(judgement, 100)}")
         return judgement

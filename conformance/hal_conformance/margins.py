@@ -78,6 +78,8 @@ class Certainty:
             return True
         spec = self.spec
         scores = Scored(self.experts.low[token], self.experts.high[token])
+        if np.isneginf(scores.low).all() and np.isposinf(scores.high).all():  # nothing is known of this token
+            return True
         picked = np.zeros(spec.num_experts, bool)
         picked[chosen] = True
         if self.groups is None or self.kept is None:

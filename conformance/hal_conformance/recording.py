@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recording: what one subject returned for every case, to be judged on another host, without the device.
 
+All outputs of scale small take 1.4 GB; a recording takes 5 MB. It holds samples of each output (`sampling`), the
+elements that the recorder found worst, a checksum for each row and a digest of everything. What needs every element
+(a single wrong one among millions, the RMS of errors) is therefore judged on the recording host, by the same code
+and the same oracle as elsewhere, and recorded as the recorder's claim. The host that compares does not have to
+believe it: it makes the inputs and the oracle again, and judges what the recording holds by itself.
+
 The manifest says what was run, on what, and under which versions and flags. Nothing in it depends on the time,
 so that a deterministic subject records the same bytes twice.
 """
@@ -9,30 +15,33 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal.errors import ConfigError
-from hal_conformance import arrays as codec
-from hal_conformance import bundle
+from hal_conformance import bundle, columns, witness
 from hal_conformance.bundle import Unreadable
 from hal_conformance.case import DTYPES, SCALES
+from hal_conformance.judging import judge_outputs, result
 from hal_conformance.plan import Catalogue, Selection, Task, plan
-from hal_conformance.results import suite_version
+from hal_conformance.results import DETECTORS, suite_version
 from hal_conformance.text import plain
-from hal_conformance.verdicts import Status
+from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
-    from hal_conformance.case import Arrays
+    from hal_conformance.case import Array
+    from hal_conformance.packed import Packed
     from hal_conformance.runner import Observation
     from hal_conformance.subject import Subject
 
-SCHEMA = "hal.recording/1"
+SCHEMA = "hal.recording/2"
 
 FACTS = ("info", "contract", "versions", "environment", "changes")
 """Parts of the manifest that describe the subject; `compare` shows where they differ."""
+
+INPUTS = "inputs/sha256"
 
 
 @dataclass(frozen=True)
@@ -41,14 +50,18 @@ class Entry:
 
     Attributes:
         status: why there are no outputs, or None.
+        detail: of that status.
+        claim: the recorder's verdict on the whole outputs; None where there are none.
         hashes: SHA-256 of each input on the recording host.
+        outputs: what is held of each output.
     """
 
     task: Task
     status: Status | None
     detail: str
+    claim: Judgement | None
     hashes: Mapping[str, str]
-    outputs: Arrays
+    outputs: Mapping[str, Packed]
 
 
 @dataclass(frozen=True)
@@ -68,44 +81,40 @@ class Recording:
     impl: str
     contract: Contract
     facts: Mapping[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...] = field(repr=False)
 
 
 def write(
     subject: Subject, opened: Mapping[str, Any], selection: Selection, observations: Iterable[Observation]
 ) -> bytes:
-    """Return the bytes of a recording.
+    """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
     Raises:
         ConfigError: it would be larger than a recording may be.
     """
+    contract = Contract.from_json(opened["contract"])
+    writer = columns.Writer(selection.seed)
+    inputs: dict[str, int] = {}
     cases: list[dict[str, Any]] = []
-    tensors: Arrays = {}
-    total = 0
     for seen in observations:
-        outputs: dict[str, list[str]] = {}
-        for key, array in seen.outputs.items() if seen.status is None else ():
-            name = f"{seen.task.name}/{seen.task.params.dtype}/{key}"
-            tensors[name] = array
-            outputs[key] = [name, codec.tag_of(array)]
-            total += array.nbytes
-        if total > bundle.MAX_FILE - bundle.MAX_HEADER:
-            raise ConfigError(
-                f"the outputs are larger than the {bundle.MAX_FILE >> 20} MiB that a recording may have",
-                hint="a smaller --scale, or fewer cases with --case",
-            )
-        status = None if seen.status is None else seen.status.value
-        cases.append(
-            {
-                "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
-                "status": status, "detail": seen.detail, "inputs": dict(seen.hashes), "outputs": outputs,
-            }
-        )  # fmt: skip
+        case: dict[str, Any] = {
+            "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
+            "status": None if seen.status is None else seen.status.value, "detail": seen.detail, "claim": None,
+            "inputs": {name: inputs.setdefault(digest, len(inputs)) for name, digest in seen.hashes.items()},
+            "outputs": {},
+        }  # fmt: skip
+        if seen.status is None:
+            with witness.watching(seen.outputs) as worst:
+                claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
+            case["claim"] = _claim_to_json(seen.task, claimed)
+            case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in seen.outputs.items()}
+        cases.append(case)
     manifest = {
         "selection": selection.as_json(),
         "device": str(opened["info"]["id"]),
         "impl": subject.impl,
         **{name: opened[name] for name in FACTS},
+        "outputs": writer.lines,
         "cases": cases,
     }
     metadata = {
@@ -113,7 +122,13 @@ def write(
         "suite": suite_version(),
         "manifest": json.dumps(manifest, separators=(",", ":"), allow_nan=False),
     }
-    return bundle.encode(metadata, tensors)
+    data = bundle.encode(metadata, {INPUTS: columns.digests_to_array(inputs), **writer.tensors()})
+    if len(data) > bundle.MAX_FILE:
+        raise ConfigError(
+            f"the recording would have {len(data)} bytes; it may have {bundle.MAX_FILE >> 20} MiB",
+            hint="a smaller --scale, or fewer cases with --case",
+        )
+    return data
 
 
 def read(path: Path, catalogue: Catalogue) -> Recording:
@@ -147,6 +162,7 @@ def parse(data: bytes, name: str, catalogue: Catalogue) -> Recording:
         facts = {fact: manifest[fact] for fact in FACTS}
         if not isinstance(facts["info"], dict) or not isinstance(facts["versions"], dict):
             raise TypeError("info and versions must be objects")
+        tasks = plan(selection, catalogue.all())
         return Recording(
             name=name,
             sha256=metadata["sha256"],
@@ -155,41 +171,64 @@ def parse(data: bytes, name: str, catalogue: Catalogue) -> Recording:
             impl=_text(manifest["impl"]),
             contract=Contract.from_json(facts["contract"]),
             facts=facts,
-            entries=_entries(manifest["cases"], plan(selection, catalogue.all()), tensors),
+            entries=_entries(manifest, tasks, tensors),
         )
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise Unreadable(f"its manifest cannot be read ({type(error).__name__}: {plain(error, 100)})") from error
     except Unreadable:
         raise
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise Unreadable(f"its manifest cannot be read ({plain(error, 100)})") from error
 
 
-def _entries(cases: Any, tasks: Sequence[Task], tensors: dict[str, bundle.Stored]) -> tuple[Entry, ...]:
+def _entries(
+    manifest: Mapping[str, Any], tasks: Sequence[Task], tensors: Mapping[str, bundle.Stored]
+) -> tuple[Entry, ...]:
+    cases, left = manifest["cases"], dict(tensors)
     if not isinstance(cases, list):
         raise TypeError("'cases' must be a list")
     planned = [(task.case.name, task.params.preset, task.params.dtype) for task in tasks]
     if [(case["case"], case["preset"], case["dtype"]) for case in cases] != planned:
         raise Unreadable(f"it does not hold the {len(planned)} cases that its selection has in this suite")
-    left = dict(tensors)
-    entries = tuple(_entry(case, task, left) for case, task in zip(cases, tasks, strict=True))
+    inputs = left.pop(INPUTS).array("uint8")
+    outputs = columns.Reader(left, manifest["selection"]["seed"]).read(manifest["outputs"])
     if left:
         raise Unreadable(f"{len(left)} of its tensors belong to no case")
-    return entries
+    return tuple(_entry(case, task, inputs, outputs) for case, task in zip(cases, tasks, strict=True))
 
 
-def _entry(case: dict[str, Any], task: Task, left: dict[str, bundle.Stored]) -> Entry:
-    outputs: Arrays = {}
-    for key, (name, tag) in case["outputs"].items():
-        outputs[key] = left.pop(name).array(tag)
-    hashes = {key: _text(value) for key, value in case["inputs"].items()}
+def _entry(case: Mapping[str, Any], task: Task, inputs: Array, outputs: Sequence[Packed]) -> Entry:
+    held = {name: outputs[_index(at, len(outputs))] for name, at in case["outputs"].items()}
+    hashes = {name: bytes(inputs[_index(at, len(inputs))]).hex() for name, at in case["inputs"].items()}
     # A status that this suite does not know is INVALID, and so is one that only a judge may give.
     status = None if case["status"] is None else Status.parse(case["status"])
     if status is not None and status.colour in ("green", "amber"):
         status = Status.INVALID
-    if status is not None and outputs:
+    if status is not None and held:
         raise Unreadable(f"{plain(task, 100)} has both a status and outputs")
-    return Entry(task, status, plain(case["detail"]), hashes, outputs)
+    claim = None if status is not None else _claim_from_json(case["claim"])
+    return Entry(task, status, plain(case["detail"]), claim, hashes, held)
+
+
+def _claim_to_json(task: Task, claimed: Judgement) -> list[Any]:
+    """Return a verdict as a list: status, margin, the detectors, detail."""
+    row = result(task, claimed, "", "", 0.0)
+    numbers = [None if n is None else float(f"{n:.6g}") for n in (row.margin, *row.detectors.values())]
+    return [row.status.value, *numbers, row.detail]
+
+
+def _claim_from_json(claim: Any) -> Judgement:
+    status, margin, *detectors, detail = claim
+    numbers = [margin, *detectors]
+    if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
+        raise TypeError("the recorder's verdict has no numbers where some were expected")
+    return Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
+
+
+def _index(at: Any, length: int) -> int:
+    if type(at) is not int or not 0 <= at < length:
+        raise TypeError(f"{plain(at, 40)} is no number of one of {length}")
+    return at
 
 
 def _selection(data: dict[str, Any]) -> Selection:

@@ -17,7 +17,8 @@ from rich.console import Console
 
 from hal_conformance import comparison_table
 from hal_conformance.bundle import Unreadable
-from hal_conformance.compare import compare, distance
+from hal_conformance.compare import compare
+from hal_conformance.packed import distance, pack
 from hal_conformance.plan import Selection
 from hal_conformance.results import to_json, verdict_status
 from hal_conformance.verdicts import Status
@@ -87,7 +88,7 @@ def test_a_recording_of_which_nothing_was_judged_does_not_hide_behind_another():
 
 def test_other_inputs_are_invalid():
     def edit(manifest):
-        manifest["cases"][0]["inputs"]["x"] = "0" * 64
+        manifest["cases"][0]["inputs"]["x"] = 1
 
     found = compare([recordings.parse(recordings.with_manifest(recordings.make(), edit))])
     assert found.report.results[0].status is Status.INVALID
@@ -109,11 +110,12 @@ def test_a_case_that_one_recording_lacks_is_counted():
 
 def test_the_distance_of_what_is_not_finite_is_said_in_words():
     a = np.array([1, np.nan, np.inf], np.float32)
-    assert distance(a, a) == (0.0, 0.0, "")
-    share, worst, detail = distance(a, np.array([1, 2, 3], np.float32))
-    assert (share, worst, detail) == (pytest.approx(2 / 3), None, "not finite in one of them")
-    assert distance(a, a.astype(np.float64))[:2] == (1.0, None)
-    assert distance(np.zeros((0, 2)), np.zeros((0, 2)))[:2] == (0.0, 0.0)
+    x, y, z, none = (pack("y", b, 0) for b in (a, np.float32([1, 2, 3]), a.astype(np.float64), np.zeros((0, 2))))
+    assert distance(x, x) == (0.0, 0.0, "")
+    share, worst, detail = distance(x, y)
+    assert (share, worst, detail) == (pytest.approx(2 / 3), None, "rows 1, 2 of 3; not finite in one of them")
+    assert distance(x, z)[:2] == (1.0, None)
+    assert distance(none, none)[:2] == (0.0, 0.0)
 
 
 def test_comparing_imports_no_torch():

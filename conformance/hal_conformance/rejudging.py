@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recording says of one task, judged again on this host from what the recording holds."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hal_conformance.absent import Coverage, partial
+from hal_conformance.judging import Made, judge_outputs
+from hal_conformance.verdicts import Judgement, Status
+
+if TYPE_CHECKING:
+    from hal.contract import Contract
+    from hal_conformance.plan import Task
+    from hal_conformance.recording import Entry
+
+SLACK = 64 << 20
+"""Bytes of an output beyond what the case says that its large ones have."""
+
+
+class Rejudge:
+    """Judges the entries that several recordings have for one task: inputs are made once, the same bits judged once.
+
+    Args:
+        task: what was run.
+
+    Attributes:
+        coverage: how many elements were judged here, of how many; of the entry that came last.
+    """
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        try:
+            self._made: Made | None = Made.of(task)
+        except Exception:  # noqa: BLE001  the judge meets the same error, and makes a verdict of it
+            self._made = None
+        self._limit = SLACK + 2 * task.case.footprint(task.params).outputs
+        self._known: dict[object, tuple[Judgement, Coverage]] = {}
+        self.coverage = Coverage()
+
+    def __call__(self, entry: Entry, contract: Contract) -> Judgement:
+        """Return the verdict: the recorder's, unless what it holds is red here."""
+        self.coverage = Coverage()
+        if entry.status is not None or entry.claim is None:
+            return Judgement(entry.status or Status.INVALID, detail=entry.detail or "without a reason in the recording")
+        digests = tuple((name, packed.digest) for name, packed in entry.outputs.items())
+        key = (digests, tuple(entry.hashes.items()), repr(contract))
+        if key not in self._known:
+            with partial() as coverage:
+                outputs = {name: packed.array(self._limit) for name, packed in entry.outputs.items()}
+                self._known[key] = judge_outputs(self._task, outputs, entry.hashes, contract, self._made), coverage
+        own, self.coverage = self._known[key]
+        return agreed(entry.claim, own)
+
+
+def agreed(claim: Judgement, own: Judgement) -> Judgement:
+    """Return one verdict from the recorder's, on everything, and this host's, on what the recording holds.
+
+    Either may be red. Otherwise the recorder's stands: it had what this host has, and the rest.
+    """
+    status, detail = claim.status, claim.detail
+    if own.status.colour == "red" and claim.status.colour != "red":
+        status, detail = own.status, f"{own.detail} (the recorder had {claim.status.value})"
+    elif claim.status.colour == "red" and own.status.colour != "red":
+        detail = f"{claim.detail} (the recorder's verdict; the elements that it recorded are {own.status.value})"
+    detectors = {name: _larger(claim.detectors.get(name), own.detectors.get(name)) for name in claim.detectors}
+    return Judgement(status, _larger(claim.margin, own.margin), detectors, detail)
+
+
+def _larger(a: float | None, b: float | None) -> float | None:
+    return max((n for n in (a, b) if n is not None), key=abs, default=None)

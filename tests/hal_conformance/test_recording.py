@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a recording holds of the real cases is judged as the whole outputs are, and no less strictly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import recordings
+import torch
+
+from hal.contract import Contract
+from hal_conformance import arrays, recording, sampling
+from hal_conformance.bundle import Unreadable
+from hal_conformance.case import Params
+from hal_conformance.cases import ALL
+from hal_conformance.compare import compare
+from hal_conformance.plan import Catalogue, Selection, Task, plan
+from hal_conformance.portable import portable
+from hal_conformance.runner import Observation
+from hal_conformance.subject import Subject
+from hal_conformance.verdicts import Status
+
+OPENED = {**recordings.OPENED, "contract": Contract().as_json()}
+GRADIENTS = Selection(("experts.backward[mixtral-8x7b]",), ("float32",), "small")
+
+
+def observed(task, change=lambda outputs: outputs):
+    inputs = task.case.inputs(task.params)
+    tensors = {name: arrays.to_torch(array, torch.device("cpu")) for name, array in inputs.items()}
+    returned = task.case.run(portable, tensors, task.params)
+    outputs = {name: arrays.from_torch(tensor) for name, tensor in returned.items()}
+    return Observation(task, None, outputs=change(outputs), hashes=arrays.digests(inputs))
+
+
+def recorded(selection, change=lambda outputs: outputs, name="a"):
+    seen = [observed(task, change) for task in plan(selection, ALL)]
+    data = recording.write(Subject("cpu"), OPENED, selection, seen)
+    return recording.parse(data, name, Catalogue())
+
+
+def some_tasks():
+    """Return one task of every case; the dtypes take turns."""
+    for number, case in enumerate(ALL):
+        if "tiny" in getattr(case, "scales", lambda: ("tiny",))():
+            dtypes = case.dtypes()
+            yield Task(case, Params(case.presets()[0], dtypes[number % len(dtypes)], "tiny", 7))
+
+
+@pytest.mark.parametrize("task", list(some_tasks()), ids=str)
+def test_what_is_held_of_an_honest_device_is_judged_as_the_whole_is(task):
+    selection = Selection((task.name,), (task.params.dtype,), "tiny", 7)
+    data = recording.write(Subject("cpu"), OPENED, selection, [observed(task)])
+    read = recording.parse(data, "a", Catalogue())
+    claim = read.entries[0].claim
+    assert claim.status.colour == "green", claim.detail
+    (row,) = compare([read]).report.results
+    assert (row.status, row.detail) == (claim.status, claim.detail)
+
+
+def test_most_elements_are_not_held_and_those_that_are_have_the_right_bits():
+    (entry,) = recorded(GRADIENTS).entries
+    whole = observed(entry.task).outputs
+    for name, packed in entry.outputs.items():
+        indices, values = packed.held()
+        assert arrays.same_bits(values, whole[name].reshape(-1)[indices])
+        assert packed.digest.hex() == arrays.digest(whole[name])
+        assert len(packed.values) < packed.size / 50
+
+
+def test_a_wrong_element_is_recorded_although_no_sample_meets_it():
+    def wrong(outputs):
+        gradient = outputs["dw1_EFD"].copy()
+        held = set(sampling.grid("dw1_EFD", gradient.shape, 0).indices.tolist())
+        index = next(i for i in range(gradient.size) if i not in held)
+        gradient.reshape(-1)[index] += 1.0
+        return {**outputs, "dw1_EFD": gradient}
+
+    read = recorded(GRADIENTS, wrong)
+    assert read.entries[0].claim.status is Status.FAIL_NUMERIC
+    assert len(read.entries[0].outputs["dw1_EFD"].worst)
+    (row,) = compare([read]).report.results
+    assert row.status is Status.FAIL_NUMERIC
+
+
+def test_the_recorder_need_not_be_believed():
+    def wrong(outputs):
+        return {name: array * np.float32(1.25) for name, array in outputs.items()}
+
+    read = recorded(GRADIENTS, wrong)
+    (entry,) = read.entries
+    object.__setattr__(entry, "claim", recorded(GRADIENTS).entries[0].claim)
+    (row,) = compare([read]).report.results
+    assert row.status is Status.FAIL_NUMERIC
+    assert row.detail.endswith("(the recorder had PASS)")
+
+
+def test_a_claim_that_what_is_held_does_not_show_stands():
+    def swapped(outputs):
+        y = outputs["y_RD"].copy()
+        rows = [r for r in range(len(y)) if r not in sampling.grid("y_RD", y.shape, 0).rows][:2]
+        y[rows] = y[rows[::-1]]
+        return {**outputs, "y_RD": y}
+
+    good, bad = recorded(GRADIENTS), recorded(GRADIENTS, swapped, "b")
+    for packed in bad.entries[0].outputs.values():
+        object.__setattr__(packed, "worst", packed.worst[:0])
+        object.__setattr__(packed, "values", packed.held()[1])
+    found = compare([good, bad])
+    assert [row.status for row in found.report.results] == [Status.PASS, Status.FAIL_NUMERIC]
+    assert "the recorder's verdict; the elements that it recorded are PASS" in found.report.results[1].detail
+    (difference,) = found.differences
+    assert (difference.output, difference.share) == ("y_RD", 0.0)
+    assert difference.detail.startswith("rows ")
+
+
+def test_nan_where_the_manifest_says_finite_is_refused():
+    selection = Selection(("double.one[a]",), ("float32",), "tiny")
+    data = recordings.make(selection, change=lambda y: y * np.float32(np.nan))
+
+    def lie(manifest):
+        manifest["outputs"][0][4] = True
+
+    assert recordings.parse(data).entries[0].claim.status is Status.FAIL_NUMERIC
+    with pytest.raises(Unreadable, match="said to be finite"):
+        recordings.parse(recordings.with_manifest(data, lie))
+
+
+def test_elements_that_do_not_have_their_digest_are_refused():
+    header, data = recordings.split(recordings.make())
+    start, _ = header["outputs/values/float32"]["data_offsets"]
+    changed = bytearray(data)
+    changed[start + 8] ^= 1
+    with pytest.raises(Unreadable, match="do not have its digest"):
+        recordings.parse(recordings.reseal(header, bytes(changed)))
+
+
+def test_an_output_of_a_forged_size_costs_no_memory_and_is_structure():
+    selection = Selection(("losses.z[mixtral-8x7b]",), ("float32",), "tiny")
+    (task,) = plan(selection, ALL)
+
+    def forge(manifest):
+        line = next(line for line in manifest["outputs"] if line[0] == "dlogits_TE")
+        line[2] = [2**31, *line[2][1:]]
+
+    seen = observed(task)
+    grown = np.zeros((200, 8), np.float32)
+    seen = Observation(task, None, outputs={**seen.outputs, "dlogits_TE": grown}, hashes=seen.hashes)
+    data = recording.write(Subject("cpu"), OPENED, selection, [seen])
+    with pytest.raises(Unreadable, match="too short"):
+        recording.parse(recordings.with_manifest(data, forge), "a", Catalogue())
+    (entry,) = recording.parse(data, "a", Catalogue()).entries
+    packed = entry.outputs["dlogits_TE"]
+    object.__setattr__(packed, "shape", (2**31, 2**9))
+    assert packed.array(1 << 20).strides == (0, 0)
+    (row,) = compare([recording.parse(data, "a", Catalogue())]).report.results
+    assert row.status is Status.FAIL_STRUCTURE

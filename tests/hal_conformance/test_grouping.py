@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Among cards that should be alike the odd one out is named."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+import recordings
+import torch
+from rich.console import Console
+
+from hal.contract import Contract
+from hal.moe import ExpertWeights
+from hal.moe.torch_ops import torch_ops
+from hal_conformance import arrays, comparison_table, recording
+from hal_conformance.bundle import Unreadable
+from hal_conformance.cases import ALL
+from hal_conformance.compare import compare
+from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.results import to_json
+from hal_conformance.runner import Observation
+from hal_conformance.subject import Subject
+
+
+def card(number, driver="550.54", change=lambda y: y, **versions):
+    opened = copy.deepcopy(recordings.OPENED)
+    opened["info"]["id"] = f"fake:{number}"
+    opened["versions"] |= {"driver": driver, "host": f"host-{number}", **versions}
+    return recordings.parse(recordings.make(opened=opened, change=change), f"card-{number}")
+
+
+def shown(found):
+    stream = io.StringIO()
+    comparison_table.show(found, Console(file=stream, width=160, markup=False, highlight=False))
+    return stream.getvalue()
+
+
+class FlippedBit:
+    """The portable operators on a card that flips one mantissa bit of one expert's weights while it computes."""
+
+    def experts(self, x_RD, counts_E, weights):
+        w1 = weights.w1_EFD.clone()
+        w1.view(torch.int32)[int(counts_E.argmax()), 5, 7] ^= 1 << 9
+        return torch_ops.experts(x_RD, counts_E, ExpertWeights(w1, weights.w3_EFD, weights.w2_EDF))
+
+
+def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named():
+    selection = Selection(("experts.one_hot[mixtral-8x7b]", "experts.random[mixtral-8x7b]"), ("float32",), "tiny")
+    opened = {**recordings.OPENED, "contract": Contract().as_json()}
+
+    def record(ops, number):
+        seen = []
+        for task in plan(selection, ALL):
+            inputs = task.case.inputs(task.params)
+            tensors = {name: arrays.to_torch(array, torch.device("cpu")) for name, array in inputs.items()}
+            outputs = {n: arrays.from_torch(t) for n, t in task.case.run(ops, tensors, task.params).items()}
+            seen.append(Observation(task, None, outputs=outputs, hashes=arrays.digests(inputs)))
+        mine = {**opened, "versions": {"driver": "550.54", "host": f"node-{number}"}}
+        return recording.parse(recording.write(Subject("cpu"), mine, selection, seen), f"{number}", Catalogue())
+
+    cards = [record(FlippedBit() if number == 6 else torch_ops, number) for number in range(10)]
+    found = compare(cards, group_by="driver")
+    (group,) = found.grouping.groups.values()
+    (odd,) = group.odd.values()
+    assert (odd.recording, odd.others, odd.tasks, odd.explained_by) == ("fake:0@6", 9, 2, [])
+    assert odd.first.startswith("experts.one_hot[mixtral-8x7b] float32: y_RD, rows ")
+    assert found.exit_status() == 1
+    text = shown(found)
+    assert "odd one out: fake:0@6" in text
+    assert "differs from 9 others in 2 tasks; nothing in its manifest says why" in text
+    assert [entry["recording"] for entry in json.loads(to_json(found.as_json()))["grouping"]["groups"][0]["odd"]] == [
+        "fake:0@6"
+    ]
+
+
+def test_cards_that_are_alike_are_green():
+    found = compare([card(number) for number in range(3)], group_by="versions.driver")
+    (group,) = found.grouping.groups.values()
+    assert (group.value, group.compared, group.alike, group.odd) == ("550.54", 2, 2, {})
+    assert found.grouping.colour() == "green"
+    assert found.exit_status(strict=True) == 0
+    assert "550.54: 3 recordings, all alike in 2 of 2 tasks" in shown(found)
+
+
+def test_of_two_that_differ_nobody_is_named():
+    found = compare([card(0), card(1, change=recordings.one_ulp)], group_by="driver")
+    (group,) = found.grouping.groups.values()
+    assert (group.open, group.odd) == (2, {})
+    assert found.grouping.colour() == "amber"
+    assert "two that differ: either may be wrong" in shown(found)
+
+
+def test_a_fact_that_only_the_odd_one_has_explains_it():
+    cards = [card(0), card(1), card(2, change=recordings.one_ulp, cublas="13.1\x1b[2J")]
+    found = compare(cards, group_by="driver")
+    (group,) = found.grouping.groups.values()
+    (odd,) = group.odd.values()
+    assert odd.explained_by == [r"versions.cublas is 13.1\x1b[2J, elsewhere (not there)"]
+    assert found.grouping.colour() == "amber"
+    assert "\x1b" not in shown(found)
+
+
+def test_groups_that_differ_are_told_and_nobody_in_them_is_odd():
+    old = [card(number, "535") for number in range(2)]
+    new = [card(number, "550", change=recordings.one_ulp) for number in range(2, 4)]
+    grouping = compare([*old, *new], group_by="driver").grouping
+    assert [group.odd for group in grouping.groups.values()] == [{}, {}]
+    assert (grouping.compared, grouping.alike) == (2, 0)
+    assert grouping.first.startswith("double.one[a] float32: y, rows 0 of 2 (fake:0@card-0, fake:2@card-2)")
+    assert grouping.colour() == "green"
+
+
+def test_a_task_in_which_everybody_differs_is_not_deterministic_and_accuses_nobody():
+    def noisy(number):
+        def change(y):
+            other = y.copy()
+            other.view(f"u{y.itemsize}").flat[1] ^= number
+            return other
+
+        return change
+
+    found = compare([card(number, change=noisy(number)) for number in range(4)], group_by="driver")
+    (group,) = found.grouping.groups.values()
+    assert (group.open, group.odd) == (2, {})
+    assert "no majority, so not deterministic" in shown(found)
+
+
+def test_a_fact_that_no_recording_has_is_wrong_usage():
+    with pytest.raises(Unreadable, match="no recording says colour; they say driver, device"):
+        compare([card(0)], group_by="colour")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_more_processes_find_the_same(processes):
+    cards = [card(0), card(1), card(2, change=recordings.one_ulp)]
+    found = compare(cards, group_by="host", processes=processes)
+    assert [group.recordings for group in found.grouping.groups.values()] == [
+        ["fake:0@card-0"], ["fake:1@card-1"], ["fake:2@card-2"]
+    ]  # fmt: skip
+    assert [row.case for row in found.report.results[:3]] == ["double.one[a]"] * 3
+    assert len(found.differences) == 2
+    assert np.isfinite(found.differences[0].worst)

@@ -17,7 +17,7 @@ from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, 
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import exact, judge, merge, structure
-from hal_conformance.oracle.routing import logits_gradient, scores_of
+from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Backward(RouterCase):
 
     Attributes:
         replayed: whether the experts are given.
-        upstream: what of the `Routing` has a gradient.
+        upstream: what of the `Routing` has a gradient: the weights, or all three.
     """
 
     replayed: bool = False
@@ -99,12 +99,13 @@ class Backward(RouterCase):
         """Return the gradient of the logits, stored."""
         spec, logits = self.router(p), outputs["logits_TE"]
         storage, scores = gate_storage(spec, p), scores_of(logits, spec, level(logits.size))
+        chosen = outputs["experts_TK"]
         upstream = {name: Chained.exact(inputs[f"d{name}"]) for name in self.upstream}
-        through = logits_gradient(
-            upstream["weights_TK"], scores, outputs["experts_TK"], spec, upstream.get("scores_TE")
-        ).stored(storage)
-        # Both are gradients of the stored logits: each may be stored, and their sum is.
-        return (through + upstream["logits_TE"]).stored(storage) if "logits_TE" in upstream else through
+        if len(upstream) == 1:
+            return logits_gradient(upstream["weights_TK"], scores, chosen, spec).stored(storage)
+        return stored_logits_gradient(
+            upstream["weights_TK"], scores, chosen, spec, storage, upstream["scores_TE"], upstream["logits_TE"]
+        )
 
     def judge_dx(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract, dlogits: Chained) -> Finding:
         """Judge the gradient of the activations."""
@@ -158,7 +159,7 @@ BACKWARD = Backward(
     "router.backward", "router", _NEEDS,
     "Gradients of activations and gate from those of the weights, the scores (of which the balance loss is made) and "
     "the logits (the z-loss) together, through normalisation and softmax or sigmoid; also the four results themselves. "
-    "Bound: chained variances (oracle.routing.logits_gradient).",
+    "Bound: chained variances (oracle.routing.stored_logits_gradient).",
     upstream=("weights_TK", "scores_TE", "logits_TE"),
 )  # fmt: skip
 CASES = (

@@ -17,7 +17,7 @@ from hal_conformance.chained import Chained, dot, product, sigmoid, together
 from hal_conformance.oracle.dispatching import combine_chained, gather, sent
 from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each
 from hal_conformance.oracle.losses import aux_loss, z_loss
-from hal_conformance.oracle.routing import logits_gradient, scores_of
+from hal_conformance.oracle.routing import scores_of, stored_logits_gradient
 
 ROUTED = ("w1_EFD", "w3_EFD", "w2_EDF")
 SHARED = ("shared_w1_SD", "shared_w3_SD", "shared_w2_DS")
@@ -100,10 +100,8 @@ def layer(
     _, dscores = aux_loss(observed["scores_TE"], chosen, spec)
     _, dz = z_loss(observed["logits_TE"])
     daux, dz_loss = (float(given[name]) for name in ("daux", "dz"))
-    by_scores = logits_gradient(dweights, scores, chosen, spec, Chained.of(dscores.scaled(daux)))
-    by_z = Chained.of(dz.scaled(dz_loss))
-    # Both are gradients of the stored logits: each may be stored, and their sum is.
-    dlogits = (by_scores.stored(gate_dtype) + by_z.stored(gate_dtype)).stored(gate_dtype)
+    by_losses = (Chained.of(dscores.scaled(daux)), Chained.of(dz.scaled(dz_loss)))
+    dlogits = stored_logits_gradient(dweights, scores, chosen, spec, gate_dtype, *by_losses)
     gate_rule = arithmetic(contract, gate_dtype)
     x, gate = Chained.exact(given["x_TD"]), Chained.exact(given["gate_ED"])
     found = {"gate_ED": product(dlogits.T, x, gate_rule).stored(gate_dtype)}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from hal.moe.router_spec import RouterSpec
-from hal_conformance.bounds import TINY32, U32, Bounded, sigmoid, softmax
+from hal_conformance.bounds import TINY32, U32, Bounded, half_ulp, sigmoid, softmax
 from hal_conformance.budget import Level
 from hal_conformance.case import F64, I64, Array
 from hal_conformance.chained import Chained
@@ -80,3 +80,27 @@ def logits_gradient(
         dlogits = full * q * (1 - q)
         var = (q * (1 - q)) ** 2 * var_full + (full * (2 * scores.bound + 4 * U32 * q)) ** 2
     return Chained(dlogits, var)
+
+
+def stored_logits_gradient(
+    dweights: Chained,
+    scores: Bounded,
+    experts_TK: I64,
+    spec: RouterSpec,
+    storage: str,
+    dscores_TE: Chained,
+    dlogits_TE: Chained,
+) -> Chained:
+    """Return the gradient of the stored logits from those of the weights, the scores and the logits, stored.
+
+    The three may meet in any order. Each may be stored before (weights that are a softmax of the chosen logits never
+    pass through the scores), and so is each sum: where they cancel, that is what is left.
+    """
+    alone = logits_gradient(dweights, scores, experts_TK, spec).value
+    total = logits_gradient(dweights, scores, experts_TK, spec, dscores_TE) + dlogits_TE
+    parts = (alone, total.value - dlogits_TE.value - alone, dlogits_TE.value)
+    deviation = 4.0 * np.sqrt(total.var)
+    each = [half_ulp(np.abs(part) + deviation, storage) for part in parts]
+    pair = np.max([half_ulp(np.abs(total.value - part) + deviation, storage) for part in parts], axis=0)
+    var = total.var + (sum(half**2 for half in each) + pair**2) / 3.0
+    return Chained(total.value, var).stored(storage)

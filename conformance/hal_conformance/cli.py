@@ -215,11 +215,15 @@ def run(
 )
 @click.option("--scale", type=click.Choice(("tiny", "small")), default="tiny", show_default=True, help="Of the shapes.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every input.")
+@click.option(
+    "-j", "--jobs", type=click.IntRange(1, 64), default=lambda: max(1, (os.cpu_count() or 1) // 2),
+    show_default="half the processors", help="Processes that judge, each with one that computes.",
+)  # fmt: skip
 @click.option("--json", "json_file", type=_file, help="Write the outcomes as JSON; - is stdout.")
 @click.option("--markdown", "markdown_file", type=_file, help="Write the matrix as Markdown.")
 @_errors_to_status
 def selfcheck(
-    names: tuple[str, ...], cases: tuple[str, ...], scale: Any, seed: int, json_file: Path | None,
+    names: tuple[str, ...], cases: tuple[str, ...], scale: Any, seed: int, jobs: int, json_file: Path | None,
     markdown_file: Path | None,
 ) -> None:  # fmt: skip
     """Run faults that the suite must flag, and benign variations that it must not.
@@ -243,15 +247,19 @@ def selfcheck(
     if unknown:
         raise ConfigError(f"no fault or benign variation matches {plain(unknown[0])!r}")
     chosen = [v for n, v in VARIATIONS.items() if not names or any(fnmatchcase(n, glob) for glob in names)]
-    chosen.sort(key=lambda variation: variation.kind, reverse=True)
+    chosen.sort(key=checking.place)
     selection = _selection(cases, (), scale, seed)
     tasks = {variation: checking.tasks(selection, Catalogue().all(), variation) for variation in chosen}
     started = time.monotonic()
     with Bar(sum(map(len, tasks.values()))) as bar:
-        outcomes = checking.run(tasks, selection, lambda v, row: bar.advance(f"{v.name}: {row.case}"))
+        outcomes = checking.run(
+            tasks, selection, jobs=jobs,
+            on_outcome=lambda o: bar.advance(o.variation.name, red=not o.right, by=len(tasks[o.variation])),
+        )  # fmt: skip
+    seconds = time.monotonic() - started
     files: dict[Path | None, Callable[[], bytes]] = {
-        json_file: lambda: to_json(checking.as_json(outcomes, selection, time.monotonic() - started)),
-        markdown_file: lambda: selfcheck_table.markdown(outcomes),
+        json_file: lambda: to_json(checking.as_json(outcomes, selection, seconds)),
+        markdown_file: lambda: selfcheck_table.markdown(outcomes, selection, seconds),
     }
     if not _write(files):
         selfcheck_table.show(outcomes, console())

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from hal.errors import Absent, Broken, ConfigError, UnknownDevice
 from hal_conformance.plan import Catalogue, Task
 from hal_conformance.process import Died, TimedOut, WorkerProcess
+from hal_conformance.subject import Subject
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
     from hal_conformance.case import Arrays
-    from hal_conformance.subject import Subject
 
 START_S = 300.0
 """Seconds for a worker to import torch and open its device: cold network disks and first driver starts are slow."""
@@ -103,8 +103,25 @@ class Runner(AbstractContextManager["Runner"]):
             UnknownDevice, Absent, Broken: the device cannot be had; the worker is gone.
             ConfigError: the implementation cannot be loaded.
         """
-        stage = "opening"
         self._worker = WorkerProcess(self._config)
+        return self._until_ready("opening")
+
+    def change(self, impl: str) -> None:
+        """Go on with another implementation on the same device, in the same worker if it still lives.
+
+        Raises:
+            UnknownDevice, Absent, Broken, ConfigError: as of `open`.
+        """
+        self.subject = Subject(self.subject.device, impl, self.subject.named)
+        self._config["impl"] = impl
+        if self._worker is None:
+            self.open()
+        else:
+            self._worker.send({"command": "load", "impl": impl})
+            self._until_ready("loading")
+
+    def _until_ready(self, stage: str) -> dict[str, Any]:
+        assert self._worker is not None
         deadline = time.monotonic() + self._start_s
         try:
             while True:

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hal_conformance import suite
-from hal_conformance.plan import Task, plan
+from hal.contract import Contract
+from hal_conformance.case import FAMILIES
+from hal_conformance.judging import judge
+from hal_conformance.plan import Catalogue, Task, plan
 from hal_conformance.results import suite_version
+from hal_conformance.runner import Runner
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
 
@@ -28,10 +33,13 @@ PRESETS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
 DETECTORS = ("bound", "rms", "bias", "exact", "discrete", "nonfinite", "structure", "nondet", "crash")
 """The four detectors, and the verdicts that need none of them."""
 
+BATCH = 8
+"""Variations that share a worker: starting one takes as long as a dozen variations of a norm."""
+
 
 def flagged_by(row: Result) -> set[str]:
     """Return what in a result speaks against the subject; empty if nothing does."""
-    if row.status.colour in ("green", "neutral"):
+    if row.status.colour in ("green", "neutral") or row.status is Status.INVALID:
         return set()
     by = {
         Status.FAIL_DISCRETE: {"discrete"}, Status.FAIL_NONFINITE: {"nonfinite"}, Status.FAIL_STRUCTURE: {"structure"},
@@ -53,39 +61,53 @@ class Outcome:
         by: for each of `DETECTORS` in how many results it spoke against the subject.
         cases: the cases that flagged it, in the order of the suite.
         judged: results that were green, amber or red.
+        invalid: results of which nothing can be said: the judge failed, which no subject may bring about.
         details: of the first results that are not green.
+        seconds: that its cases ran.
     """
 
     variation: Variation
     by: Counter[str] = field(default_factory=Counter)
     cases: list[str] = field(default_factory=list)
     judged: int = 0
+    invalid: int = 0
     details: list[str] = field(default_factory=list)
+    seconds: float = 0.0
 
     def add(self, row: Result) -> None:
         """Take in one result."""
         self.judged += row.status.colour != "neutral"
+        self.invalid += row.status is Status.INVALID
+        self.seconds += row.seconds
         by = flagged_by(row)
         self.by.update(by)
         name = row.case.partition("[")[0]
         if by and name not in self.cases:
             self.cases.append(name)
-        if by and len(self.details) < 3:
+        if (by or row.status is Status.INVALID) and len(self.details) < 3:
             self.details.append(f"{row.case} {row.dtype}: {row.status.value}: {row.detail}")
 
     @property
     def right(self) -> bool:
         """Tell whether a fault was flagged, or a benign variation was judged and was not."""
+        if self.invalid:
+            return False
         return bool(self.cases) if self.variation.kind == "fault" else bool(self.judged) and not self.cases
 
     def as_json(self) -> dict[str, Any]:
         """Return the outcome as plain JSON values."""
         of = self.variation
         return {
-            "name": of.name, "kind": of.kind, "what": of.what, "bug": of.bug, "right": self.right,
-            "judged": self.judged, "by": {name: self.by[name] for name in DETECTORS}, "cases": self.cases,
-            "details": self.details,
+            "name": of.name, "kind": of.kind, "what": of.what, "bug": of.bug, "families": list(of.families),
+            "right": self.right, "judged": self.judged, "invalid": self.invalid,
+            "by": {name: self.by[name] for name in DETECTORS}, "cases": self.cases, "details": self.details,
+            "seconds": round(self.seconds, 3),
         }  # fmt: skip
+
+
+def place(variation: Variation) -> tuple[bool, int]:
+    """Return what variations are sorted by: faults first, and each kind in the order of the families."""
+    return variation.kind == "benign", min((FAMILIES.index(name) for name in variation.families), default=-1)
 
 
 def tasks(selection: Selection, cases: Sequence[Case], variation: Variation) -> list[Task]:
@@ -95,13 +117,13 @@ def tasks(selection: Selection, cases: Sequence[Case], variation: Variation) -> 
     A benign variation must be green in every dtype; a fault is looked for in float32 and bfloat16.
     """
     ops = variation.make()
-    touched = [
-        case
+    touched = {
+        case.name
         for case in cases
         if case.family in (variation.families or (case.family,))
         and all(callable(getattr(ops, need, None)) for need in case.needs)
-    ]
-    every = [task for task in plan(selection, cases) if task.case in touched]
+    }
+    every = [task for task in plan(selection, cases) if task.case.name in touched]
     covered = {task.case.name for task in every if task.params.preset in PRESETS}
     return [
         task
@@ -112,22 +134,58 @@ def tasks(selection: Selection, cases: Sequence[Case], variation: Variation) -> 
 
 
 def run(
-    chosen: Mapping[Variation, Sequence[Task]], selection: Selection,
-    on_result: Callable[[Variation, Result], None] | None = None,
+    chosen: Mapping[Variation, Sequence[Task]], selection: Selection, *, jobs: int = 1,
+    on_outcome: Callable[[Outcome], None] | None = None,
 ) -> list[Outcome]:  # fmt: skip
-    """Run each variation on the CPU through the door of `--impl`, in a process of its own."""
-    outcomes = []
-    for variation, its_tasks in chosen.items():
-        outcome = Outcome(variation)
+    """Run each variation on the CPU through the door of `--impl`.
 
-        def take(_: Subject, row: Result, outcome: Outcome = outcome) -> None:
-            outcome.add(row)
-            if on_result:
-                on_result(outcome.variation, row)
+    Some variations after each other share a worker, which ends with the first of them that hangs or dies in it.
 
-        suite.run([Subject("cpu", f"hal_conformance.faults:{variation.name}")], its_tasks, selection, on_result=take)
-        outcomes.append(outcome)
-    return outcomes
+    Args:
+        chosen: variations with their tasks, from `tasks`.
+        selection: what the tasks were planned from.
+        jobs: processes that judge, each with a worker of its own.
+        on_outcome: called with each outcome, as they come.
+    """
+    names = [variation.name for variation, its_tasks in chosen.items() if its_tasks]
+    found = {variation.name: Outcome(variation) for variation in chosen}
+    for outcome in _outcomes([names[at : at + BATCH] for at in range(0, len(names), BATCH)], selection, jobs):
+        found[outcome.variation.name] = outcome
+        if on_outcome:
+            on_outcome(outcome)
+    return list(found.values())
+
+
+def _outcomes(batches: Sequence[Sequence[str]], selection: Selection, jobs: int) -> Iterator[Outcome]:
+    if jobs == 1:
+        for batch in batches:
+            yield from _batch(batch, selection)
+        return
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for outcomes in pool.map(_list_of_batch, batches, [selection] * len(batches)):
+            yield from outcomes
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _list_of_batch(names: Sequence[str], selection: Selection) -> list[Outcome]:
+    return list(_batch(names, selection))
+
+
+def _batch(names: Sequence[str], selection: Selection) -> Iterator[Outcome]:
+    """Run some variations, known by name since they cross processes, in one worker after each other."""
+    from hal_conformance.faults import VARIATIONS
+
+    cases = Catalogue().all()
+    with Runner(Subject("cpu", f"hal_conformance.faults:{names[0]}")) as runner:
+        for name in names:
+            outcome = Outcome(VARIATIONS[name])
+            runner.change(f"hal_conformance.faults:{name}")
+            contract = Contract.from_json(runner.opened["contract"])
+            for observation in runner.observe(tasks(selection, cases, outcome.variation)):
+                outcome.add(judge(observation, contract, "cpu", name))
+            yield outcome
 
 
 def as_json(outcomes: Sequence[Outcome], selection: Selection, seconds: float) -> dict[str, Any]:

@@ -67,6 +67,7 @@ class _Worker:
         threading.Thread(target=self._listen, args=(commands,), daemon=True).start()
         self._device: Any = None
         self._ops: Any = None
+        self._threads = 0
 
     def _listen(self, commands: IO[bytes]) -> None:
         """Queue what the parent sends. When the parent is gone, so is this process, even amid a case."""
@@ -96,6 +97,10 @@ class _Worker:
                 self._device.close()
                 self._send({"event": "closed"})
                 return
+            if command["command"] == "load":
+                if not self._load(command["impl"], config["folder"]):
+                    return
+                continue
             params = Params(**command["params"])
             self._send(*self._answer(command["id"], catalogue.by_name(command["case"]), params))
 
@@ -115,8 +120,18 @@ class _Worker:
             self._send({"event": "failed", "kind": kind, "detail": plain(reason)})
             return False
         self._send({"event": "loading", "opened": opened})
+        return self._load(config["impl"], config["folder"])
+
+    def _load(self, impl: str, folder: str) -> bool:
+        """Load an implementation, in place of the one before it if there was one; tell the parent."""
+        import torch
+
+        from hal_conformance import subject
+
         try:
-            self._ops = subject.load_implementation(config["impl"], config["folder"])
+            self._threads = self._threads or torch.get_num_threads()
+            torch.set_num_threads(self._threads)  # an implementation before this one may have changed it
+            self._ops = subject.load_implementation(impl, folder)
         except BaseException as error:  # noqa: BLE001  importing an implementation may raise anything
             self._send({"event": "failed", "kind": "implementation", "detail": plain(_last(error))})
             return False

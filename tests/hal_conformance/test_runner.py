@@ -106,6 +106,25 @@ def test_what_does_not_fit_this_host_is_skipped_with_its_size_and_not_run():
     assert report.exit_status() == 1, "nothing was judged"
 
 
+def test_one_worker_takes_several_implementations_and_a_death_costs_only_the_one_that_died():
+    tasks = plan(Selection(("double.one[a]",), ("float32",), "tiny"), FAKE.all())
+    found, workers = [], []
+    with Runner(Subject("fake:0", "fake_cases:good"), FAKE, opener="fake_cases:open_device") as runner:
+        runner.open()
+        for impl in ("wrong", "good", "exits", "good"):
+            runner.change(f"fake_cases:{impl}")
+            workers.append(runner._worker)
+            (observation,) = runner.observe(tasks)
+            found.append((observation.status, {name: array.tolist() for name, array in observation.outputs.items()}))
+    assert workers[0] is workers[1] is workers[2] is not workers[3]
+    assert found[1] == found[3] != found[0]
+    assert found[2] == (Status.CRASH, {})
+    with Runner(Subject("fake:0", "fake_cases:good"), FAKE, opener="fake_cases:open_device") as runner:
+        runner.open()
+        with pytest.raises(ConfigError, match="cannot be loaded"):
+            runner.change("fake_cases:there_is_none")
+
+
 def test_a_hang_costs_its_time_limit_and_the_next_case_goes_on():
     report = run("hangs", cases=("double.one[a]",), case_s=1.0)
     assert [row.status for row in report.results] == [Status.HANG, Status.EXACT]

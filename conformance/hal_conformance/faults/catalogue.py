@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from hal_conformance.faults.parts import Parts
+
 Kind = Literal["fault", "benign"]
 
 
@@ -32,6 +34,26 @@ class Variation:
     families: tuple[str, ...] = ()
 
 
+_FAMILIES = {
+    "route": "router", "dispatch": "dispatch", "experts": "experts", "combine": "combine", "aux_loss": "losses",
+    "z_loss": "losses", "layer": "layer",
+}  # fmt: skip
+
+
+def families_of(cls: type, kind: Kind) -> tuple[str, ...]:
+    """Return the families of the operators that an implementation changes; nothing if that cannot be told.
+
+    A class says so itself (`families`), or is made of `Parts`, whose layer changes with every operator; training steps
+    show nothing of a fault that a layer does not.
+    """
+    said: tuple[str, ...] = getattr(cls, "families", ())
+    if said or not issubclass(cls, Parts):
+        return said
+    changed = {family: None for name, family in _FAMILIES.items() if getattr(cls, name) is not getattr(Parts, name)}
+    whole = ("layer", "determinism") if kind == "fault" else ("layer", "determinism", "trajectory")
+    return tuple(dict.fromkeys((*changed, *whole))) if changed else ()
+
+
 VARIATIONS: dict[str, Variation] = {}
 _Class = TypeVar("_Class", bound=type)
 
@@ -42,7 +64,7 @@ def _enter(kind: Kind, bug: str) -> Callable[[_Class], _Class]:
         what = (cls.__doc__ or "").split("\n")[0].rstrip(".")
         if not what or name in VARIATIONS:
             raise TypeError(f"{cls.__name__} has no docstring, or its name is taken")
-        VARIATIONS[name] = Variation(name, kind, what, bug, cls, getattr(cls, "families", ()))
+        VARIATIONS[name] = Variation(name, kind, what, bug, cls, families_of(cls, kind))
         return cls
 
     return enter

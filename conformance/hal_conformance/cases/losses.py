@@ -41,8 +41,8 @@ class Aux(Base):
 
         Of sigmoids, one token has scores of zero throughout, and another all but one.
         """
-        # More than 512, of which the hot expert has half: its count has more bits than bfloat16.
-        spec, tokens = preset(p.preset).router, 512 + tokens_of(p)
+        # More than 1,024, of which the hot expert has half: its count has more bits than bfloat16.
+        spec, tokens = preset(p.preset).router, 1024 + tokens_of(p)
         raw = make.normal(p.seed, "aux/scores", tokens, spec.num_experts)
         scores = 1.0 / (1.0 + raw**2 * 4.0)  # in (0, 1], skewed; rounded to float32 below, so exact bits are kept
         if spec.score == "softmax":

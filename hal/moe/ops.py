@@ -64,12 +64,12 @@ class SharedWeights(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """All weights of one MoE layer; `shared` may be a plain tuple of three."""
+    """All weights of one MoE layer."""
 
     gate_ED: Tensor
     bias_E: Tensor | None
     experts: ExpertWeights
-    shared: SharedWeights | tuple[Tensor, Tensor, Tensor] | None = None
+    shared: SharedWeights | None = None
     shared_gate_D: Tensor | None = None
 
 
@@ -145,6 +145,10 @@ class MoEOps(Protocol):
 
         The rows lie as `dispatch` leaves them. silu's argument, the two factors, their product and the result
         are each stored in the dtype of `x_RD`.
+
+        A row's result depends on that row alone. What is not finite goes through as IEEE 754 says: a result that
+        overflows is infinite, not the largest finite number. A NaN, in a row or in its upstream gradient, reaches the
+        gradients of that row and of its expert's weights.
         """
         ...
 

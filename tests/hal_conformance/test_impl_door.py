@@ -17,7 +17,26 @@ def run(name, tmp_path, cases):
     report = tmp_path / "report.json"
     arguments = [f"--case={case}" for case in cases]
     done = subprocess.run(
-        [sys.executable, "-m", "hal.cli.main", "conformance", "run", "--device", "cpu", "--scale", "tiny", "--impl", f"hal_conformance.faults:{name}", "--json", str(report), "--dtype", "bfloat16", "--dtype", "float32", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "hal.cli.main",
+            "conformance",
+            "run",
+            "--device",
+            "cpu",
+            "--scale",
+            "tiny",
+            "--impl",
+            f"hal_conformance.faults:{name}",
+            "--json",
+            str(report),
+            "--dtype",
+            "bfloat16",
+            "--dtype",
+            "float32",
+            *arguments,
+        ],
         cwd=HERE,
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
@@ -54,6 +73,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
         ("fails_without_rows", "experts.no_rows", "CRASH", "invalid configuration argument"),
         ("route_without_gradient", "router.backward", "CRASH", "does not require grad"),
         ("detached_scores", "router.backward", "CRASH", "does not require grad"),
+        ("needs_trained_weights", "experts.frozen", "CRASH", "does not require grad"),
     ],
 )
 def test_what_an_implementation_does_in_training_alone_is_seen(name, case, status, words, tmp_path):

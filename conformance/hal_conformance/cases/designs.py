@@ -256,3 +256,32 @@ def backward_integers(size: Size) -> Arrays:
     )
     arrays["dy_RD"] = make.store(make.sparse(seed, "backward/dy", 8, 2, size.rows, size.width), size.dtype)
     return arrays
+
+
+def busiest(counts_E: I64) -> list[tuple[int, int]]:
+    """Return (the row in the middle, the expert) of the two experts with the most rows."""
+    order = np.argsort(-counts_E, kind="stable")[:2]
+    return [(int(counts_E[:e].sum() + counts_E[e] // 2), int(e)) for e in order]
+
+
+def with_nonfinite_rows(arrays: Arrays, dtype: str) -> Arrays:
+    """Return `integers` with a row of NaN, one with an infinity and one that overflows.
+
+    The NaN is in the busiest expert. The other two are in the next one, whose weights are replaced: the gate's channel,
+    where x is inf, alone feeds u, too, so that g = u = h = inf, and w2 is the same power of two of one sign for all
+    hidden units of an output channel: y is an infinity of that sign in any order, since nothing meets a zero or an
+    infinity of the other sign. 2**100 there (128 in float16) gives h = 2**205 (2**19) and a y of more than a quarter
+    of it, beyond the dtype, whether the inside of the expert is stored or not. Its other rows have u = 1 and h = 32.
+    """
+    x, w1 = arrays["x_RD"].copy(), arrays["w1_EFD"]
+    w3, w2 = arrays["w3_EFD"].copy(), arrays["w2_EDF"].copy()
+    (nan, _), (row, expert) = busiest(arrays["counts_E"])
+    channel = int(np.flatnonzero(w1[expert, 0])[0])
+    x[nan] = np.nan
+    x[row, channel] = np.inf
+    x[row + 1, channel] = 128.0 if dtype == "float16" else 2.0**100
+    w3[expert] = 0
+    w3[expert, :, channel] = 1
+    hidden, sign = w2.shape[2], np.where(np.arange(w2.shape[1]) % 2, -1.0, 1.0)
+    w2[expert] = make.store(np.ldexp(sign, -int(np.ceil(np.log2(hidden))))[:, None] * np.ones(hidden), dtype)
+    return {**arrays, "x_RD": x, "w3_EFD": w3, "w2_EDF": w2}

@@ -72,6 +72,33 @@ class LosesBeyond64(AfterExperts):
 
 
 @fault()
+class LosesBeyond256(AfterExperts):
+    """The last row of an expert with more than 256 rows is zero."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, last_rows(counts_E, counts_E > 256))
+
+
+@fault()
+class LosesAllOfOneExpert(AfterExperts):
+    """The result is zero where one expert of several has every row."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return y_RD * 0 if 1 < int(counts_E.max()) == len(y_RD) and len(counts_E) > 1 else y_RD
+
+
+@fault()
+class LosesALonelyRow(AfterExperts):
+    """The result is zero where there is a single row."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return y_RD * 0 if len(y_RD) == 1 else y_RD
+
+
+@fault()
 class OneExpertOff(AfterExperts):
     """The last expert's output is 1 % too large."""
 

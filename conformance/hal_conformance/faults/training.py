@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import ExpertWeights, LayerOutput, LayerWeights
+from hal.moe.ops import ExpertWeights, LayerOutput, LayerWeights, SharedWeights
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.parts import OwnProduct, Parts, gradient_of, last_rows, without
 
@@ -161,5 +161,5 @@ class SharedOnAllButOne(Parts):
         if y_TD is None or weights.shared is None:
             return y_TD
         w1, w3, w2 = weights.shared
-        frozen = super().shared(x_TD, weights._replace(shared=(w1, w3, w2.detach())))
+        frozen = super().shared(x_TD, weights._replace(shared=SharedWeights(w1, w3, w2.detach())))
         return y_TD if frozen is None else torch.cat([frozen[:1], y_TD[1:]])

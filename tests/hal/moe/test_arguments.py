@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe import ExpertWeights, LayerWeights, MoEModelSpec, RouterSpec
+from hal.moe import ExpertWeights, LayerWeights, MoEModelSpec, RouterSpec, SharedWeights
 from hal.moe.checks import FLOATING_DTYPES, INDEX_DTYPES
 from hal.moe.torch_ops import TorchMoEOps, torch_ops
 
@@ -30,7 +30,7 @@ def _layer(**changed: Any) -> Tensor:
     parts = {"gate_ED": torch.ones(4, 8), "shared_gate_D": torch.ones(8)}
     shared |= {name: value for name, value in changed.items() if name in shared}
     parts |= {name: value for name, value in changed.items() if name in parts}
-    weights = LayerWeights(parts["gate_ED"], None, _weights(), tuple(shared.values()), parts["shared_gate_D"])
+    weights = LayerWeights(parts["gate_ED"], None, _weights(), SharedWeights(*shared.values()), parts["shared_gate_D"])
     return torch_ops.layer(torch.ones(3, 8), weights, MODEL).y_TD
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hal.errors import ShapeError
-from hal.moe import PRESETS, ExpertWeights, LayerWeights, MoEModelSpec, RouterSpec, preset
+from hal.moe import PRESETS, ExpertWeights, LayerWeights, MoEModelSpec, RouterSpec, SharedWeights, preset
 from hal.moe.torch_ops import TorchMoEOps, torch_ops
 
 
@@ -29,7 +29,7 @@ def _weights(spec: MoEModelSpec, dtype: torch.dtype = torch.float32) -> LayerWei
             matrix(experts, hidden, width),
             matrix(experts, width, hidden),
         ),
-        shared=(matrix(shared, width), matrix(shared, width), matrix(width, shared)) if shared else None,
+        shared=SharedWeights(matrix(shared, width), matrix(shared, width), matrix(width, shared)) if shared else None,
         shared_gate_D=matrix(width) if spec.shared_gate else None,
     )
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_the_layer_is_right(
             gate_ED,
             w.bias_E,
             ExpertWeights(w1, w3, w2),
-            (rest[0], rest[1], rest[2]) if shared else None,
+            SharedWeights(rest[0], rest[1], rest[2]) if shared else None,
             rest[3] if gate else None,
         )
         out = torch_ops.layer(x_TD, built, spec, capacity=capacity)
@@ -189,9 +189,9 @@ def test_weights_that_contradict_the_spec_are_refused() -> None:
         (plain, w),
         (shared, w._replace(shared=None)),
         (shared, w._replace(shared_gate_D=None)),
-        (shared, w._replace(shared=(w1, w3[:1], w2))),
-        (shared, w._replace(shared=(w1, w3, w2[:, :1]))),
-        (shared, w._replace(shared=(w1.double(), w3, w2))),
+        (shared, w._replace(shared=SharedWeights(w1, w3[:1], w2))),
+        (shared, w._replace(shared=SharedWeights(w1, w3, w2[:, :1]))),
+        (shared, w._replace(shared=SharedWeights(w1.double(), w3, w2))),
         (shared, w._replace(shared_gate_D=torch.zeros(2))),
     ):
         with pytest.raises(ShapeError, match="layer"):

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experts where every order of summation gives the same gradients: judged bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.case import Arrays, Params
+from hal_conformance.cases import designs
+from hal_conformance.cases.base import wide
+from hal_conformance.cases.experts import BackwardCase
+from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.nonfinite import admitted
+from hal_conformance.cases.strided import Sliced
+from hal_conformance.detectors import ExactMeter, merge
+from hal_conformance.oracle.layer import ROUTED
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BackwardIntegers(BackwardCase):
+    """Integers whose gradients are exact in every order of summation, too."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return designs.backward_integers(self.size(p))
+
+    @np.errstate(all="ignore")
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: the gate is 32, where silu is the identity and its slope 1."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        x, dy = wide(inputs["x_RD"]), wide(inputs["dy_RD"])
+        meters = {name: ExactMeter(f"d{name}") for name in ("x_RD", *ROUTED)} | {"y_RD": ExactMeter("y_RD")}
+        ends = np.cumsum(inputs["counts_E"])
+        for e, end in enumerate(ends):
+            rows = slice(int(end - inputs["counts_E"][e]), int(end))
+            w1, w3, w2 = (wide(inputs[name][e]) for name in ROUTED)
+            u, dh = x[rows] @ w3.T, dy[rows] @ w2
+            du, dg = designs.ONE * dh, dh * u
+            y, dx = designs.ONE * u @ w2.T, dg @ w1 + du @ w3
+            gradients = (dg.T @ x[rows], du.T @ x[rows], dy[rows].T @ (designs.ONE * u))
+            pairs = [("y_RD", outputs["y_RD"][rows], y, rows.start), ("x_RD", outputs["dx_RD"][rows], dx, rows.start)]
+            for name, gradient in zip(ROUTED, gradients, strict=True):
+                pairs.append((name, outputs[f"d{name}"][e : e + 1], gradient[None], e))
+            for name, got, expected, place in pairs:
+                meters[name].add(got, admitted(make.store(expected, p.dtype), got, contract), place)
+        return merge(meter.finding() for meter in meters.values())
+
+
+class NanBackward(BackwardIntegers):
+    """A row that is NaN, and a NaN in the upstream gradient of another expert's row."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: many experts, and few."""
+        return ("ling-lite", "mixtral-8x7b")
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: in the middle of the two busiest experts'."""
+        arrays = super().inputs(p)
+        x, dy = arrays["x_RD"].copy(), arrays["dy_RD"].copy()
+        (of_x, _), (of_dy, _) = designs.busiest(arrays["counts_E"])
+        x[of_x] = np.nan
+        dy[of_dy, int(make.integers(p.seed, "nan/dy", 0, dy.shape[1] - 1, 1)[0])] = np.nan
+        return {**arrays, "x_RD": x, "dy_RD": dy}
+
+
+@dataclass(frozen=True)
+class OneExpert(BackwardIntegers):
+    """All rows on one expert, and the same gradient for each.
+
+    Attributes:
+        rows: how many.
+    """
+
+    rows: int = 257
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: many experts, and few."""
+        return ("ling-lite", "mixtral-8x7b")
+
+    def size(self, p: Params) -> designs.Size:
+        """See `ExpertsCase.size`."""
+        size = super().size(p)
+        counts = np.zeros_like(size.counts_E)
+        counts[make.integers(p.seed, "one/expert", 0, len(counts) - 1, 1)] = self.rows
+        return replace(size, counts_E=counts)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        return {**arrays, "dy_RD": np.repeat(arrays["dy_RD"][:1], self.rows, axis=0)}
+
+    def upstream(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `BackwardCase.upstream`: one row in memory, as the gradient of a sum has."""
+        return tensors["dy_RD"][:1].expand_as(tensors["dy_RD"])
+
+
+_NEEDS = ("experts",)
+INTEGERS = BackwardIntegers(
+    "experts.backward_integers", "experts", _NEEDS,
+    "Integers whose gradients are exact in float32 in any order, at gates where silu's slope is 1: one lost or doubled "
+    "row of a weight gradient, a wrong transposition or a low accumulator of the backward products shows, bit by bit.",
+)  # fmt: skip
+CASES = (
+    INTEGERS,
+    NanBackward(
+        "experts.nan_backward", "experts", _NEEDS,
+        "As experts.backward_integers with a row of NaN, and one NaN in the upstream gradient of another expert's row: "
+        "NaN are these rows' gradients, those of the one expert's weights, and of the other's but for the rows of its "
+        "down projection that the NaN does not reach; every other gradient is exact.",
+    ),
+    OneExpert(
+        "experts.one_expert", "experts", _NEEDS,
+        "As experts.backward_integers with 257 rows on one expert and none on the others. The upstream gradient is one "
+        "row in memory, expanded, as that of a sum is.",
+    ),
+    OneExpert(
+        "experts.one_row", "experts", _NEEDS, "As experts.one_expert with a single row, as in decoding.", rows=1
+    ),
+    Frozen("experts.frozen", INTEGERS, ("x_RD",)),
+    Sliced("experts.sliced", INTEGERS),
+)  # fmt: skip

@@ -65,6 +65,41 @@ def lowest_first(logits_TE: F64, spec: RouterSpec) -> I64:
     return np.argsort(-rank, 1, kind="stable")[:, : spec.top_k].astype(np.int64)
 
 
+CLOSE = 2.0**-12
+"""Logits of `CloseScores` lie on this grid: their float32 scores are apart, and in 16 bits most are equal."""
+
+
+class CloseScores(RouterCase):
+    """Scores so close that only their float32 values tell them apart."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: one-hot tokens; each token's logits are different multiples of `CLOSE` below 1/16.
+
+        At most 8 bits each, so they are exact in every dtype. exp turns a step into a relative 2.4e-4 of the score, a
+        sigmoid into 1.2e-4: hundreds of float32 ulps, a sixteenth of bfloat16's.
+        """
+        spec, s = preset(p.preset).router, shape(p)
+        hot = np.zeros((s.tokens, s.width))
+        hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
+        order = np.argsort(make.words(p.seed, "close/order", s.width, spec.num_experts), axis=1, kind="stable")
+        gate = order.T * CLOSE
+        arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate, gate_storage(spec, p))}
+        if spec.selection_bias:
+            arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
+        return arrays
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`: the choice alone, since all tokens have the same weights in another order."""
+        logits = outputs["logits_TE"]
+        scores = scores_of(logits, spec, level(logits.size))
+        return [
+            exact("logits", logits, wide(inputs["x_TD"]) @ wide(inputs["gate_ED"]).T),
+            judge_routing(outputs["experts_TK"], scores, inputs, spec),
+        ]
+
+
 NAN, INFINITE, ZERO, HUGE, NEGATIVE, VANISHING = range(6)
 """Tokens of `Degenerate`."""
 FADE = 46.0
@@ -146,6 +181,11 @@ CASES = (
         "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by "
         "descending score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are "
         "what happens otherwise).",
+    ),
+    CloseScores(
+        "router.close_scores", "router", ("route",),
+        "Logits that are exact in every dtype and so close that their scores differ in float32 and are mostly equal in "
+        "16 bits: a choice among rounded scores (megatron-core's, whose softmax is in the logits' dtype) takes others.",
     ),
     Degenerate(
         "router.degenerate", "router", ("route",),

@@ -311,3 +311,20 @@ class RouteWithoutGradient(Alone):
         """See `MoEOps.route`."""
         with torch.no_grad():
             return self.honest.route(x_TD, gate_ED, spec, bias_E, **given)
+
+
+@fault("megatron-core: the softmax before top-k is in the logits' dtype")
+class ChoosesAmongRoundedScores(Parts):
+    """The choice is made among scores in bfloat16; the weights are those of the float32 scores."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        honest = self.honest.route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        if experts_TK is not None or spec.num_groups > 1:
+            return honest
+        rounded = honest.scores_TE.detach().bfloat16().float()
+        chosen = largest(rounded if bias_E is None else rounded + bias_E, spec.top_k)
+        return self.honest.route(x_TD, gate_ED, spec, bias_E, experts_TK=chosen)

@@ -44,6 +44,7 @@ class Coverage:
 
 
 _coverage: ContextVar[Coverage | None] = ContextVar("coverage", default=None)
+_needed: ContextVar[frozenset[int] | None] = ContextVar("needed", default=None)
 
 
 def can_be_absent(dtype: np.dtype[np.generic]) -> bool:
@@ -65,14 +66,26 @@ def is_absent(array: Array) -> Mask:
 
 
 @contextmanager
-def partial() -> Iterator[Coverage]:
-    """Judge outputs of which elements may be absent."""
+def partial(experts: frozenset[int] | None = None) -> Iterator[Coverage]:
+    """Judge outputs of which elements may be absent.
+
+    Args:
+        experts: those that have a part in an element that is there; None: all may have. The oracle need not compute
+            the others: what it says of them is unknown, like everything that follows from what is absent.
+    """
     coverage = Coverage()
-    token = _coverage.set(coverage)
+    tokens = _coverage.set(coverage), _needed.set(experts)
     try:
         yield coverage
     finally:
-        _coverage.reset(token)
+        _coverage.reset(tokens[0])
+        _needed.reset(tokens[1])
+
+
+def needed(expert: int) -> bool:
+    """Tell whether an expert has a part in an element that is there."""
+    experts = _needed.get()
+    return experts is None or expert in experts
 
 
 def judgeable(got: Array, *expected: Array) -> Mask | None:

@@ -72,6 +72,13 @@ class Packed:
             return np.arange(self.size), self.values
         return self.grid.indices, self.values[: self.grid.size]
 
+    def held_rows(self) -> I64:
+        """Return the rows of the first axis of which an element is held, sorted."""
+        rows = (self.shape or (1,))[0]
+        if self.grid is None:
+            return np.arange(rows)
+        return np.union1d(self.grid.rows, self.worst // self.grid.width)
+
     def differing_rows(self, other: Packed) -> tuple[str, int]:
         """Return which rows differ from those of another array of this shape, as text, and how many rows there are."""
         rows, together = (self.shape or (1,))[0], 1
@@ -98,7 +105,8 @@ def pack(name: str, array: Array, seed: int, worst: I64 = NONE) -> Packed:
     tag = codec.tag_of(array)
     flat = np.ascontiguousarray(array).reshape(-1)
     real = absent.can_be_absent(array.dtype)
-    finite = not real or bool(np.isfinite(flat).all())
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        finite = not real or bool(np.isfinite(flat).all())
     grid = sampling.grid(name, array.shape, seed) if real else None
     digest = bytes.fromhex(codec.digest(array))
     if grid is None:

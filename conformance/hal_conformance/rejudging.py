@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from hal_conformance.absent import Coverage, partial
 from hal_conformance.judging import Made, judge_outputs
@@ -11,8 +14,21 @@ from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
     from hal.contract import Contract
+    from hal_conformance.packed import Packed
     from hal_conformance.plan import Task
     from hal_conformance.recording import Entry
+
+_BY_TOKEN = frozenset({"y_TD", "dx_TD"})
+_BY_ROW = frozenset({"y_RD", "dx_RD"})
+_BY_EXPERT = frozenset({"dw1_EFD", "dw3_EFD", "dw2_EDF"})
+_KNOWN = frozenset(
+    {
+        *_BY_TOKEN, *_BY_ROW, *_BY_EXPERT, "logits_TE", "scores_TE", "experts_TK", "weights_TK", "aux_loss", "z_loss",
+        "dgate_ED", "dshared_w1_SD", "dshared_w3_SD", "dshared_w2_DS", "dshared_gate_D",
+    }
+)  # fmt: skip
+"""Outputs of the experts and of a layer. In them an element depends on the experts of its token, row or weight, or on
+no expert, or (the gate's gradient) on logits of all tokens, which are not held."""
 
 SLACK = 64 << 20
 """Bytes of an output beyond what the case says that its large ones have."""
@@ -46,11 +62,33 @@ class Rejudge:
         digests = tuple((name, packed.digest) for name, packed in entry.outputs.items())
         key = (digests, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
-            with partial() as coverage:
+            with partial(self._experts(entry.outputs)) as coverage:
                 outputs = {name: packed.array(self._limit) for name, packed in entry.outputs.items()}
                 self._known[key] = judge_outputs(self._task, outputs, entry.hashes, contract, self._made), coverage
         own, self.coverage = self._known[key]
         return agreed(entry.claim, own)
+
+    def _experts(self, outputs: Mapping[str, Packed]) -> frozenset[int] | None:
+        """Return the experts that have a part in an element that is held; None: any may have."""
+        by_name: dict[str, list[Packed]] = {}
+        for name, packed in outputs.items():
+            by_name.setdefault(name.split("/")[0], []).append(packed)
+        inputs = {} if self._made is None else self._made.inputs
+        if not by_name.keys() & {*_BY_TOKEN, *_BY_ROW} or by_name.keys() - _KNOWN or len(outputs) > len(by_name):
+            return None
+        found = [packed.held_rows() for name in _BY_EXPERT for packed in by_name.get(name, ())]
+        for name in _BY_TOKEN & by_name.keys():
+            chosen = by_name.get("experts_TK", [None])[0]
+            (packed,) = by_name[name]
+            if chosen is None or chosen.grid is not None or chosen.shape[:1] != packed.shape[:1]:
+                return None
+            found.append(chosen.values.reshape(chosen.shape)[packed.held_rows()].ravel())
+        for name in _BY_ROW & by_name.keys():
+            if "counts_E" not in inputs:
+                return None
+            (packed,) = by_name[name]
+            found.append(np.searchsorted(np.cumsum(inputs["counts_E"]), packed.held_rows(), side="right"))
+        return frozenset(np.concatenate(found).tolist())
 
 
 def agreed(claim: Judgement, own: Judgement) -> Judgement:

@@ -30,6 +30,8 @@ LINE = 128
 """Elements of a longer output with one axis."""
 TOGETHER = ("logits_TE", "scores_TE")
 """Outputs of which a row means nothing without the rest of it."""
+FULL_ROWS = 5
+"""Rows of these; they are among the `ROWS` of other outputs, since both are the first numbers of one stream."""
 CONDITIONS = ("weights_TK",)
 """Outputs that are held whole whatever their size: the layer's results are judged from the device's own."""
 
@@ -74,8 +76,9 @@ def grid(name: str, shape: tuple[int, ...], seed: int) -> Grid | None:
     if len(shape) == 1:
         return Grid(picked(seed, shape[0], LINE), None, 1)
     width = math.prod(shape[1:])
-    rows = picked(seed, shape[0], shape[0] if shape[0] <= FEW else ROWS)
-    return Grid(rows, None if name in TOGETHER else picked(seed, width, COLUMNS), width)
+    together = name in TOGETHER
+    rows = picked(seed, shape[0], shape[0] if shape[0] <= FEW else FULL_ROWS if together else ROWS)
+    return Grid(rows, None if together else picked(seed, width, COLUMNS), width)
 
 
 def picked(seed: int, extent: int, count: int) -> I64:

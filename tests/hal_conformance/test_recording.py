@@ -16,6 +16,7 @@ from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
 from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.portable import portable
+from hal_conformance.rejudging import Rejudge
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
@@ -154,3 +155,19 @@ def test_an_output_of_a_forged_size_costs_no_memory_and_is_structure():
     assert packed.array(1 << 20).strides == (0, 0)
     (row,) = compare([recording.parse(data, "a", Catalogue())]).report.results
     assert row.status is Status.FAIL_STRUCTURE
+
+
+@pytest.mark.parametrize(
+    "case", ["experts.backward", "experts.random", "layer.backward_free", "layer.capacity", "determinism.repeated"]
+)
+def test_experts_that_nothing_held_depends_on_are_not_computed_and_nothing_else_is_lost(case, monkeypatch):
+    (entry,) = recorded(Selection((f"{case}[ling-lite]",), ("bfloat16",), "tiny", 1)).entries
+    counted = []
+    for experts in (Rejudge._experts, lambda *_: None):
+        monkeypatch.setattr(Rejudge, "_experts", experts)
+        rejudge = Rejudge(entry.task)
+        verdict = rejudge(entry, Contract())
+        counted.append((verdict.status.colour, rejudge.coverage.judged))
+    assert counted[0] == counted[1]
+    assert counted[0][0] == "green"
+    assert counted[0][1] > 100

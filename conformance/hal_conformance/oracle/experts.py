@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal.contract import Arithmetic
+from hal_conformance.absent import needed
 from hal_conformance.case import I64, Array
 from hal_conformance.chained import Chained, product, silu, silu_backward, together
 from hal_conformance.oracle.dispatching import spans
@@ -78,13 +79,35 @@ class SwigluGradients:
         return self.dw1_FD, self.dw3_FD, self.dw2_DF
 
 
+class Unknown(Swiglu):
+    """An expert of which nothing is asked: NaN of the right shapes."""
+
+    @classmethod
+    def of(cls, x: Array, weights: Weights, dtype: str, rule: Arithmetic) -> Unknown:  # type: ignore[override]
+        """Return it without computing anything."""
+        w1, w3, w2 = (_unknown(w.shape) for w in weights)
+        g = _unknown((len(x), len(w1.value)))
+        return cls(_unknown(x.shape), w1, w3, w2, g, g, g, g, _unknown((len(x), len(w2.value))), dtype, rule)
+
+    def backward(self, dy: Chained) -> SwigluGradients:
+        """See `Swiglu.backward`."""
+        return SwigluGradients(self.x, self.w1_FD, self.w3_FD, self.w2_DF)
+
+
+def _unknown(shape: tuple[int, ...]) -> Chained:
+    return Chained(np.broadcast_to(np.float64(np.nan), shape), np.broadcast_to(np.float64(0.0), shape))
+
+
 def each(
     x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic
 ) -> Iterator[tuple[int, slice, Swiglu]]:
-    """Yield (expert, its rows, its inside) for each expert that has rows."""
+    """Yield (expert, its rows, its inside) for each expert that has rows; its inside is unknown if nobody asks."""
     w1, w3, w2 = weights
     for e, rows in spans(counts_E):
-        yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), (w1[e], w3[e], w2[e]), dtype, rule)
+        if needed(e):
+            yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), (w1[e], w3[e], w2[e]), dtype, rule)
+        else:
+            yield e, rows, Unknown.of(x_RD[rows], (w1[e], w3[e], w2[e]), dtype, rule)
 
 
 def experts(x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic) -> Chained:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 SCHEMA = "hal.recording/2"
 
-FACTS = ("info", "contract", "versions", "environment", "changes")
+FACTS = ("info", "contract", "versions", "environment", "flags", "kernels", "changes")
 """Parts of the manifest that describe the subject; `compare` shows where they differ."""
 
 INPUTS = "inputs/sha256"

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ConfigError
+from hal_conformance import manifest
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
 PORTABLE = "torch"
 """Name of the implementation that is always there: `hal.moe` in ordinary torch operators."""
 
-_SETTINGS = ("TORCH_", "PYTORCH_", "OMP_", "MKL_", "HAL_", "CUDA_", "CUBLAS_", "HIP_", "ROCBLAS_", "ASCEND_")
+_SETTINGS = (
+    "TORCH_", "PYTORCH_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "HAL_", "CUDA_", "CUBLAS_",
+    "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_", "NCCL_", "TRITON_", "HIP_", "HSA_", "ROCBLAS_", "HIPBLASLT_", "MIOPEN_",
+    "ASCEND_", "HCCL_",
+)  # fmt: skip
 """Prefixes of environment variables that change numbers; no other variable is written into a recording."""
 
 
@@ -114,8 +119,7 @@ def describe(device: Any) -> dict[str, Any]:
     settings = {k: plain(v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS)}
     versions = {
         "hal": hal.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **manifest.libraries(),
         "platform": platform.platform(),
         "machine": platform.machine(),
         "host": platform.node(),
@@ -127,5 +131,7 @@ def describe(device: Any) -> dict[str, Any]:
         "contract": device.contract.as_json(),
         "versions": versions,
         "environment": settings,
+        "flags": manifest.flags(),
+        "kernels": manifest.kernels(device),
         "changes": [plain(change) for change in device.changes],
     }

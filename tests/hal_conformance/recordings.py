@@ -26,6 +26,8 @@ OPENED: dict[str, Any] = {
     "contract": Contract().as_json(),
     "versions": {"driver": "1", "hal": "0"},
     "environment": {},
+    "flags": {},
+    "kernels": {},
     "changes": [],
 }
 

@@ -340,4 +340,8 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
         comparison_table.show(found, console())
     for label in found.unjudged():
         click.echo(f"hal conformance: {plain(label)}: nothing of it could be judged", err=True)
+    for label in found.odd():
+        click.echo(
+            f"hal conformance: {plain(label)} is not like the others of its group, and nothing says why", err=True
+        )
     sys.exit(found.exit_status(strict=strict))

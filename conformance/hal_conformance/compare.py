@@ -85,6 +85,11 @@ class Comparison:
         judged = set(judged_devices(self.report.results))
         return [entry["label"] for entry in self.recordings if entry["label"] not in judged]
 
+    def odd(self) -> list[str]:
+        """Return the labels of recordings that are not like the others of their group, without a reason."""
+        groups = () if self.grouping is None else self.grouping.groups.values()
+        return [odd.recording for group in groups for odd in group.odd.values() if not odd.explained_by]
+
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 if every recording was judged and nothing is red (nor amber, if strict), otherwise 1.
 

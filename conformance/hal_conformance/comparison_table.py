@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from hal_conformance.compare import Comparison, Difference
     from hal_conformance.grouping import Group, Grouping
 
+TABLES = 4
+"""Recordings of which each has a table; of more, those that are green have a line."""
+
 
 def show(found: Comparison, out: Console) -> None:
     """Print a comparison."""
@@ -24,7 +27,13 @@ def show(found: Comparison, out: Console) -> None:
         _show_facts(found, out)
     for subject in report.subjects:
         rows = [row for row in report.results if row.subject == subject["id"]]
-        show_tally(subject, rows, out)
+        if len(report.subjects) > TABLES and all(row.status.colour in ("green", "neutral") for row in rows):
+            green = sum(row.status.colour == "green" for row in rows)
+            out.print(
+                Text(f"{plain(subject['id'], 120)}: {green} green, {len(rows) - green} not judged", style="green")
+            )
+        else:
+            show_tally(subject, rows, out)
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     if len(report.subjects) > 1:
         _show_differences(found, out)

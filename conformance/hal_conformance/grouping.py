@@ -121,12 +121,13 @@ class Grouper:
         labels: of each recording.
 
     Raises:
-        Unreadable: no recording has that fact.
+        Unreadable: no recording has that fact, and it is none of `ALIASES`.
     """
 
     def __init__(self, by: str, facts: Sequence[Mapping[str, str]], labels: Sequence[str]) -> None:
         name = ALIASES.get(by, by)
-        if not any(name in flat for flat in facts):
+        # A processor has no driver: then all are of one group.
+        if name not in ALIASES.values() and not any(name in flat for flat in facts):
             known = sorted({fact for flat in facts for fact in flat})
             raise Unreadable(
                 f"no recording says {plain(name, 60)}; they say {plain(', '.join([*ALIASES, *known]), 300)}"

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,6 +13,7 @@ import numpy as np
 from hal_conformance.absent import Coverage, partial
 from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.verdicts import Judgement, Status
+from hal_conformance.worker import too_large
 
 if TYPE_CHECKING:
     from hal.contract import Contract
@@ -46,10 +49,10 @@ class Rejudge:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        try:
-            self._made: Made | None = Made.of(task)
-        except Exception:  # noqa: BLE001  the judge meets the same error, and makes a verdict of it
-            self._made = None
+        self._made: Made | None = None
+        self._too_large = too_large(task.case.footprint(task.params))
+        with contextlib.suppress(Exception):  # the judge meets the same error, and makes a verdict of it
+            self._made = None if self._too_large else Made.of(task)
         self._limit = SLACK + 2 * task.case.footprint(task.params).outputs
         self._known: dict[object, tuple[Judgement, Coverage]] = {}
         self.coverage = Coverage()
@@ -59,6 +62,9 @@ class Rejudge:
         self.coverage = Coverage()
         if entry.status is not None or entry.claim is None:
             return Judgement(entry.status or Status.INVALID, detail=entry.detail or "without a reason in the recording")
+        if self._too_large:
+            detail = f"{entry.claim.detail} (the recorder's verdict; here it {self._too_large})"
+            return replace(entry.claim, detail=detail.strip())
         digests = tuple((name, packed.digest) for name, packed in entry.outputs.items())
         key = (digests, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:

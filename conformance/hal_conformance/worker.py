@@ -145,7 +145,7 @@ class _Worker:
         try:
             if reason := self._unsupported(case, params.dtype):
                 return {**answer, "status": Status.UNSUPPORTED.value, "detail": plain(reason), "seconds": 0.0}, outputs
-            if reason := _too_large(case.footprint(params)):
+            if reason := too_large(case.footprint(params)):
                 return {**answer, "status": Status.SKIPPED.value, "detail": reason, "seconds": 0.0}, outputs
             inputs = case.inputs(params)
             answer["hashes"] = codec.digests(inputs)
@@ -201,7 +201,7 @@ class _Worker:
             return False
 
 
-def _too_large(size: Footprint) -> str:
+def too_large(size: Footprint) -> str:
     """Return why a task cannot be run on this host, or nothing: a machine without memory is not a wrong result."""
     import psutil
 

@@ -68,6 +68,7 @@ def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named():
     (odd,) = group.odd.values()
     assert (odd.recording, odd.others, odd.tasks, odd.explained_by) == ("fake:0@6", 9, 2, [])
     assert odd.first.startswith("experts.one_hot[mixtral-8x7b] float32: y_RD, rows ")
+    assert found.odd() == ["fake:0@6"]
     assert found.exit_status() == 1
     text = shown(found)
     assert "odd one out: fake:0@6" in text
@@ -132,6 +133,15 @@ def test_a_task_in_which_everybody_differs_is_not_deterministic_and_accuses_nobo
 def test_a_fact_that_no_recording_has_is_wrong_usage():
     with pytest.raises(Unreadable, match="no recording says colour; they say driver, device"):
         compare([card(0)], group_by="colour")
+    without = [recordings.parse(recordings.make(opened={**recordings.OPENED, "versions": {}}), n) for n in "abc"]
+    (group,) = compare(without, group_by="driver").grouping.groups.values()
+    assert (group.value, group.alike) == ("(not there)", 2)
+
+
+def test_of_many_green_recordings_each_has_one_line():
+    text = shown(compare([card(number) for number in range(5)], group_by="driver"))
+    assert text.count(": 2 green, 0 not judged") == 5
+    assert "worst" not in text
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -11,7 +11,7 @@ import torch
 from hal.contract import Contract
 from hal_conformance import arrays, recording, sampling
 from hal_conformance.bundle import Unreadable
-from hal_conformance.case import Params
+from hal_conformance.case import Footprint, Params
 from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
 from hal_conformance.plan import Catalogue, Selection, Task, plan
@@ -171,3 +171,13 @@ def test_experts_that_nothing_held_depends_on_are_not_computed_and_nothing_else_
     assert counted[0] == counted[1]
     assert counted[0][0] == "green"
     assert counted[0][1] > 100
+
+
+def test_what_does_not_fit_into_this_hosts_memory_is_the_recorders_word(monkeypatch):
+    (entry,) = recorded(GRADIENTS).entries
+    monkeypatch.setattr(type(entry.task.case), "footprint", lambda *_: Footprint(1 << 60, 0))
+    rejudge = Rejudge(entry.task)
+    verdict = rejudge(entry, Contract())
+    assert verdict.status is Status.PASS
+    assert verdict.detail.startswith("(the recorder's verdict; here it needs about ")
+    assert rejudge.coverage.judged == 0

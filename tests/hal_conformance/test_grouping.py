@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import recordings
 import torch
+from click.testing import CliRunner
 from rich.console import Console
 
 from hal.contract import Contract
@@ -19,6 +20,7 @@ from hal.moe.torch_ops import torch_ops
 from hal_conformance import arrays, comparison_table, recording
 from hal_conformance.bundle import Unreadable
 from hal_conformance.cases import ALL
+from hal_conformance.cli import conformance
 from hal_conformance.compare import compare
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.results import to_json
@@ -48,7 +50,7 @@ class FlippedBit:
         return torch_ops.experts(x_RD, counts_E, ExpertWeights(w1, weights.w3_EFD, weights.w2_EDF))
 
 
-def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named():
+def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named(tmp_path):
     selection = Selection(("experts.one_hot[mixtral-8x7b]", "experts.random[mixtral-8x7b]"), ("float32",), "tiny")
     opened = {**recordings.OPENED, "contract": Contract().as_json()}
 
@@ -60,7 +62,9 @@ def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named():
             outputs = {n: arrays.from_torch(t) for n, t in task.case.run(ops, tensors, task.params).items()}
             seen.append(Observation(task, None, outputs=outputs, hashes=arrays.digests(inputs)))
         mine = {**opened, "versions": {"driver": "550.54", "host": f"node-{number}"}}
-        return recording.parse(recording.write(Subject("cpu"), mine, selection, seen), f"{number}", Catalogue())
+        data = recording.write(Subject("cpu"), mine, selection, seen)
+        (tmp_path / f"{number}.safetensors").write_bytes(data)
+        return recording.parse(data, f"{number}", Catalogue())
 
     cards = [record(FlippedBit() if number == 6 else torch_ops, number) for number in range(10)]
     found = compare(cards, group_by="driver")
@@ -73,9 +77,13 @@ def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named():
     text = shown(found)
     assert "odd one out: fake:0@6" in text
     assert "differs from 9 others in 2 tasks; nothing in its manifest says why" in text
-    assert [entry["recording"] for entry in json.loads(to_json(found.as_json()))["grouping"]["groups"][0]["odd"]] == [
-        "fake:0@6"
-    ]
+    odd_ones = json.loads(to_json(found.as_json()))["grouping"]["groups"][0]["odd"]
+    assert [entry["recording"] for entry in odd_ones] == ["fake:0@6"]
+    files = [str(path) for path in sorted(tmp_path.iterdir())]
+    ran = CliRunner().invoke(conformance, ["compare", *files, "--group-by", "driver"])
+    assert ran.exit_code == 1
+    assert "6.safetensors is not like the others of its group, and nothing says why" in ran.stderr
+    assert CliRunner().invoke(conformance, ["compare", *files[:3], "--group-by", "colour"]).exit_code == 2
 
 
 def test_cards_that_are_alike_are_green():

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import recordings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_conformance import arrays, bundle, recording
+from hal_conformance import arrays, bundle, columns, recording
 from hal_conformance.bundle import Unreadable
 from hal_conformance.verdicts import Status
 
@@ -135,6 +136,20 @@ def test_forged_headers_are_refused(text):
         recordings.parse(recordings.reseal(prefix + text))
     with pytest.raises(Unreadable):
         recordings.parse(recordings.reseal(prefix[:-1] + b"}," + text))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"", b"no zlib", zlib.compress(b"\1" * 6)[:-1], zlib.compress(b"\1" * 6) + b"x", zlib.compress(bytes(65 << 20))],
+    ids=["empty", "noise", "cut", "longer", "bomb"],
+)
+def test_deflated_bytes_that_are_none_or_too_many_are_refused(bad):
+    column = np.frombuffer(bad, np.uint8)
+    tensors = {"outputs/sha256": np.zeros((1, 32), np.uint8), "outputs/checksums": np.zeros(0, np.int32)}
+    more = {"outputs/worst": np.zeros(0, np.int64), "outputs/deflated/uint8": column}
+    _, stored = bundle.decode(bundle.encode({}, tensors | more))
+    with pytest.raises(Unreadable, match=r"inflated|deflated"):
+        columns.Reader(stored, 0)
 
 
 def test_an_enormous_header_length_allocates_nothing():

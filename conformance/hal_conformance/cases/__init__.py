@@ -25,6 +25,8 @@ from hal_conformance.cases import (
     router,
     router_backward,
     router_edges,
+    step,
+    trained,
 )
 
 ALL: tuple[Case, ...] = (
@@ -40,6 +42,7 @@ ALL: tuple[Case, ...] = (
     *layer.CASES,
     *layer_edges.CASES,
     *layer_exact.CASES,
+    *trained.CASES,
     *determinism.CASES,
     *norm.CASES,
     *rotary.CASES,
@@ -48,6 +51,7 @@ ALL: tuple[Case, ...] = (
     *gradients.CASES,
     *optimizer.CASES,
     *fp8.CASES,
+    *step.CASES,
 )
 
 

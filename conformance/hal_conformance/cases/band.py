@@ -61,7 +61,7 @@ class Band(Base):
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: an exact conformal p-value, 1 + the twins that are as far out over 1 + all of them.
 
-        Each twin's deviation is from a median of which it is itself a part; with 499 of them that is nothing.
+        Each twin's deviation is from a median of which it is itself a part; with 199 of them that is nothing.
         """
         steps = self.steps(p)
         wrong = structure(outputs, dict.fromkeys(run.CURVES, ((steps,), "float32")))
@@ -92,9 +92,9 @@ class Band(Base):
 
 _WHAT = (
     "The loss of a small {0} in training over real text, 60 steps (10 at tiny), and the norm of its gradients: the "
-    "largest deviation from the median of 499 honest runs (other orders, other store points, parameters that differ in "
+    "largest deviation from the median of 199 honest runs (other orders, other store points, parameters that differ in "
     "an ulp) in units of their median absolute deviation, ranked among theirs. DEGRADED if it is beyond all of them, "
-    "which an honest device is once in 500 runs; never red, since trajectory.step_* judges the steps."
+    "which an honest device is once in 200 runs; never red, since trajectory.step_* judges the steps."
 )
 CASES = (
     Band("trajectory.band_ling", "trajectory", ("layer",), _WHAT.format("model in the shape of Ling-Lite"), "ling"),

@@ -157,9 +157,7 @@ class Layer(Base):
 
     def findings(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
         """Return what the detectors say."""
-        return judge_layer(
-            inputs, outputs, model_of(p), p.dtype, contract, capacity=self.limit(p), backward=self.backward
-        )
+        return judge_layer(inputs, outputs, model_of(p), p, contract, capacity=self.limit(p), backward=self.backward)
 
 
 def results(out: LayerOutput) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import U32, Bounded
-from hal_conformance.case import Array, Arrays, arithmetic
+from hal_conformance.case import Array, Arrays, Params, arithmetic
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.chained import Chained, product
@@ -39,14 +39,15 @@ class Stages:
         given: its parameters by name, float32; `tokens_BL`, `targets_BL`; `cos_LR`, `sin_LR`.
         got: what the taps of `language.model.losses` saw, by name; the gradient of each as "d:" and the name; the
             parameters' gradients as "raw/" and the name. Shapes and dtypes are right.
-        dtype: of the arithmetic.
+        p: of the case; its dtype is that of the arithmetic.
         contract: of the device.
     """
 
-    def __init__(self, spec: LanguageSpec, given: Arrays, got: Arrays, dtype: str, contract: Contract) -> None:
-        self._spec, self._given, self._got, self._dtype, self._contract = spec, given, got, dtype, contract
+    def __init__(self, spec: LanguageSpec, given: Arrays, got: Arrays, p: Params, contract: Contract) -> None:
+        self._spec, self._given, self._got, self._p, self._contract = spec, given, got, p, contract
+        self._dtype = p.dtype
         self._tokens = given["tokens_BL"].reshape(-1)
-        self._rule = arithmetic(contract, dtype)
+        self._rule = arithmetic(contract, p.dtype)
         self._forward: list[Finding] = []
         self._backward: list[Finding] = []
 
@@ -67,8 +68,8 @@ class Stages:
         return make.store(wide(self._given[name]), self._dtype)
 
     def _weight_gradient(self, name: str) -> Array:
-        """Return a parameter's gradient in the dtype in which it was computed."""
-        return make.store(wide(self._got[f"raw/{name}"]), self._dtype)
+        """Return a parameter's gradient: numbers of the arithmetic's dtype in float32, as autograd casts them."""
+        return self._got[f"raw/{name}"]
 
     def _same(self, where: list[Finding], what: str, got: Array, expected: Array) -> None:
         where.append(exact(what, got, expected))
@@ -205,7 +206,7 @@ class Stages:
         got = {name: self._got[at(name)] for name in fields}
         got |= {"y_TD": self._got[at("mlp")], "dx_TD": self._got["d:" + at("mlp_normed")]}
         got |= {f"d{name}": self._weight_gradient(at(name)) for name in trained}
-        found = judge_layer(given, got, model, self._dtype, self._contract, backward=True)
+        found = judge_layer(given, got, model, self._p, self._contract, backward=True)
         self._forward += [_at(f"{where}experts: ", finding) for finding in found]
 
     def _head(self) -> None:

@@ -16,7 +16,7 @@ from hal_conformance.faults import VARIATIONS
 from hal_conformance.plan import Selection
 
 SLOW = {"experts", "layer", "trajectory"}
-QUICK = [v for v in VARIATIONS.values() if v.families and v.families[0] not in SLOW]
+QUICK = [v for v in VARIATIONS.values() if v.families and v.families[0] not in SLOW and "compiled" not in v.name]
 
 
 @pytest.fixture(scope="module")

@@ -152,6 +152,17 @@ class PaddedBatch(OwnProduct):
 
 
 @benign()
+class TokensInChunks(OwnProduct):
+    """The rows of each expert in chunks of five, whose weight gradients are added in float32."""
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        whole = super().expert
+        wide = [w.float() for w in (w1, w3, w2)]
+        return torch.cat([whole(part, *wide) for part in x.split(5, -2)], -2)
+
+
+@benign()
 class PermutedExperts(Parts):
     """The experts are computed in another order and put back."""
 

@@ -58,8 +58,8 @@ class Chained:
 
     @property
     def T(self) -> Chained:
-        """The transpose."""
-        return Chained(self.value.T, self.var.T)
+        """The transpose; of several matrices, that of each."""
+        return Chained(self.value.swapaxes(-1, -2), self.var.swapaxes(-1, -2))
 
     def __getitem__(self, key: Any) -> Chained:
         return Chained(self.value[key], self.var[key])
@@ -106,7 +106,7 @@ def together(*parts: Chained) -> Chained:
 
 
 def product(a: Chained, b: Chained, rule: Arithmetic) -> Chained:
-    """Return a @ b for [M, K] and [K, N]; not stored."""
+    """Return a @ b for [..., M, K] and [..., K, N]; not stored."""
     square_a, square_b = a.value * a.value, b.value * b.value
     value = a.value @ b.value
     var = matmul_variance(value, square_a @ square_b, a.value.shape[-1], rule)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from hal_conformance.case import I64, Arrays
-from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, Meter, exact
 from hal_conformance.oracle.experts import SwigluGradients
 from hal_conformance.oracle.layer import ROUTED
@@ -20,37 +19,21 @@ class WeightGradients:
     expert without rows has gradients of exactly zero.
     """
 
-    TOGETHER = 2**17
-    """Elements that are judged at once: enough for numpy to be busy, and few beside all experts'."""
-
     def __init__(self, outputs: Arrays, counts_E: I64, dtype: str) -> None:
         self._outputs = outputs
         self._dtype = dtype
         self._empty = np.flatnonzero(counts_E == 0)
         used = int((counts_E > 0).sum())
         self._meters = {f"d{name}": Meter(f"d{name}", independent=used) for name in ROUTED}
-        self._waiting: list[tuple[int, SwigluGradients]] = []
 
-    def add(self, expert: int, gradients: SwigluGradients) -> None:
-        """Take in those of one expert."""
-        self._waiting.append((expert, gradients))
-        if len(self._waiting) * gradients.dw1_FD.value.size >= self.TOGETHER:
-            self._judge()
-
-    def _judge(self) -> None:
-        if not self._waiting:
-            return
-        places = np.array([expert for expert, _ in self._waiting])
-        for index, (name, meter) in enumerate(self._meters.items()):
-            parts = [gradients.weights[index] for _, gradients in self._waiting]
-            together = Chained(np.stack([p.value for p in parts]), np.stack([p.var for p in parts]))
+    def add(self, experts: I64, gradients: SwigluGradients) -> None:
+        """Take in those of a few experts."""
+        for (name, meter), part in zip(self._meters.items(), gradients.weights, strict=True):
             got = self._outputs[name]
-            meter.add(got[places], together.bounded(self._dtype, got.size), places)
-        self._waiting.clear()
+            meter.add(got[experts], part.bounded(self._dtype, got.size), experts)
 
     def findings(self) -> list[Finding]:
         """Return what was found, and whether experts without rows have zeros."""
-        self._judge()
         found = [meter.finding() for meter in self._meters.values()]
         for name in self._meters:
             zeros = exact(

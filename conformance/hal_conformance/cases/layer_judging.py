@@ -53,7 +53,7 @@ def judge_layer(
     weights = WeightGradients(got, counts_E, dtype) if backward else None
     expected = layer(
         given, got, model, dtype, gate_storage(spec, p), weight_storage(spec, p), contract,
-        capacity=capacity, on_expert=None if weights is None else weights.add,
+        capacity=capacity, on_experts=None if weights is None else weights.add,
     )  # fmt: skip
     found.append(judge("y", got["y_TD"], expected.y.bounded(dtype), independent=tokens))
     for name, gradient in expected.gradients.items():

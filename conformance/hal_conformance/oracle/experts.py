@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SwiGLU experts, forward and backward, one expert after the other: all of them in float64 need not fit in memory."""
+"""SwiGLU experts, forward and backward, a few at a time: all of them in float64 need not fit in memory.
+
+Legend: n rows of each of G experts, D model dim, F expert hidden dim.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ from hal.contract import Arithmetic
 from hal_conformance.absent import needed
 from hal_conformance.case import I64, Array
 from hal_conformance.chained import Chained, product, silu, silu_backward, together
-from hal_conformance.oracle.dispatching import spans
 
 Weights = tuple[Array, Array, Array]
 """w1, w3 [.., F, D] and w2 [.., D, F], as they are stored."""
@@ -20,9 +22,10 @@ Weights = tuple[Array, Array, Array]
 
 @dataclass(frozen=True)
 class Swiglu:
-    """The inside of one expert: gate g, up u, s = silu(g), h = s u, y; each as stored in `dtype`.
+    """The inside of an expert: gate g, up u, s = silu(g), h = s u, y; each as stored in `dtype`.
 
-    An implementation that keeps one of them wider is more precise.
+    Or of several with as many rows each, with an axis for them in front. An implementation that keeps one of these
+    wider is more precise.
     """
 
     x: Chained
@@ -66,7 +69,7 @@ class Swiglu:
 
 @dataclass(frozen=True)
 class SwigluGradients:
-    """Gradients of the rows and the weights of one expert."""
+    """Gradients of the rows and the weights; of several experts, with an axis for them in front."""
 
     dx: Chained
     dw1_FD: Chained
@@ -80,14 +83,14 @@ class SwigluGradients:
 
 
 class Unknown(Swiglu):
-    """An expert of which nothing is asked: NaN of the right shapes."""
+    """Experts of which nothing is asked: NaN of the right shapes."""
 
     @classmethod
     def of(cls, x: Array, weights: Weights, dtype: str, rule: Arithmetic) -> Unknown:  # type: ignore[override]
         """Return it without computing anything."""
         w1, w3, w2 = (_unknown(w.shape) for w in weights)
-        g = _unknown((len(x), len(w1.value)))
-        return cls(_unknown(x.shape), w1, w3, w2, g, g, g, g, _unknown((len(x), len(w2.value))), dtype, rule)
+        g = _unknown((*x.shape[:-1], weights[0].shape[-2]))
+        return cls(_unknown(x.shape), w1, w3, w2, g, g, g, g, _unknown(x.shape), dtype, rule)
 
     def backward(self, dy: Chained) -> SwigluGradients:
         """See `Swiglu.backward`."""
@@ -98,16 +101,32 @@ def _unknown(shape: tuple[int, ...]) -> Chained:
     return Chained(np.broadcast_to(np.float64(np.nan), shape), np.broadcast_to(np.float64(0.0), shape))
 
 
+TOGETHER = 2**17
+"""Elements of one matrix of the experts that are computed at once: enough for numpy to be busy."""
+
+
 def each(
     x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic
-) -> Iterator[tuple[int, slice, Swiglu]]:
-    """Yield (expert, its rows, its inside) for each expert that has rows; its inside is unknown if nobody asks."""
+) -> Iterator[tuple[I64, I64, Swiglu]]:
+    """Yield (experts [G], their rows [G, n], their inside) until every expert that has rows was there.
+
+    Those of one yield have as many rows each. The inside is unknown if nobody asks for it.
+    """
     w1, w3, w2 = weights
-    for e, rows in spans(counts_E):
-        if needed(e):
-            yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), (w1[e], w3[e], w2[e]), dtype, rule)
-        else:
-            yield e, rows, Unknown.of(x_RD[rows], (w1[e], w3[e], w2[e]), dtype, rule)
+    first = np.cumsum(counts_E) - counts_E
+    most = max(1, TOGETHER // max(1, w1[0].size))
+    asked = np.array([needed(e) for e in range(len(counts_E))], bool)
+    for n in np.unique(counts_E[counts_E > 0]):
+        for kind, alike in ((Swiglu, asked), (Unknown, ~asked)):
+            of = np.flatnonzero((counts_E == n) & alike)
+            for at in range(0, len(of), most):
+                e = of[at : at + most]
+                rows = first[e][:, None] + np.arange(n)
+                given = w1[e], w3[e], w2[e]
+                if kind is Unknown:
+                    yield e, rows, Unknown.of(x_RD[rows], given, dtype, rule)
+                else:
+                    yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), given, dtype, rule)
 
 
 def experts(x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic) -> Chained:

@@ -12,7 +12,7 @@ from hal.contract import Contract
 from hal.moe.model_spec import MoEModelSpec
 from hal_conformance.bounds import U32
 from hal_conformance.budget import level
-from hal_conformance.case import Arrays, arithmetic
+from hal_conformance.case import I64, Arrays, arithmetic
 from hal_conformance.chained import Chained, dot, product, sigmoid, together
 from hal_conformance.oracle.dispatching import combine_chained, gather, sent
 from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each
@@ -49,9 +49,9 @@ def layer(
     contract: Contract,
     *,
     capacity: int | None = None,
-    on_expert: Callable[[int, SwigluGradients], None] | None = None,
+    on_experts: Callable[[I64, SwigluGradients], None] | None = None,
 ) -> LayerValues:
-    """Compute the layer; with `on_expert`, and `dy_TD` among the inputs, its gradients, too.
+    """Compute the layer; with `on_experts`, and `dy_TD` among the inputs, its gradients, too.
 
     Args:
         given: inputs of the case.
@@ -62,7 +62,7 @@ def layer(
         weight_dtype: storage of the routing weights.
         contract: of the device.
         capacity: most rows of an expert.
-        on_expert: called with the gradients of each expert that has rows; all of them need not fit in memory.
+        on_experts: called with the gradients of a few experts at a time; all of them need not fit in memory.
     """
     spec, rule = model.router, arithmetic(contract, dtype)
     tokens, k = observed["experts_TK"].shape
@@ -70,7 +70,7 @@ def layer(
     slot_R, counts_E = sent(chosen, spec.num_experts, capacity)
     x_RD = given["x_TD"][slot_R // k]
     upstream = None
-    if on_expert is not None:
+    if on_experts is not None:
         dy = np.asarray(given["dy_TD"], np.float64)
         by_slot = Chained.exact(weights.reshape(-1)[slot_R, None])
         upstream = (Chained.exact(dy[slot_R // k]) * by_slot).stored(dtype)
@@ -79,10 +79,10 @@ def layer(
     w1, w3, w2 = (given[name] for name in ROUTED)
     for e, rows, inside in each(x_RD, counts_E, (w1, w3, w2), dtype, rule):
         o_RD[rows] = inside.y
-        if upstream is not None and on_expert is not None:
+        if upstream is not None and on_experts is not None:
             gradients = inside.backward(upstream[rows])
             dx_RD[rows] = gradients.dx
-            on_expert(e, gradients)
+            on_experts(e, gradients)
     o_TKD = gather(o_RD, slot_R, tokens, k)
     y = combine_chained(o_TKD, weights, dtype)
     shared = _Shared.of(given, dtype, contract) if SHARED[0] in given else None

@@ -3,7 +3,7 @@
 
 python tests/hal_conformance/fuzz_recordings.py [--inputs N] [--seed S] [--memory MIB]
 
-Half of the inputs have a right digest, since the digest would otherwise shield everything behind it. Bytes, the header's
+Most of the inputs have a right digest, since the digest would otherwise shield everything behind it. Bytes, the header's
 JSON and the manifest's JSON are mutated. What can be read is compared, too: a forged recording must not harm the judge.
 It also serves as the catalogue of the case that it records.
 """

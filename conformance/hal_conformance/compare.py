@@ -261,14 +261,16 @@ def _take_in(one: Compared, found: Comparison, recordings: int) -> None:
 
 def _spread(bench: Bench, work: Work, processes: int) -> Iterator[Compared]:
     """Yield what is found of each task, in the order in which it is done."""
+    # Neighbours have the same weights, which a process keeps (`kept.Kept`): a family's tasks of one preset together,
+    # and of these the dtypes of one case, which round the same numbers.
+    parts = [
+        sorted(part, key=lambda item: item[1].case.name)
+        for _, part in itertools.groupby(work, lambda item: (item[1].case.family, item[1].params.preset))
+    ]
     if processes == 1:
-        for place, task, entries in work:
+        for place, task, entries in itertools.chain.from_iterable(parts):
             yield bench.compare(place, task, entries)
         return
-    # Neighbours have the same weights, which a process keeps (`kept.Kept`): a family's tasks of one preset together.
-    parts = [
-        list(part) for _, part in itertools.groupby(work, lambda item: (item[1].case.family, item[1].params.preset))
-    ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for part in pool.map(_compare_all, itertools.repeat(bench), parts):
             yield from part

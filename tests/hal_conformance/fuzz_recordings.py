@@ -198,9 +198,9 @@ def check(data: bytes) -> str:
         text = str(refusal)
         if not text.isprintable() or len(text) > 2 * MAX_DETAIL:
             raise AssertionError(f"refused in more than a printable line: {text!r}") from refusal
-        return re.sub(
-            r"(output|tensor|column|elements of|entry|schema is|with suite|kept as|case) .*", r"\1 ...", text
-        )[:60]
+        return re.sub(r"(output|tensor|column|elements of|entry|schema is|suite|take|read \(\w+).*", r"\1 ...", text)[
+            :60
+        ]
     to_json(compare([read], group_by="impl").as_json())
     return "read and compared"
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from hal_conformance.case import Case
 from hal_conformance.cases import (
     attention,
+    band,
     combine,
     determinism,
     dispatch,
@@ -21,6 +22,7 @@ from hal_conformance.cases import (
     losses,
     norm,
     optimizer,
+    paired,
     rotary,
     router,
     router_backward,
@@ -52,6 +54,8 @@ ALL: tuple[Case, ...] = (
     *optimizer.CASES,
     *fp8.CASES,
     *step.CASES,
+    *band.CASES,
+    *paired.CASES,
 )
 
 

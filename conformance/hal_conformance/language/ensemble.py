@@ -23,8 +23,8 @@ from hal_conformance.language import curves as run
 from hal_conformance.language.twins import operators, twin
 
 FILE = "ensemble.safetensors"
-TWINS = 499
-"""An honest device is outside of all of them once in 500 runs."""
+TWINS = 199
+"""An honest device is outside of all of them once in 200 runs."""
 SEEDS = 48
 WINDOW = 20
 """Last steps whose mean is a run's final loss."""

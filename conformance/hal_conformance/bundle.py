@@ -16,11 +16,14 @@ import math
 import re
 import stat
 import struct
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from hal_conformance import arrays as codec
 from hal_conformance.case import Array, Arrays
@@ -28,8 +31,8 @@ from hal_conformance.text import plain
 
 MAX_FILE = 64 << 20
 """Bytes of a recording, written or read: a dozen times what scale small takes, which is held in memory."""
-MAX_HEADER = 8 << 20
-"""Bytes of a header: parsed JSON takes up to some thirty times as much memory."""
+MAX_HEADER = 1 << 20
+"""Bytes of a header, which holds the manifest: some 10 KB."""
 MAX_DIMENSIONS = 8
 MAX_EXTENT = 2**31
 
@@ -145,6 +148,28 @@ def read(path: Path) -> bytes:
         if isinstance(error, Unreadable):
             raise
         raise Unreadable(f"cannot be read: {plain(error)}") from error
+
+
+def deflate(data: bytes | memoryview) -> Array:
+    """Return bytes in the format of zlib, as a tensor."""
+    return np.frombuffer(zlib.compress(data, 9), np.uint8)
+
+
+def inflate(tensor: Array, limit: int) -> bytes:
+    """Return what was deflated.
+
+    Raises:
+        Unreadable: it is not in that format, or has more than `limit` bytes.
+    """
+    stream = zlib.decompressobj()
+    try:
+        # One more than the limit: 0 would mean that there is none.
+        found = stream.decompress(tensor.tobytes(), limit + 1)
+    except zlib.error as error:
+        raise Unreadable(f"bytes that cannot be inflated ({plain(error, 60)})") from error
+    if len(found) > limit or not stream.eof or stream.unused_data:
+        raise Unreadable("deflated bytes that have no end, or something after it, or are too many")
+    return found
 
 
 def parse_json(text: bytes | str) -> Any:

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recording: what one subject returned for every case, to be judged on another host, without the device.
 
-All outputs of scale small take 1.4 GB; a recording takes 5 MB. It holds samples of each output (`sampling`), the
+All outputs of scale small take 1.4 GB; a recording takes 4 MB. It holds samples of each output (`sampling`), the
 elements that the recorder found worst, a checksum for each row and a digest of everything. What needs every element
 (a single wrong one among millions, the RMS of errors) is therefore judged on the recording host, by the same code
 and the same oracle as elsewhere, and recorded as the recorder's claim. The host that compares does not have to
 believe it: it makes the inputs and the oracle again, and judges what the recording holds by itself.
 
-The manifest says what was run, on what, and under which versions and flags. Nothing in it depends on the time,
-so that a deterministic subject records the same bytes twice.
+The manifest, in the file's metadata, says what was run, on what, and under which versions and flags; the tables of
+cases and outputs are a tensor. Nothing depends on the time, so that a deterministic subject records the same bytes
+twice.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ SCHEMA = "hal.recording/2"
 FACTS = ("info", "contract", "versions", "environment", "flags", "kernels", "changes")
 """Parts of the manifest that describe the subject; `compare` shows where they differ."""
 
-INPUTS = "inputs/sha256"
+TABLES, INPUTS = "tables", "inputs/sha256"
+MAX_TABLES = 8 << 20
+"""Bytes of the tables, inflated: ten times those of scale small. Parsed JSON takes up to some thirty times as much."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +117,15 @@ def write(
         "device": str(opened["info"]["id"]),
         "impl": subject.impl,
         **{name: opened[name] for name in FACTS},
-        "outputs": writer.lines,
-        "cases": cases,
     }
+    tables = {"outputs": writer.lines, "cases": cases}
     metadata = {
         "schema": SCHEMA,
         "suite": suite_version(),
-        "manifest": json.dumps(manifest, separators=(",", ":"), allow_nan=False),
+        "manifest": _to_json(manifest),
     }
-    data = bundle.encode(metadata, {INPUTS: columns.digests_to_array(inputs), **writer.tensors()})
+    tensors = {TABLES: bundle.deflate(_to_json(tables).encode()), INPUTS: columns.digests_to_array(inputs)}
+    data = bundle.encode(metadata, tensors | writer.tensors())
     if len(data) > bundle.MAX_FILE:
         raise ConfigError(
             f"the recording would have {len(data)} bytes; it may have {bundle.MAX_FILE >> 20} MiB",
@@ -171,7 +174,7 @@ def parse(data: bytes, name: str, catalogue: Catalogue) -> Recording:
             impl=_text(manifest["impl"]),
             contract=Contract.from_json(facts["contract"]),
             facts=facts,
-            entries=_entries(manifest, tasks, tensors),
+            entries=_entries(tensors, tasks, selection.seed),
         )
     except (KeyError, TypeError, AttributeError, ConfigError) as error:
         raise Unreadable(f"its manifest cannot be read ({type(error).__name__}: {plain(error, 100)})") from error
@@ -181,17 +184,17 @@ def parse(data: bytes, name: str, catalogue: Catalogue) -> Recording:
         raise Unreadable(f"its manifest cannot be read ({plain(error, 100)})") from error
 
 
-def _entries(
-    manifest: Mapping[str, Any], tasks: Sequence[Task], tensors: Mapping[str, bundle.Stored]
-) -> tuple[Entry, ...]:
-    cases, left = manifest["cases"], dict(tensors)
+def _entries(tensors: Mapping[str, bundle.Stored], tasks: Sequence[Task], seed: int) -> tuple[Entry, ...]:
+    left = dict(tensors)
+    tables = bundle.parse_json(bundle.inflate(left.pop(TABLES).array("uint8"), MAX_TABLES))
+    cases = tables["cases"]
     if not isinstance(cases, list):
         raise TypeError("'cases' must be a list")
     planned = [(task.case.name, task.params.preset, task.params.dtype) for task in tasks]
     if [(case["case"], case["preset"], case["dtype"]) for case in cases] != planned:
         raise Unreadable(f"it does not hold the {len(planned)} cases that its selection has in this suite")
     inputs = left.pop(INPUTS).array("uint8")
-    outputs = columns.Reader(left, manifest["selection"]["seed"]).read(manifest["outputs"])
+    outputs = columns.Reader(left, seed).read(tables["outputs"])
     if left:
         raise Unreadable(f"{len(left)} of its tensors belong to no case")
     return tuple(_entry(case, task, inputs, outputs) for case, task in zip(cases, tasks, strict=True))
@@ -208,6 +211,10 @@ def _entry(case: Mapping[str, Any], task: Task, inputs: Array, outputs: Sequence
         raise Unreadable(f"{plain(task, 100)} has both a status and outputs")
     claim = None if status is not None else _claim_from_json(case["claim"])
     return Entry(task, status, plain(case["detail"]), claim, hashes, held)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
 def _claim_to_json(task: Task, claimed: Judgement) -> list[Any]:

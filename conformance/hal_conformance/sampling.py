@@ -66,11 +66,11 @@ def grid(name: str, shape: tuple[int, ...], seed: int) -> Grid | None:
     """Return which elements of a float output are held; None: all of them.
 
     Args:
-        name: of the output; what follows a slash (the number of a run) does not count.
+        name: of the output; see `word`.
         shape: of the output. May be enormous: nothing of its size is allocated.
         seed: of the inputs.
     """
-    name = name.split("/")[0]
+    name = word(name)
     if math.prod(shape) <= WHOLE or name in CONDITIONS:
         return None
     if len(shape) == 1:
@@ -79,6 +79,11 @@ def grid(name: str, shape: tuple[int, ...], seed: int) -> Grid | None:
     together = name in TOGETHER
     rows = picked(seed, shape[0], shape[0] if shape[0] <= FEW else FULL_ROWS if together else ROWS)
     return Grid(rows, None if together else picked(seed, width, COLUMNS), width)
+
+
+def word(name: str) -> str:
+    """Return the part of a name that says what an output is: the last one that is no number of a run or a step."""
+    return next((part for part in reversed(name.split("/")) if not part.isdecimal()), name)
 
 
 def picked(seed: int, extent: int, count: int) -> I64:

@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import recordings
 
-from hal_conformance import arrays, recording
+from hal_conformance import arrays, bundle, recording
 from hal_conformance.bundle import Unreadable
 from hal_conformance.case import Footprint
 from hal_conformance.compare import compare
@@ -165,29 +166,33 @@ def mutate_bytes(data: bytes, draw: random.Random) -> bytes:
     return bytes(found)
 
 
-def mutant(base: bytes, header: dict[str, Any], tensors: bytes, draw: random.Random) -> bytes:
+def mutant(base: bytes, draw: random.Random) -> bytes:
     """Return one mutated recording."""
-    kind = draw.randrange(8)
+    header, tensors = recordings.split(base)
+    kind = draw.randrange(9)
     if kind == 0:
         return mutate_bytes(base, draw)
     if kind == 1:  # bytes of the header, under a right digest
         text = json.dumps(header, separators=(",", ":")).encode()
         return recordings.reseal(text[:91] + mutate_bytes(text[91:], draw), tensors)
     if kind == 2:  # bytes of the tensors
-        return recordings.reseal(copy.deepcopy(header), mutate_bytes(tensors, draw))
-    if kind == 3:
+        return recordings.reseal(header, mutate_bytes(tensors, draw))
+    if kind == 3:  # names, dtypes, shapes and places of the tensors
         changed = mutate_json(header, draw)
         if not isinstance(changed.get("__metadata__"), dict):
             changed["__metadata__"] = header["__metadata__"]
         return recordings.reseal(changed, tensors)
-    metadata = dict(header["__metadata__"])
-    manifest = json.loads(metadata["manifest"])
-    if kind == 4:
+    manifest = recordings.manifest_of(base)
+    if kind == 4:  # bytes of a column, deflated again
+        name = draw.choice([name for name in header if name.startswith(("outputs/values", "tables"))])
+        start, end = header[name]["data_offsets"]
+        column = mutate_bytes(zlib.decompress(tensors[start:end]), draw)
+        return recordings.with_json(base, manifest, **{name: bundle.deflate(column)})
+    if kind == 5:
+        metadata = {**header["__metadata__"]}
         metadata["manifest"] = mutate_bytes(metadata["manifest"].encode(), draw).decode("utf-8", "replace")
-    else:
-        metadata["manifest"] = json.dumps(mutate_json(manifest, draw))
-    data = mutate_bytes(tensors, draw) if kind == 5 and draw.random() < 0.3 else tensors
-    return recordings.reseal({**header, "__metadata__": metadata}, data)
+        return recordings.reseal({**header, "__metadata__": metadata}, tensors)
+    return recordings.with_json(base, mutate_json(manifest, draw))
 
 
 def check(data: bytes) -> str:
@@ -208,11 +213,10 @@ def check(data: bytes) -> str:
 def fuzz(inputs: int, seed: int) -> Counter[str]:
     """Return how often what happened; the first input that breaks a rule is raised, with its number."""
     base = sound()
-    header, tensors = recordings.split(base)
     found: Counter[str] = Counter()
     for number in range(inputs):
         draw = random.Random(f"{seed}/{number}")
-        data = mutant(base, header, tensors, draw)
+        data = mutant(base, draw)
         started = time.monotonic()
         try:
             found[check(data)] += 1

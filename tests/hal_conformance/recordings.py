@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ import fake_cases
 import numpy as np
 
 from hal.contract import Contract
-from hal_conformance import arrays, recording
+from hal_conformance import arrays, bundle, recording
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
@@ -68,13 +69,33 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+TABLES = ("outputs", "cases")
+TAGS = {"U8": "uint8", "I32": "int32", "I64": "int64"}
+
+
+def manifest_of(data: bytes) -> dict[str, Any]:
+    """Return the manifest and the tables as one object."""
+    metadata, tensors = bundle.decode(data)
+    return json.loads(metadata["manifest"]) | json.loads(zlib.decompress(tensors["tables"].data))
+
+
 def with_manifest(data: bytes, change) -> bytes:
-    """Return a forged copy whose manifest was changed."""
-    header, tensors = split(data)
-    manifest = json.loads(header["__metadata__"]["manifest"])
+    """Return a forged copy whose manifest or tables were changed."""
+    manifest = manifest_of(data)
     change(manifest)
-    header["__metadata__"]["manifest"] = json.dumps(manifest)
-    return reseal(header, tensors)
+    return with_json(data, manifest)
+
+
+def with_json(data: bytes, manifest: Any, **columns: Any) -> bytes:
+    """Return a forged copy with this manifest and its tables, and these tensors in place of its own."""
+    metadata, tensors = bundle.decode(data)
+    kept = {name: stored.array(TAGS[stored.dtype]) for name, stored in tensors.items()}
+    whole = dict(manifest) if isinstance(manifest, dict) else {}
+    tables = {name: whole.pop(name) for name in TABLES if name in whole}
+    text = json.dumps(whole if isinstance(manifest, dict) else manifest)
+    forged = {**metadata, "manifest": text}
+    del forged["sha256"]
+    return bundle.encode(forged, kept | {"tables": bundle.deflate(json.dumps(tables).encode())} | columns)
 
 
 def one_ulp(array):

@@ -16,6 +16,9 @@ def test_small_outputs_and_conditions_are_held_whole():
     assert sampling.grid("y_TD", (32, 32), 0) is None
     assert sampling.grid("weights_TK/2", (4096, 8), 0) is None
     assert sampling.grid("y_TD", (32, 33), 0) is not None
+    names = ("y_TD", "y_TD/2", "2/y_TD", "1/0/y_TD", "p/y_TD")
+    assert {sampling.word(name) for name in names} == {"y_TD"}
+    assert (sampling.word("2"), sampling.word("")) == ("2", "")
 
 
 def test_a_grid_has_the_ends_of_both_axes_and_the_same_rows_in_every_output():
@@ -75,5 +78,5 @@ def test_the_same_output_is_stored_once_and_integers_are_narrow():
     writer = Writer(0)
     x = np.arange(6000, dtype=np.int64).reshape(60, 100) % 250
     assert [writer.add("experts_TK", x), writer.add("experts_TK/1", x), writer.add("slots", x)] == [0, 0, 1]
-    assert writer.tensors()["outputs/deflated/uint8"].nbytes < 12_000
+    assert writer.tensors()["outputs/values/uint8"].nbytes < 12_000
     assert arrays.tag_of(x) == writer.lines[0][1] == "int64"

@@ -122,7 +122,10 @@ def weights(seed: int, stream: str, *shape: int, first: int = 0) -> F64:
 
 def sparse(seed: int, stream: str, ones: int, values: int, *shape: int, first: int = 0) -> F64:
     """Return integers in [-values, values] with at most `ones` nonzero in each row of the last axis."""
-    order = np.argsort(words(seed, f"{stream}/keep", *shape, first=first), axis=-1, kind="stable")
+    # A stable argsort, in half of its time: numbers with their places, no two of which are equal, are sorted as values.
+    keyed = (words(seed, f"{stream}/keep", *shape, first=first) << 20) | np.arange(shape[-1])
+    keyed.sort(axis=-1)
+    order = keyed & (2**20 - 1)
     keep = order < min(ones, shape[-1])
     return np.where(keep, integers(seed, stream, -values, values, *shape, first=first), 0).astype(np.float64)
 

@@ -92,6 +92,8 @@ def write(
 ) -> bytes:
     """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
+    Inputs and outputs are sorted by name: the order in which a case names them may change from process to process.
+
     Raises:
         ConfigError: it would be larger than a recording may be.
     """
@@ -103,14 +105,14 @@ def write(
         case: dict[str, Any] = {
             "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
             "status": None if seen.status is None else seen.status.value, "detail": seen.detail, "claim": None,
-            "inputs": {name: inputs.setdefault(digest, len(inputs)) for name, digest in seen.hashes.items()},
+            "inputs": {name: inputs.setdefault(digest, len(inputs)) for name, digest in sorted(seen.hashes.items())},
             "outputs": {},
         }  # fmt: skip
         if seen.status is None:
             with witness.watching(seen.outputs) as worst:
                 claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
             case["claim"] = _claim_to_json(seen.task, claimed)
-            case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in seen.outputs.items()}
+            case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in sorted(seen.outputs.items())}
         cases.append(case)
     manifest = {
         "selection": selection.as_json(),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import recordings
@@ -170,6 +172,15 @@ def test_experts_that_nothing_held_depends_on_are_not_computed_and_nothing_else_
     assert counted[0] == counted[1]
     assert counted[0][0] == "green"
     assert counted[0][1] > 100
+
+
+def test_the_order_in_which_a_case_names_its_arrays_changes_no_byte():
+    seen = observed(*(Task(entry.task.case, entry.task.params) for entry in recorded(GRADIENTS).entries))
+    other = replace(
+        seen, outputs=dict(reversed(seen.outputs.items())), hashes=dict(reversed(list(seen.hashes.items())))
+    )
+    first, second = (recording.write(Subject("cpu"), OPENED, GRADIENTS, [one]) for one in (seen, other))
+    assert first == second
 
 
 def test_what_does_not_fit_into_this_hosts_memory_is_the_recorders_word(monkeypatch):

@@ -88,7 +88,8 @@ def test_a_recording_of_which_nothing_was_judged_does_not_hide_behind_another():
 
 def test_other_inputs_are_invalid():
     def edit(manifest):
-        manifest["cases"][0]["inputs"]["x"] = 1
+        inputs = manifest["cases"][0]["inputs"]
+        inputs["x"] = inputs["empty"]
 
     found = compare([recordings.parse(recordings.with_manifest(recordings.make(), edit))])
     assert found.report.results[0].status is Status.INVALID

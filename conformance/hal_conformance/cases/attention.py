@@ -15,7 +15,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -194,6 +194,28 @@ class NoTokens(Attention):
         return {name: array if name in ("k_SGd", "v_SGe") else array[:0] for name, array in super().inputs(p).items()}
 
 
+class Overflow(Attention):
+    """Gradients of values beyond float16."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: where a loss is scaled, and the scale is found by what overflows."""
+        return ("float16",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: values of 0, so that nothing inside overflows; upstream gradients of up to 32,768."""
+        arrays = super().inputs(p)
+        arrays["v_SGe"] = np.zeros_like(arrays["v_SGe"])
+        shape = arrays["dy_THe"].shape
+        size = 2.0**15 * make.words(p.seed, "attention/large", *shape) / 2.0**32
+        arrays["dy_THe"] = make.store(size, p.dtype)
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 class Latent(Forward):
     """Multi-head latent attention."""
 
@@ -274,6 +296,11 @@ CASES = (
         "The last three keys are NaN and infinite, their values the largest that there are: queries before them see "
         "nothing of it. A mask that is added instead of selected lets NaN through. (Values of NaN are not asked about: "
         "every kernel multiplies hidden values by 0.)",
+    ),
+    Overflow(
+        "attention.overflow", "attention", _NEEDS,
+        "Values of zero and large upstream gradients in float16: the gradients of values that many queries see are "
+        "infinite, not the largest number; those of queries and keys are zero.",
     ),
     NoTokens("attention.no_tokens", "attention", _NEEDS, "Zero queries: gradients of keys and values are 0."),
     Latent(

@@ -14,7 +14,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
@@ -181,6 +181,29 @@ class NoTokens(Norm):
         return merge(exact(name, array, np.zeros_like(array)) for name, array in sorted(outputs.items()))
 
 
+class Overflow(Norm):
+    """Results and gradients beyond float16."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: where a loss is scaled, and the scale is found by what overflows."""
+        return ("float16",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: weights of some 16,384; tokens with heavy tails, and one with a small mean square."""
+        arrays = super().inputs(p)
+        arrays["weight_D"] = make.store(np.asarray(arrays["weight_D"], np.float64) * 2.0**14, p.dtype)
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: infinite where the bound reaches beyond the dtype, and certainly so beyond it."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 _RMS, _LAYER = ("rms_norm",), ("layer_norm",)
 _INPUTS = (
     "Heavy tails and outlier channels; one token whose mean square is about epsilon, one of zeros, one near float16's "
@@ -209,6 +232,11 @@ CASES = (
     Powers("norm.layer_powers", "norm", _LAYER, "LayerNorm" + _POWERS.format(" and the bias"), "layer", 0.0),
     NanToken("norm.rms_nan_token", "norm", _RMS, "As norm.rms, forward, with one token of NaN: it stays alone."),
     NanToken("norm.layer_nan_token", "norm", _LAYER, "As norm.layer, forward, with one token of NaN.", "layer"),
+    Overflow(
+        "norm.rms_overflow", "norm", _RMS,
+        "RMSNorm with large weights in float16: results and gradients that are too large are infinite, as a loss scale "
+        "relies on; the largest number in their place is wrong.",
+    ),
     NoTokens("norm.rms_no_tokens", "norm", _RMS, "Zero tokens: gradients of the weight that are exactly zero."),
     NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
     Strided("norm.rms_strided", RMS), Strided("norm.layer_strided", LAYER),

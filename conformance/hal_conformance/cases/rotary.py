@@ -13,7 +13,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Array, Arrays, Params
-from hal_conformance.cases.base import Base, leaf, observed, shape
+from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.rotary import rotary
@@ -94,6 +94,29 @@ class QuarterTurns(Rotary):
         return merge([exact("y", outputs["y_THd"], y), exact("dx", outputs["dx_THd"], dx)])
 
 
+class Overflow(Rotary):
+    """Results and gradients beyond float16."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: where a loss is scaled, and the scale is found by what overflows."""
+        return ("float16",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: numbers from 30,000 to 65,000 of either sign, which a rotation carries beyond 65,504."""
+        arrays = super().inputs(p)
+        for name in ("x_THd", "dy_THd"):
+            shape = arrays[name].shape
+            size = 30000.0 + 35000.0 * make.words(p.seed, f"rotary/large/{name}", *shape) / 2.0**32
+            sign = 1.0 - 2.0 * make.integers(p.seed, f"rotary/large/sign/{name}", 0, 1, *shape)
+            arrays[name] = make.store(sign * size, p.dtype)
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 class NoTokens(Rotary):
     """Zero tokens."""
 
@@ -121,6 +144,10 @@ CASES = (
         "Angles 0, 90, 180 and 270 degrees on the first half of the channels: results and gradients are inputs, moved "
         "and negated, bit by bit. The other pairing (2i with 2i+1), a wrong sign, forward or backward, and channels "
         "that should pass unchanged show; a token of NaN stays alone.",
+    ),
+    Overflow(
+        "rotary.overflow", "rotary", _NEEDS,
+        "As rotary.random in float16, with numbers that a rotation carries beyond it: infinite, not the largest one.",
     ),
     NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
     Strided("rotary.strided", RANDOM),

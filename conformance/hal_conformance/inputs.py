@@ -197,17 +197,17 @@ def choices(seed: int, stream: str, tokens: int, experts: int, top_k: int) -> I6
     return np.argsort(word, axis=1, kind="stable")[:, :top_k].astype(np.int64)
 
 
-EDGES = (0, 1, 17, 65, 129)
-"""Row counts on either side of the usual tiles of 16, 64 and 128 rows; the empty expert is one of them."""
+EDGES = (0, 1, 17, 65, 129, 32, 64, 128)
+"""Row counts that fill the usual tiles of 32, 64 and 128 rows, or exceed them by one, and no rows."""
 
 
 def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
     """Return [E] row counts, permuted: kernels lose tails at particular residues of a count, so every one is wanted.
 
-    0 to 31, 65 and 129 where there are experts enough, otherwise `EDGES` and what the seed says. Experts beyond these
-    have up to twice what is left of `rows` for each of them.
+    0 to 32, 64, 65, 128 and 129 where there are experts enough, otherwise `EDGES` and what the seed says. Experts
+    beyond these have up to twice what is left of `rows` for each of them.
     """
-    swept = [*range(32), 65, 129]
+    swept = [*range(33), 64, 65, 128, 129]
     if experts >= len(swept):
         rest = experts - len(swept)
         share = max(1, (rows - sum(swept)) // max(1, rest))

@@ -55,8 +55,8 @@ def experts(
         check_indices: whether the counts are checked against R where that costs a wait.
 
     Raises:
-        ShapeError: shapes, dtypes or devices do not fit, the counts do not add up to R, or the grouped path was forced
-            where it does not work.
+        ShapeError: shapes, dtypes or devices do not fit, E is 0, the counts do not add up to R, or the grouped path was
+            forced where it does not work.
     """
     counts_E = _check(x_RD, counts_E, weights)
     dtype = model_dtype(x_RD)
@@ -109,6 +109,8 @@ def _check(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
     w1_EFD, w3_EFD, w2_EDF = weights
     check_shape(where, "w1_EFD", w1_EFD, ("E", "F", x_RD.shape[1]))
     num_experts, hidden, width = w1_EFD.shape
+    if num_experts == 0:
+        raise ShapeError(f"{where}: w1_EFD has no expert", expected="E of at least 1")
     check_shape(where, "w3_EFD", w3_EFD, (num_experts, hidden, width))
     check_shape(where, "w2_EDF", w2_EDF, (num_experts, width, hidden))
     for name, w in zip(("w1_EFD", "w3_EFD", "w2_EDF"), weights, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hal.errors import ShapeError
 from hal.moe.checks import as_index, check_floating, check_range, check_same_device, check_shape
 from hal.moe.dispatching import count
 from hal.moe.precision import wide_dtype, without_autocast
@@ -66,10 +67,12 @@ def z_loss(logits_TE: Tensor) -> Tensor:
     Source: Zoph et al. 2022, eq. 5 (arXiv:2202.08906).
 
     Raises:
-        ShapeError: the logits are not a matrix, or of no dtype to compute in.
+        ShapeError: the logits are not a matrix, have no expert, or are of no dtype to compute in.
     """
     check_shape("z_loss", "logits_TE", logits_TE, ("T", "E"))
     check_floating("z_loss", "logits_TE", logits_TE)
+    if logits_TE.shape[1] == 0:
+        raise ShapeError("z_loss: logits_TE has no expert", expected="E of at least 1")
     with without_autocast(logits_TE):
         wide_TE = logits_TE.to(wide_dtype(logits_TE.dtype))
         if wide_TE.shape[0] == 0:

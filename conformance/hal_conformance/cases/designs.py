@@ -18,8 +18,8 @@ import numpy as np
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, I64, Array, Arrays
 
-ONE = 32.0
-"""A gate value whose sigmoid is 1 in float32 (1 - 1.3e-14), so that silu(32) is exactly 32 and its slope 1."""
+ONE = 64.0
+"""A gate value whose sigmoid is 1 - 1.6e-28, which is 1 in float32 and in float64: silu(64) is 64, its slope 1."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def as_it_occurs(size: Size) -> Arrays:
 def integers(size: Size) -> Arrays:
     """Small integers; the output needs rounding in the 16-bit dtypes.
 
-    u sums at most 28 products of up to 9, at most 252: exact in bfloat16. h = 32 u. y sums four of those times at most
-    2: at most 64,512, below float16's largest, in multiples of 32, so every partial sum is exact in float32.
+    u sums at most 14 products of up to 9, at most 126: exact in bfloat16. h = 64 u. y sums four of those times at most
+    2: at most 64,512, below float16's largest, in multiples of 64, so every partial sum is exact in float32.
     """
     seed, channel = size.seed, size.channel("integers")
     x = make.integers(seed, "integers/x", -3, 3, size.rows, size.width).astype(np.float64)
@@ -93,7 +93,7 @@ def integers(size: Size) -> Arrays:
     up, down = size.up[1:], size.down[1:]
     return size.arrays(
         x, size.gate(channel),
-        size.made("integers/w3", size.up, lambda e, n: make.sparse(seed, "integers/w3", 28, 3, n, *up, first=e)),
+        size.made("integers/w3", size.up, lambda e, n: make.sparse(seed, "integers/w3", 14, 3, n, *up, first=e)),
         size.made("integers/w2", size.down, lambda e, n: make.sparse(seed, "integers/w2", 4, 2, n, *down, first=e)),
     )  # fmt: skip
 
@@ -137,11 +137,11 @@ def one_hot(size: Size) -> Arrays:
 
     Row r of an expert is 1 in one channel j(r) of its own and in the channel c that all rows share. Each expert shows
     one of its matrices; f(d) is a hidden unit that the seed picks for output channel d:
-      - 0, up: the gate is 32 through c, so y[d] = 32 w3[f(d), j].
-      - 1, gate: u is 1 through c and w2 picks f(d), so y[d] = w1[f(d), j], from 32 to 64, where silu is the identity.
-        In the 16-bit dtypes odd units add 32 through c, which needs rounding: a gate whose store truncates is seen.
+      - 0, up: the gate is 64 through c, so y[d] = 64 w3[f(d), j].
+      - 1, gate: u is 1 through c and w2 picks f(d), so y[d] = w1[f(d), j], from 64 to 128, where silu is the identity.
+        In the 16-bit dtypes odd units add 64 through c, which needs rounding: a gate whose store truncates is seen.
         (In float32 the sum itself would round, which a contract may do in its own way.)
-      - 2, down: w1 opens the unit j mod F alone and u is 1/32, so h is one-hot and y[d] = w2[d, j mod F].
+      - 2, down: w1 opens the unit j mod F alone and u is 1/64, so h is one-hot and y[d] = w2[d, j mod F].
     Every bit that is read shows, and so does an input cut to fewer bits.
     """
     seed, channel = size.seed, size.channel("onehot")
@@ -233,8 +233,8 @@ def activation(size: Size) -> Arrays:
 def backward_integers(size: Size) -> Arrays:
     """Integers whose gradients are exact, too; `dy_RD` is among them.
 
-    x is -1, 0 or 1, rows of w3 have at most seven ones: |u| <= 7, h = 32 u. dy has at most eight values of up to 2 a
-    row, w2 at most four of up to 2: |dh| <= 32. So du = 32 dh has 6 significant bits and dg = dh u, at most 224, has 8:
+    x is -1, 0 or 1, rows of w3 have at most seven ones: |u| <= 7, h = 64 u. dy has at most eight values of up to 2 a
+    row, w2 at most four of up to 2: |dh| <= 32. So du = 64 dh has 6 significant bits and dg = dh u, at most 224, has 8:
     exact in bfloat16 wherever they are stored. w3 is zero in the gate's channel, where alone w1 is not, so that every
     element of dx comes through one of the two paths. All sums are of integers below 2**24: exact in float32 in any
     order, and rounded once when they are stored.
@@ -264,6 +264,34 @@ def busiest(counts_E: I64) -> list[tuple[int, int]]:
     return [(int(counts_E[:e].sum() + counts_E[e] // 2), int(e)) for e in order]
 
 
+def with_overflowing_gradients(arrays: Arrays, dtype: str, seed: int) -> Arrays:
+    """Return `backward_integers` with two rows of a third expert whose gradients overflow, each in every order.
+
+    The expert's u is 1, through the gate's channel c alone, and the four ones of its w2 are in one output channel d.
+    In its first two rows dy is V in d alone, x is 1 in c and X in one other channel j. So dh = dg = V and du = 64 V in
+    four units, and zero in the others: both are below the dtype's largest, whether they are stored or not. With V the
+    largest power of two of which that is true, 128 V overflows. So do, all summands being of one sign, dx in c
+    (512 V), dw2 in d (64 V from each row), dw1 and dw3 in j (V X and 64 V X from each); all else is exact as ever.
+    """
+    w1, w3, w2, x, dy = (arrays[name].copy() for name in ("w1_EFD", "w3_EFD", "w2_EDF", "x_RD", "dy_RD"))
+    counts = arrays["counts_E"]
+    expert = int(np.argsort(-counts, kind="stable")[2])
+    begin = int(counts[:expert].sum())
+    c = int(np.flatnonzero(w1[expert, 0])[0])
+    d, *others = (int(at) for at in make.permutation(seed, "overflow/channels", x.shape[1])[:3])
+    j = next(at for at in others if at != c)
+    w3[expert] = w2[expert] = 0
+    w3[expert, :, c] = 1
+    w2[expert, d, :4] = 1
+    rows = slice(begin, begin + 2)
+    dy[begin : begin + int(counts[expert]), d] = 0
+    x[rows] = dy[rows] = 0
+    x[rows, c] = 1
+    x[rows, j] = 2.0**10
+    dy[rows, d] = 2.0**9 if dtype == "float16" else 2.0**121
+    return {**arrays, "w3_EFD": w3, "w2_EDF": w2, "x_RD": x, "dy_RD": dy}
+
+
 def with_nonfinite_rows(arrays: Arrays, dtype: str) -> Arrays:
     """Return `integers` with a row of NaN, one with an infinity and one that overflows.
 
@@ -271,7 +299,7 @@ def with_nonfinite_rows(arrays: Arrays, dtype: str) -> Arrays:
     where x is inf, alone feeds u, too, so that g = u = h = inf, and w2 is the same power of two of one sign for all
     hidden units of an output channel: y is an infinity of that sign in any order, since nothing meets a zero or an
     infinity of the other sign. 2**100 there (128 in float16) gives h = 2**205 (2**19) and a y of more than a quarter
-    of it, beyond the dtype, whether the inside of the expert is stored or not. Its other rows have u = 1 and h = 32.
+    of it, beyond the dtype, whether the inside of the expert is stored or not. Its other rows have u = 1 and h = 64.
     """
     x, w1 = arrays["x_RD"].copy(), arrays["w1_EFD"]
     w3, w2 = arrays["w3_EFD"].copy(), arrays["w2_EDF"].copy()

@@ -35,7 +35,7 @@ class BackwardIntegers(BackwardCase):
 
     @np.errstate(all="ignore")
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`: the gate is 32, where silu is the identity and its slope 1."""
+        """See `Case.judge`: the gate is 64, where silu is the identity and its slope 1."""
         wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
@@ -58,7 +58,7 @@ class BackwardIntegers(BackwardCase):
 
 
 class NanBackward(BackwardIntegers):
-    """A row that is NaN, and a NaN in the upstream gradient of another expert's row."""
+    """A row that is NaN, a NaN in the upstream gradient of another expert's row, and gradients that overflow."""
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: many experts, and few."""
@@ -66,7 +66,7 @@ class NanBackward(BackwardIntegers):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: in the middle of the two busiest experts'."""
-        arrays = super().inputs(p)
+        arrays = designs.with_overflowing_gradients(super().inputs(p), p.dtype, p.seed)
         x, dy = arrays["x_RD"].copy(), arrays["dy_RD"].copy()
         (of_x, _), (of_dy, _) = designs.busiest(arrays["counts_E"])
         x[of_x] = np.nan
@@ -80,9 +80,11 @@ class OneExpert(BackwardIntegers):
 
     Attributes:
         rows: how many.
+        multiple: of which D is the next multiple: aligned widths take other kernels.
     """
 
-    rows: int = 257
+    rows: int = 513
+    multiple: int = 1
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: many experts, and few."""
@@ -93,7 +95,7 @@ class OneExpert(BackwardIntegers):
         size = super().size(p)
         counts = np.zeros_like(size.counts_E)
         counts[make.integers(p.seed, "one/expert", 0, len(counts) - 1, 1)] = self.rows
-        return replace(size, counts_E=counts)
+        return replace(size, counts_E=counts, width=-(-size.width // self.multiple) * self.multiple)
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -117,12 +119,16 @@ CASES = (
         "experts.nan_backward", "experts", _NEEDS,
         "As experts.backward_integers with a row of NaN, and one NaN in the upstream gradient of another expert's row: "
         "NaN are these rows' gradients, those of the one expert's weights, and of the other's but for the rows of its "
-        "down projection that the NaN does not reach; every other gradient is exact.",
+        "down projection that the NaN does not reach. In two rows of a third expert the upstream gradient is so large "
+        "that elements of all four gradients overflow: infinite in every order of summation (NaN is right, too), and "
+        "no largest finite number, which would hide the overflow from loss scaling. Every other gradient is exact.",
     ),
     OneExpert(
         "experts.one_expert", "experts", _NEEDS,
-        "As experts.backward_integers with 257 rows on one expert and none on the others. The upstream gradient is one "
-        "row in memory, expanded, as that of a sum is.",
+        "As experts.backward_integers with 513 rows on one expert and none on the others, and a width that is a "
+        "multiple of 128. The upstream gradient is one row in memory, expanded, as that of a sum is. Sums of that many "
+        "equal rows overflow in float16.",
+        multiple=128,
     ),
     OneExpert(
         "experts.one_row", "experts", _NEEDS, "As experts.one_expert with a single row, as in decoding.", rows=1

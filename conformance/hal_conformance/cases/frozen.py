@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Trainable(Case, Protocol):
-    """A case with a backward pass whose gradients are exact."""
+    """A case with a backward pass."""
 
     def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the inputs that have gradients."""
@@ -40,16 +40,19 @@ class Trainable(Case, Protocol):
 class Frozen:
     """The case `inner`, some inputs trained without the others, and then the others without these.
 
-    The others twice: the second gradient is minus half of the first and is added to it, so that half of it is left,
-    exactly. A gradient in a buffer that the second pass overwrites shows.
+    The others twice, where gradients are exact: the second gradient is minus half of the first and is added to it, so
+    that half of it is left, exactly. A gradient in a buffer that the second pass overwrites shows.
 
     Attributes:
         first: what is trained at first.
+        twice: whether the others have two passes; not where a pass is rounded, since an honest second one need not have
+            the bits of the first.
     """
 
     name: str
     inner: Trainable
     first: tuple[str, ...]
+    twice: bool = True
 
     @property
     def family(self) -> str:
@@ -65,10 +68,10 @@ class Frozen:
     def what(self) -> str:
         """See `Case.what`."""
         first = " and ".join(self.first)
+        again = ", where a second backward pass adds minus half of the gradient to what is there" if self.twice else ""
         return (
-            f"As {self.inner.name}, with {first} trained and everything else frozen, then the reverse, where a second "
-            "backward pass adds minus half of the gradient to what is there. Gradients that are asked for are those "
-            f"of {self.inner.name}; there are no others."
+            f"As {self.inner.name}, with {first} trained and everything else frozen, then the reverse{again}. "
+            f"Gradients that are asked for are those of {self.inner.name}; there are no others."
         )
 
     def presets(self) -> tuple[str, ...]:
@@ -97,7 +100,7 @@ class Frozen:
         frozen = {name: tensors[name].detach() for name in leaves}
         then = [name for name in leaves if name not in self.first]
         found = self.inner.there_and_back(ops, {**tensors, **frozen, **{n: leaves[n] for n in self.first}}, p)
-        for factor in (1.0, -0.5):
+        for factor in (1.0, -0.5) if self.twice else (1.0,):
             self.inner.there_and_back(ops, {**tensors, **frozen, **{n: leaves[n] for n in then}}, p, factor)
         unasked = {f"{UNASKED}{name}": tensor.grad for name, tensor in frozen.items()}
         return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}, **unasked})
@@ -110,7 +113,8 @@ class Frozen:
         unasked = [name.removeprefix(UNASKED) for name in outputs if name.startswith(UNASKED)]
         if unasked:
             return Judgement(Status.FAIL_STRUCTURE, detail=f"frozen, and has a gradient: {', '.join(unasked)}")
-        halves = [f"d{name}" for name in self.inner.names(inputs) if name not in self.first]
+        others = [name for name in self.inner.names(inputs) if name not in self.first]
+        halves = [f"d{name}" for name in others if self.twice]
         return self.inner.judge(inputs, {**outputs, **{name: _doubled(outputs[name]) for name in halves}}, p, contract)
 
 

@@ -210,6 +210,10 @@ CASES = (
         "layer.one_token", "layer", _NEEDS, what(f"{FREE} and one token, as in decoding", _GRADIENTS),
         backward=True, tokens=1, only=KINDS,
     ),
+    Layer(
+        "layer.aligned", "layer", _NEEDS, what(f"{FREE}, and 64 tokens, a number that fills tiles", _GRADIENTS),
+        backward=True, tokens=64, only=("mixtral-8x7b",),
+    ),
     NoTokens(
         "layer.no_tokens", "layer", _NEEDS, "A layer without tokens: empty results, losses of zero.", tokens=0,
         only=KINDS,

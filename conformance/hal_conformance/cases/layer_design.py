@@ -20,25 +20,25 @@ MOST = 255
 FEW = 4
 """Channels in which the gradients of every second token lie."""
 
-SCALE = 512.0
-"""Of the shared down projection: 32 * 3 * 512 = 49,152 is below float16's largest."""
+SCALE = 256.0
+"""Of the shared down projection: 64 * 3 * 256 = 49,152 is below float16's largest."""
 
 
 def integers(arrays: Arrays, top_k: int, p: Params) -> Arrays:
     """Return tokens, weights and upstream gradients in place of those of a layer of the same shapes.
 
-    A token is 1 in the gate's channel c and -1 or 1 in one other. Routed experts: w1 is 32 in c, w3 is 0 there and at
+    A token is 1 in the gate's channel c and -1 or 1 in one other. Routed experts: w1 is 64 in c, w3 is 0 there and at
     most m elsewhere, so that |u| <= m and silu is the identity; row d of w2 has a single 1 or -1, so that a row of y is
-    32 u, and a token's sum of K of them 32 w times an integer of at most K m. With a shared expert m = 255 // K, and
+    64 u, and a token's sum of K of them 64 w times an integer of at most K m. With a shared expert m = 255 // K, and
     that sum is exact wherever it is stored. Without, m = 127: it is rounded once, and 16 bits would lose partial sums.
 
-    Backward, dy has at most n = 255 // m elements of 1 or -1. So sum |dh| <= n w; du = 32 dh and dg = dh u are at most
-    32 w and w times n m <= 255; so is a row of dx, through w3 (32 w) or, in c, through w1 (32 w). A token's sum of K of
+    Backward, dy has at most n = 255 // m elements of 1 or -1. So sum |dh| <= n w; du = 64 dh and dg = dh u are at most
+    64 w and w times n m <= 255; so is a row of dx, through w3 (64 w) or, in c, through w1 (64 w). A token's sum of K of
     those is exact in float32, and rounded once when it is stored. The gate is zero, and adds none. In every second
-    token, all of which the hot expert has, dy lies in the same few channels: its dw2 sums many rows of up to 32 w m
+    token, all of which the hot expert has, dy lies in the same few channels: its dw2 sums many rows of up to 64 w m
     there, and needs more bits than 8.
 
-    The shared expert: w1 as above, u is 1, 2 or 3, and w2 512 or -512 in one place of each row, for half of the
+    The shared expert: w1 as above, u is 1, 2 or 3, and w2 256 or -256 in one place of each row, for half of the
     channels. So y is a multiple of 16,384 there, beside which the routed sum needs rounding in 16 bits, and exact in
     float32. dy is zero in these channels, so that the shared expert adds nothing to dx, while its w2 has a gradient.
     """

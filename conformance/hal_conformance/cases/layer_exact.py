@@ -12,7 +12,7 @@ from hal_conformance.cases import layer_design
 from hal_conformance.cases.base import keeps_nonfinite, model_of, wide
 from hal_conformance.cases.designs import ONE
 from hal_conformance.cases.frozen import Frozen
-from hal_conformance.cases.layer import Layer
+from hal_conformance.cases.layer import BACKWARD, Layer
 from hal_conformance.cases.strided import Sliced
 from hal_conformance.detectors import ExactMeter, Finding, exact
 from hal_conformance.oracle.dispatching import gather_rows, sent, spans
@@ -87,6 +87,33 @@ class NanUpstream(Integers):
         return super().findings(inputs, outputs, p, contract)
 
 
+class Overflow(Integers):
+    """Gradients of a token's rows that are finite, and whose sum over its choices overflows float16."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: with float32's range the sums of the gate's gradient would overflow, too."""
+        return ("float16",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`.
+
+        dy of one token is V = 1024 in one channel that the shared expert does not reach, and zero elsewhere. There a
+        row of w2 has one 1 or -1, so du = 64 w V = V in one unit, and a row of dx is V w3, at most 42 V = 43,008, and
+        the sum of K = 6 of those in float32 is exact: an infinity, or a number, whatever the order.
+        """
+        arrays = super().inputs(p)
+        dy = arrays["dy_TD"].copy()
+        dy[len(dy) // 2] = 0
+        dy[len(dy) // 2, make.permutation(p.seed, "layer/integers/channels", dy.shape[1])[-1]] = 1024.0
+        return {**arrays, "dy_TD": dy}
+
+    @np.errstate(all="ignore")
+    def findings(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> list[Finding]:
+        """See `Layer.findings`."""
+        keeps_nonfinite(contract)
+        return super().findings(inputs, outputs, p, contract)
+
+
 def _expert(x: F64, dy: F64, w1: F64, w3: F64, w2: F64) -> tuple[F64, F64, tuple[F64, F64, F64]]:
     """Return y, dx and the gradients of the weights of one expert whose gate is `ONE` everywhere."""
     u, dh = x @ w3.T, dy @ w2
@@ -112,6 +139,14 @@ CASES = (
         "Every other gradient is exact.",
         replayed=True, backward=True, only=("deepseek-v2-lite",),
     ),
+    Overflow(
+        "layer.overflow_backward", "layer", ("layer",),
+        "As layer.integers, in float16, with one large element in the upstream gradient: elements of its token's "
+        "gradient are infinite, bit by bit, and no largest finite number, which would hide the overflow from loss "
+        "scaling. Every other gradient is exact.",
+        replayed=True, backward=True, only=("deepseek-v2-lite",),
+    ),
     Frozen("layer.frozen", INTEGERS, ("x_TD", "gate_ED")),
+    Frozen("layer.frozen_gate", BACKWARD, ("gate_ED",), twice=False),
     Sliced("layer.sliced", INTEGERS),
 )  # fmt: skip

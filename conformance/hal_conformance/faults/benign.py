@@ -124,6 +124,17 @@ class FusedExpert(OwnProduct):
 
 
 @benign()
+class WideFused(OwnProduct):
+    """A whole expert in float64, rounded once."""
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        wide = x.double()
+        hidden = self.activate(wide @ w1.double().mT) * (wide @ w3.double().mT)
+        return (hidden @ w2.double().mT).to(x.dtype)
+
+
+@benign()
 class PackedProjections(OwnProduct):
     """Gate and up projection as one product."""
 

@@ -81,6 +81,42 @@ class LosesBeyond256(AfterExperts):
 
 
 @fault()
+class LosesBeyond512(AfterExperts):
+    """The last row of an expert with more than 512 rows is zero."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, last_rows(counts_E, counts_E > 512))
+
+
+@fault()
+class LosesFullTilesOf32(AfterExperts):
+    """The last row of an expert with exactly 32 rows is zero."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, last_rows(counts_E, counts_E == 32))
+
+
+@fault()
+class LosesFullTilesOf64(AfterExperts):
+    """The last row of an expert is zero where its count is a multiple of 64, but not of 128."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, last_rows(counts_E, counts_E % 128 == 64))
+
+
+@fault()
+class LosesFullTilesOf128(AfterExperts):
+    """The last row of an expert is zero where its count is a multiple of 128."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, last_rows(counts_E, counts_E % 128 == 0))
+
+
+@fault()
 class LosesAllOfOneExpert(AfterExperts):
     """The result is zero where one expert of several has every row."""
 
@@ -138,6 +174,15 @@ class WidthOf64(AfterExperts):
     def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
         """See `AfterExperts.change`."""
         return y_RD * 0 if y_RD.shape[1] % 64 else y_RD
+
+
+@fault()
+class AlignedWidth(AfterExperts):
+    """The result is zero where the width is a multiple of 128."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return y_RD if y_RD.shape[1] % 128 else y_RD * 0
 
 
 @fault("pytorch#172440")

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import Dispatch, LayerOutput
+from hal.moe.ops import Dispatch, LayerOutput, LayerWeights, Routing
+from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.combine import CombinesInBfloat16
 from hal_conformance.faults.dispatch import CapacityZeroIsNone
 from hal_conformance.faults.layer import AfterLayer
-from hal_conformance.faults.nonfinite import NanInAllExperts
+from hal_conformance.faults.nonfinite import NanInAllExperts, saturated
 from hal_conformance.faults.parts import Parts, gradient_of
 from hal_conformance.faults.products import AccumulatesInBfloat16
 from hal_conformance.faults.router import DropsEpsilon, HigherIndexFirst, MasksWithZero
@@ -142,3 +143,85 @@ class LayerDoublesAToken(LayerAlone):
     """A fused layer that reduces twice where there is a single token."""
 
     parts = _TwiceAlone
+
+
+class _LosesAlignedTokens(AfterLayer):
+    """A layer whose last token is lost where their number is a multiple of 32."""
+
+    def change(self, out: LayerOutput, x_TD: Tensor, spec: MoEModelSpec) -> LayerOutput:
+        """See `AfterLayer.change`."""
+        if len(x_TD) % 32:
+            return out
+        keep = torch.ones(len(x_TD), 1, dtype=x_TD.dtype, device=x_TD.device)
+        keep[-1] = 0
+        return out._replace(y_TD=out.y_TD * keep)
+
+
+@fault()
+class LayerLosesAlignedTokens(LayerAlone):
+    """A fused layer that loses the last token where their number is a multiple of 32."""
+
+    parts = _LosesAlignedTokens
+
+
+class _SaturatesTokens(Parts):
+    """A layer whose token gradients that overflow become the largest finite number."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        return super().layer(saturated(x_TD), weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+
+@fault()
+class LayerSaturatesGradients(LayerAlone):
+    """A fused layer that returns the largest finite number for a token's gradient that overflows."""
+
+    parts = _SaturatesTokens
+
+
+class _NeedsATrainedGate(Parts):
+    """Parts whose router passes on no gradient of the tokens if the gate is frozen."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        x_TD = x_TD if gate_ED.requires_grad else x_TD.detach()
+        return super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class LayerNeedsATrainedGate(LayerAlone):
+    """A fused layer whose token gradients lack the router's part if the gate is frozen."""
+
+    parts = _NeedsATrainedGate
+
+
+class _NeedsTrainedTokens(Parts):
+    """A layer whose gate has no gradient of its own unless the tokens have one."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+        if weights.gate_ED.requires_grad and not x_TD.requires_grad:
+            nothing = (weights.gate_ED * 0).sum()
+            return out._replace(
+                y_TD=gradient_of(out.y_TD, nothing.to(out.y_TD.dtype).expand_as(out.y_TD)),
+                aux_loss=gradient_of(out.aux_loss, nothing.to(out.aux_loss.dtype)),
+                z_loss=gradient_of(out.z_loss, nothing.to(out.z_loss.dtype)),
+            )
+        return out
+
+
+@fault()
+class LayerNeedsTrainedTokens(LayerAlone):
+    """A fused layer whose gate gets a gradient of zero unless the tokens are trained."""
+
+    parts = _NeedsTrainedTokens

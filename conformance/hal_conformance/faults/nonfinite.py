@@ -75,3 +75,61 @@ class HidesNanUpstream(Parts):
         if y_RD.requires_grad:
             y_RD.register_hook(lambda gradient: gradient.nan_to_num(nan=0.0))
         return y_RD
+
+
+class _Saturated(torch.autograd.Function):
+    """The identity, whose gradient is the largest finite number where it overflows; NaN stays."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        largest = torch.finfo(gradient.dtype).max
+        return gradient.clamp(-largest, largest)
+
+
+def saturated(tensor: Tensor) -> Tensor:
+    """Return the tensor, whose gradient is clamped to the finite numbers."""
+    found: Tensor = _Saturated.apply(tensor)  # type: ignore[no-untyped-call]
+    return found
+
+
+@fault()
+class SaturatesGradientsOfRows(Parts):
+    """Gradients of the experts' rows that overflow become the largest finite number."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        return super().experts(saturated(x_RD), counts_E, weights)
+
+
+class _SaturatesOneWeight(Parts):
+    """Gradients of one matrix of the experts that overflow become the largest finite number."""
+
+    matrix = "w1_EFD"
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        clamped = saturated(getattr(weights, self.matrix))
+        return super().experts(x_RD, counts_E, weights._replace(**{self.matrix: clamped}))
+
+
+@fault()
+class SaturatesGradientsOfW1(_SaturatesOneWeight):
+    """Gradients of the gate projections that overflow become the largest finite number."""
+
+
+@fault()
+class SaturatesGradientsOfW3(_SaturatesOneWeight):
+    """Gradients of the up projections that overflow become the largest finite number."""
+
+    matrix = "w3_EFD"
+
+
+@fault()
+class SaturatesGradientsOfW2(_SaturatesOneWeight):
+    """Gradients of the down projections that overflow become the largest finite number."""
+
+    matrix = "w2_EDF"

@@ -197,6 +197,7 @@ def test_what_does_not_fit_is_refused(ops: TorchMoEOps) -> None:
     w, x_RD, counts_E = _weights(2, 16, 16), torch.zeros(3, 16), torch.tensor([1, 2])
     for call in (
         lambda: ops.experts(x_RD[0], counts_E, w),
+        lambda: ops.experts(x_RD[:0], counts_E[:0], _weights(0, 16, 16)),
         lambda: ops.experts(torch.zeros(3, 8), counts_E, w),
         lambda: ops.experts(x_RD.bfloat16(), counts_E, w),
         lambda: ops.experts(x_RD, counts_E[:1], w),

@@ -85,6 +85,7 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: torch_ops.aux_loss(scores_TE, experts_TK.float(), SOFTMAX),
         lambda: torch_ops.aux_loss(scores_TE.long(), experts_TK, SOFTMAX),
         lambda: torch_ops.z_loss(scores_TE[0]),
+        lambda: torch_ops.z_loss(scores_TE[:, :0]),
         lambda: torch_ops.z_loss(scores_TE.long()),
     ):
         with pytest.raises(ShapeError, match="_loss"):

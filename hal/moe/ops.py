@@ -22,7 +22,7 @@ class Routing(NamedTuple):
 
     Attributes:
         logits_TE: in the gate's dtype.
-        scores_TE: float32 (float64 for float64 logits).
+        scores_TE: float32 (float64 for float64 logits), of the logits as they are stored, in the gate's dtype.
         experts_TK: int64, by descending selection score, ties to the lower expert index.
         weights_TK: in the spec's `weight_dtype`, of the experts in that order.
     """
@@ -105,6 +105,7 @@ class MoEOps(Protocol):
     ) -> Routing:
         """Choose K experts for each token, and their weights.
 
+        Scores are those of the stored logits: a product in float32 is rounded to the gate's dtype first.
         All but the experts are differentiable. A NaN among a token's activations makes its logits, scores and weights
         NaN. Of an infinite one the logits are infinite (or NaN); softmax scores are then NaN, sigmoid scores 1 and 0.
         Its experts are distinct and in range all the same, and no other token is affected.

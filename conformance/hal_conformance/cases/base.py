@@ -32,6 +32,13 @@ class Shape:
     hidden: int
 
 
+@dataclass(frozen=True)
+class At(Params):
+    """An instance whose sizes are not those of its scale."""
+
+    sizes: Shape = Shape(0, 0, 0)
+
+
 _SCALED = {"tiny": Shape(32, 64, 32), "small": Shape(96, 128, 64)}
 FULL_TOKENS = 1024
 
@@ -43,6 +50,8 @@ def shape(p: Params) -> Shape:
     of them odd or prime, and widths that are multiples of 8 (16 bytes, which torch's grouped product asks for) and
     seldom of 16 or 32.
     """
+    if isinstance(p, At):
+        return p.sizes
     at = list(PRESETS).index(p.preset)
     if p.scale in _SCALED:
         least = _SCALED[p.scale]

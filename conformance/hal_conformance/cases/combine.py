@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ from hal_conformance.cases.base import (
     weight_storage,
     wide,
 )
+from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.nonfinite import admitted
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -97,23 +101,54 @@ class Exact(Random):
 
     def finding(self, y_TD: Array, rows_TKD: F64, weights_TK: F64, dtype: str) -> Finding:
         """Compare bit by bit."""
-        return exact("y", y_TD, make.store((rows_TKD * weights_TK[:, :, None]).sum(1), dtype))
+        return exact("y", y_TD, self.expected(rows_TKD, weights_TK, dtype))
+
+    def expected(self, rows_TKD: F64, weights_TK: F64, dtype: str) -> Array:
+        """Return the sums, stored."""
+        return make.store((rows_TKD * weights_TK[:, :, None]).sum(1), dtype)
 
 
-class NanRow(Exact):
-    """A row that is NaN."""
+class Nonfinite(Exact):
+    """Sums that are not finite."""
 
-    def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
-        arrays = super().inputs(p)
-        y = arrays["y_RD"].copy()
-        y[len(y) // 2] = np.nan
-        return {**arrays, "y_RD": y}
-
+    @np.errstate(all="ignore")
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         keeps_nonfinite(contract)
         return super().judge(inputs, outputs, p, contract)
+
+    def finding(self, y_TD: Array, rows_TKD: F64, weights_TK: F64, dtype: str) -> Finding:
+        """Compare bit by bit; NaN for an infinity is right, too (`nonfinite.admitted`)."""
+        return exact("y", y_TD, admitted(self.expected(rows_TKD, weights_TK, dtype), y_TD, Contract()))
+
+
+class NanRow(Nonfinite):
+    """A row that is NaN, and one of infinities."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        y, token_R = arrays["y_RD"].copy(), arrays["slot_R"] // arrays["weights_TK"].shape[1]
+        nan = len(y) // 2
+        infinite = np.flatnonzero(token_R != token_R[nan])[0]
+        y[nan], y[infinite], y[infinite, ::2] = np.nan, np.inf, -np.inf
+        return {**arrays, "y_RD": y}
+
+
+class Overflow(Nonfinite):
+    """Finite rows whose sum the dtype does not hold."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: of two tokens every row is the largest power of two, of one sign, and every weight is 1.
+
+        The sum of two of them is beyond the dtype, in every order.
+        """
+        arrays = super().inputs(p)
+        weights, y = arrays["weights_TK"].copy(), arrays["y_RD"].copy()
+        weights[1:3] = 1
+        for token, sign in ((1, 1.0), (2, -1.0)):
+            y[arrays["slot_R"] // weights.shape[1] == token] = sign * 2.0 ** (15 if p.dtype == "float16" else 127)
+        return {**arrays, "weights_TK": weights, "y_RD": y}
 
 
 class NoTokens(Random):
@@ -163,15 +198,34 @@ class Backward(Random):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        y, weights = leaf(tensors["y_RD"]), leaf(tensors["weights_TK"])
-        ops.combine(y, weights, tensors["slot_R"], weights.shape[0]).backward(tensors["dy_TD"])
-        return observed({"dy_RD": y.grad, "dweights_TK": weights.grad})
+        leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+        self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({f"d{name}": tensor.grad for name, tensor in leaves.items()})
+
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        return ("y_RD", "weights_TK")
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`: there are the gradients only."""
+        weights = tensors["weights_TK"]
+        y = ops.combine(tensors["y_RD"], weights, tensors["slot_R"], weights.shape[0])
+        y.backward(tensors["dy_TD"] if factor == 1.0 else factor * tensors["dy_TD"])
+        return {}
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `frozen.Trainable`."""
+        storage = weight_storage(preset(p.preset).router, p)
+        shapes = {"dy_RD": (inputs["y_RD"].shape, p.dtype), "dweights_TK": (inputs["weights_TK"].shape, storage)}
+        return structure(outputs, shapes)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         weights, y, slots = wide(inputs["weights_TK"]), inputs["y_RD"], inputs["slot_R"]
         storage = weight_storage(preset(p.preset).router, p)
-        wrong = structure(outputs, {"dy_RD": (y.shape, p.dtype), "dweights_TK": (weights.shape, storage)})
+        wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
         top_k = weights.shape[1]
@@ -225,13 +279,22 @@ _GRADIENTS = (
 )
 _EXACT = "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, compared bit by bit"
 BACKWARD = Backward("combine.backward", "combine", _NEEDS, _GRADIENTS)
+EXACT = Exact(
+    "combine.exact", "combine", _NEEDS,
+    _EXACT + "; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
+)  # fmt: skip
+RANDOM = Random("combine.random", "combine", _NEEDS, _SUMS)
 CASES = (
-    Exact(
-        "combine.exact", "combine", _NEEDS,
-        _EXACT + "; a bfloat16 accumulator loses the small remainder (vllm DeepEP#402, TransformerEngine#1336).",
+    EXACT,
+    NanRow(
+        "combine.nan_row", "combine", _NEEDS,
+        _EXACT + ". One row is NaN and one of another token infinite, and both reach their own tokens only.",
     ),
-    NanRow("combine.nan_row", "combine", _NEEDS, _EXACT + ". One row is NaN, and reaches its own token only."),
-    Random("combine.random", "combine", _NEEDS, _SUMS),
+    Overflow(
+        "combine.overflow", "combine", _NEEDS,
+        _EXACT + ". Of two tokens the sum of finite rows is beyond the dtype: infinite, not the largest finite number.",
+    ),
+    RANDOM,
     Dropped("combine.dropped", "combine", _NEEDS, _SUMS + " A slot whose row was dropped adds nothing."),
     NoTokens("combine.no_tokens", "combine", _NEEDS, "Zero tokens and rows give an empty result."),
     Few("combine.one_token", "combine", _NEEDS, _SUMS + " One token, as in decoding.", tokens=1),
@@ -249,4 +312,9 @@ CASES = (
         "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."
     ),
     Strided("combine.strided", BACKWARD),
+    Frozen("combine.frozen", BACKWARD, ("y_RD",), twice=False),
+    Aligned("combine.aligned", EXACT),
+    Aligned("combine.aligned_backward", BACKWARD),
+    Long("combine.long", EXACT, FEW_EXPERTS),
+    Long("combine.long_backward", BACKWARD, FEW_EXPERTS),
 )  # fmt: skip

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.cases import combine, dispatch, router_backward
 from hal_conformance.cases.layer import KINDS, Layer
+from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -44,21 +48,58 @@ class Repeated(Layer):
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: each run within its bounds, and all of them with the same bits."""
-        first, *others = (part(outputs, number) for number in range(RUNS))
-        verdict = super().judge(inputs, first, p, contract)
-        if verdict.status.colour != "green":
-            return verdict
-        for number, run in enumerate(others, 2):
-            shares = {name: differs(first[name], array) for name, array in run.items() if name in first}
-            if run.keys() == first.keys() and not any(shares.values()):
-                continue
-            again = super().judge(inputs, run, p, contract)
-            if again.status.colour != "green":
-                return Judgement(again.status, again.margin, again.detectors, f"run {number}: {again.detail}")
-            changed = ", ".join(f"{share:.2g} of {name}" for name, share in shares.items() if share)
-            detail = f"run {number} has other bits than the first, each within its bounds: {changed}"
-            return Judgement(Status.NONDET, again.margin, again.detectors, detail)
+        once = super().judge
+        return judge_runs(outputs, lambda run: once(inputs, run, p, contract))
+
+
+@dataclass(frozen=True)
+class Again(Wrapped):
+    """A case of one operator, three times: in a layer that is fused it may not be the one that runs."""
+
+    @property
+    def family(self) -> str:
+        """See `Case.family`."""
+        return "determinism"
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, three times, NaN left in freed memory between them; other bits within the bounds "
+            f"are NONDET. {self.inner.what}"
+        )
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        found: dict[str, torch.Tensor] = {}
+        for number in range(RUNS):
+            once = self.inner.run(ops, tensors, p)
+            found |= {f"{name}/{number}": tensor for name, tensor in once.items()}
+            soil({**tensors, **once})
+        return found
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: each run within its bounds, and all of them with the same bits."""
+        return judge_runs(outputs, lambda run: self.inner.judge(inputs, run, p, contract))
+
+
+def judge_runs(outputs: Arrays, once: Callable[[Arrays], Judgement]) -> Judgement:
+    """Judge `RUNS` runs: each by `once`, and NONDET if the bits of one are not the first's."""
+    first, *others = (part(outputs, number) for number in range(RUNS))
+    verdict = once(first)
+    if verdict.status.colour != "green":
         return verdict
+    for number, run in enumerate(others, 2):
+        shares = {name: differs(first[name], array) for name, array in run.items() if name in first}
+        if run.keys() == first.keys() and not any(shares.values()):
+            continue
+        again = once(run)
+        if again.status.colour != "green":
+            return Judgement(again.status, again.margin, again.detectors, f"run {number}: {again.detail}")
+        changed = ", ".join(f"{share:.2g} of {name}" for name, share in shares.items() if share)
+        detail = f"run {number} has other bits than the first, each within its bounds: {changed}"
+        return Judgement(Status.NONDET, again.margin, again.detectors, detail)
+    return verdict
 
 
 class Halves(Layer):
@@ -133,4 +174,8 @@ CASES = (
         "EXACT says that a token's result has the same bits whoever its batchmates are (vllm#57016).",
         replayed=True, only=KINDS[:1] + KINDS[2:],
     ),
+    Again("determinism.route", router_backward.BACKWARD),
+    Again("determinism.dispatch_backward", dispatch.BACKWARD),
+    Again("determinism.combine", combine.RANDOM),
+    Again("determinism.combine_backward", combine.BACKWARD),
 )  # fmt: skip

@@ -13,6 +13,7 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
 from hal_conformance.cases.base import ByCounts, keeps_nonfinite, leaf, mean_load, observed, shape, wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
@@ -181,6 +182,7 @@ _NEEDS = ("dispatch",)
 PERMUTATION = DispatchCase(
     "dispatch.permutation", "dispatch", _NEEDS, _WHAT + "One hot, one empty and one single expert."
 )  # fmt: skip
+BACKWARD = Backward("dispatch.backward", "dispatch", _NEEDS, _SUM)
 CASES = (
     PERMUTATION,
     Capacity(
@@ -198,8 +200,12 @@ CASES = (
         _WHAT + "A token of NaN and one of infinities are copied like any other, and reach no other's rows: a product "
         "with a matrix of zeros and ones spreads them.",
     ),
-    Backward("dispatch.backward", "dispatch", _NEEDS, _SUM),
+    BACKWARD,
     CapacityBackward("dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."),
     NanBackward("dispatch.nan_backward", "dispatch", _NEEDS, _SUM + " A row of NaN reaches its own token only."),
     Strided("dispatch.strided", PERMUTATION),
+    Aligned("dispatch.aligned", PERMUTATION),
+    Aligned("dispatch.aligned_backward", BACKWARD),
+    Long("dispatch.long", PERMUTATION, FEW_EXPERTS),
+    Long("dispatch.long_backward", BACKWARD, FEW_EXPERTS),
 )  # fmt: skip

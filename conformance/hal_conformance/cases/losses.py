@@ -11,7 +11,8 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, gate_storage, leaf, observed, shape, wide
+from hal_conformance.cases.base import At, Base, gate_storage, leaf, observed, shape, wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
@@ -26,6 +27,8 @@ UPSTREAM = 4.0
 
 def tokens_of(p: Params) -> int:
     """Return more tokens than elsewhere: losses are cheap, and those that are summed in chunks need some."""
+    if isinstance(p, At):
+        return shape(p).tokens
     return 4 * shape(p).tokens + 1
 
 
@@ -146,21 +149,27 @@ class NoTokens(Base):
         return wrong or merge(exact(name, outputs[name], np.zeros((), np.float32)) for name in losses)
 
 
+AUX = Aux(
+    "losses.aux", "losses", ("aux_loss",),
+    "The balance loss E / (K T) sum_e count_e mean_t p_te and its gradient, for an upstream gradient "
+    "that is not 1; the coefficient is not applied. Of sigmoids, one token's scores are all zero, where 1e-20 "
+    "beside their sum keeps 0 / 0 away, and another's are of the size of that 1e-20.",
+)  # fmt: skip
+Z_LOSS = Z(
+    "losses.z", "losses", ("z_loss",),
+    "mean_t logsumexp(logits_t)^2 in float32 and its gradient, for logits in the gate's dtype; a seventh of the "
+    "rows as large as before a spike, one around +200 and one around -200, where exp has no finite result; for an "
+    "upstream gradient that is not 1.",
+)  # fmt: skip
 CASES = (
-    Aux(
-        "losses.aux", "losses", ("aux_loss",),
-        "The balance loss E / (K T) sum_e count_e mean_t p_te and its gradient, for an upstream gradient "
-        "that is not 1; the coefficient is not applied. Of sigmoids, one token's scores are all zero, where 1e-20 "
-        "beside their sum keeps 0 / 0 away, and another's are of the size of that 1e-20.",
-    ),
-    Z(
-        "losses.z", "losses", ("z_loss",),
-        "mean_t logsumexp(logits_t)^2 in float32 and its gradient, for logits in the gate's dtype; a seventh of the "
-        "rows as large as before a spike, one around +200 and one around -200, where exp has no finite result; for an "
-        "upstream gradient that is not 1.",
-    ),
+    AUX,
+    Z_LOSS,
     NoTokens(
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",
     ),
+    Aligned("losses.aligned_aux", AUX, ("ling-lite", "ling-2.0-mini")),
+    Aligned("losses.aligned_z", Z_LOSS),
+    Long("losses.long_aux", AUX, FEW_EXPERTS),
+    Long("losses.long_z", Z_LOSS, FEW_EXPERTS),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,9 @@ from hal_conformance import inputs as make
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import gate_storage, keeps_nonfinite, leaf, observed, router_arrays, weight_storage
+from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -58,21 +61,40 @@ class Backward(RouterCase):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
+        leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+        found = self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        return ("x_TD", "gate_ED")
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`."""
         import torch
 
-        x, gate = leaf(tensors["x_TD"]), leaf(tensors["gate_ED"])
         replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
-        routing = ops.route(x, gate, self.router(p), tensors.get("bias_E"), **replay)._asdict()
+        spec, bias = self.router(p), tensors.get("bias_E")
+        routing: dict[str, torch.Tensor] = ops.route(
+            tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay
+        )._asdict()
+        upstream = [tensors[f"d{name}"] for name in self.upstream]
         torch.autograd.backward(
-            [routing[name] for name in self.upstream], [tensors[f"d{name}"] for name in self.upstream]
+            [routing[name] for name in self.upstream], upstream if factor == 1.0 else [factor * d for d in upstream]
         )
-        return observed({**routing, "dx_TD": x.grad, "dgate_ED": gate.grad})
+        return routing
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `frozen.Trainable`."""
+        spec, x, gate = self.router(p), inputs["x_TD"], inputs["gate_ED"]
+        gradients = {"dx_TD": (x.shape, p.dtype), "dgate_ED": (gate.shape, gate_storage(spec, p))}
+        return structure(outputs, expected_structure(spec, p, len(x)) | gradients)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        spec, x, gate = self.router(p), inputs["x_TD"], inputs["gate_ED"]
-        gradients = {"dx_TD": (x.shape, p.dtype), "dgate_ED": (gate.shape, gate_storage(spec, p))}
-        wrong = structure(outputs, expected_structure(spec, p, len(x)) | gradients)
+        wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
         found = self.forward(inputs, outputs, p, contract)
@@ -162,14 +184,15 @@ BACKWARD = Backward(
     "Bound: chained variances (oracle.routing.stored_logits_gradient).",
     upstream=("weights_TK", "scores_TE", "logits_TE"),
 )  # fmt: skip
+REPLAYED = Backward(
+    "router.replayed", "router", _NEEDS,
+    "A routing that is given: these experts in this order, weights computed anew, and the gradients from those of "
+    "the weights alone.",
+    replayed=True,
+)  # fmt: skip
 CASES = (
     BACKWARD,
-    Backward(
-        "router.replayed", "router", _NEEDS,
-        "A routing that is given: these experts in this order, weights computed anew, and the gradients from those of "
-        "the weights alone.",
-        replayed=True,
-    ),
+    REPLAYED,
     NanBackward(
         "router.nan_backward", "router", _NEEDS,
         "One token of NaN, and a gradient of NaN for the weights of another: they reach their own activations' "
@@ -177,4 +200,7 @@ CASES = (
         "in router.replayed.",
     ),
     Strided("router.strided", BACKWARD),
+    Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
+    Aligned("router.aligned", BACKWARD, KINDS[:2]),
+    Long("router.long", BACKWARD, FEW_EXPERTS),
 )  # fmt: skip

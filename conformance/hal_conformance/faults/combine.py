@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -126,3 +128,59 @@ class LowWeightGradient(Parts):
         """See `MoEOps.combine`."""
         low = weights_TK.bfloat16().to(weights_TK.dtype)
         return super().combine(y_RD, low + (weights_TK - low).detach(), slot_R, num_tokens)
+
+
+class _Clamped(torch.autograd.Function):
+    """The largest finite number for infinities; the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        most = torch.finfo(rows.dtype).max
+        return rows.clamp(-most, most)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]
+
+
+def _clamped(rows: Tensor) -> Tensor:
+    clamped: Tensor = _Clamped.apply(rows)  # type: ignore[no-untyped-call]
+    return clamped
+
+
+@fault()
+class ClampsInfiniteRows(Alone):
+    """Infinite rows count as the largest finite number."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return super().combine(_clamped(y_RD), weights_TK, slot_R, num_tokens)
+
+
+@fault()
+class SaturatesTheSum(Alone):
+    """A sum beyond the dtype is stored as its largest finite number."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return _clamped(super().combine(y_RD, weights_TK, slot_R, num_tokens))
+
+
+@fault()
+class RowsNeedTrainedWeights(Alone):
+    """Rows have a gradient of zero unless the routing weights are trained, too."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        given = y_RD if weights_TK.requires_grad else gradient_of(y_RD, y_RD * 0)
+        return super().combine(given, weights_TK, slot_R, num_tokens)
+
+
+@fault()
+class WeightsNeedTrainedRows(Alone):
+    """Routing weights have a gradient of zero unless the rows are trained, too."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        given = weights_TK if y_RD.requires_grad else gradient_of(weights_TK, weights_TK * 0)
+        return super().combine(y_RD, given, slot_R, num_tokens)

@@ -9,7 +9,7 @@ from torch import Tensor
 from hal.moe.ops import Routing
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Alone, chosen_weights, spread_backward
+from hal_conformance.faults.parts import Alone, chosen_weights, gradient_of, spread_backward
 
 
 class RouteAlone(Alone):
@@ -125,3 +125,29 @@ class OneChoiceWeighsOne(RouteAlone):
     def change(self, out: Routing, x_TD: Tensor, spec: RouterSpec) -> Routing:
         """See `RouteAlone.change`."""
         return out._replace(weights_TK=torch.ones_like(out.weights_TK)) if spec.top_k == 1 else out
+
+
+@fault()
+class TokensNeedATrainedGate(Alone):
+    """Activations have a gradient of zero unless the gate is trained, too."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        given = x_TD if gate_ED.requires_grad else gradient_of(x_TD, x_TD * 0)
+        return super().route(given, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class GateNeedsTrainedTokens(Alone):
+    """The gate has a gradient of zero unless the activations have one, too."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        given = gate_ED if x_TD.requires_grad else gradient_of(gate_ED, gate_ED * 0)
+        return super().route(x_TD, given, spec, bias_E, experts_TK=experts_TK)

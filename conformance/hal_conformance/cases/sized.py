@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another case with other sizes: a number of tokens that tiles divide, and one beyond what a block holds.
+
+`base.shape` never gives a number of tokens that 32 divides, and gives at most 161 but at full scale; so a fast path for
+whole tiles would not be run, and what is lost beyond 1,024 rows would not show.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.contract import Contract
+from hal_conformance.case import Arrays, Params
+from hal_conformance.cases.base import At, Shape, shape
+from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+FEW_EXPERTS = ("mixtral-8x7b",)
+"""Eight experts and two choices: many tokens of it are cheap."""
+
+
+class Sized(Wrapped):
+    """The case `inner` with sizes of its own."""
+
+    def sizes(self, p: Params) -> Shape:
+        """Return the sizes."""
+        raise NotImplementedError
+
+    def at(self, p: Params) -> At:
+        """Return the instance with those sizes."""
+        return At(p.preset, p.dtype, p.scale, p.seed, self.sizes(p))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return self.inner.inputs(self.at(p))
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        return self.inner.run(ops, tensors, self.at(p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        return self.inner.judge(inputs, outputs, self.at(p), contract)
+
+
+class Aligned(Sized):
+    """As many tokens as fill tiles of 64, or of 128, to the last row."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return f"As {self.inner.name}, with 64 tokens (128 beyond tiny): whole tiles, no tail. {self.inner.what}"
+
+    def sizes(self, p: Params) -> Shape:
+        """See `Sized.sizes`."""
+        s = shape(p)
+        return Shape(64 if p.scale == "tiny" else 128, s.width, s.hidden)
+
+
+class Long(Sized):
+    """More tokens than a block of 1,024 or 2,048 threads has, with narrow rows."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return f"As {self.inner.name}, with {self.TOKENS:,} narrow tokens at every scale. {self.inner.what}"
+
+    TOKENS = 2100
+    WIDTH = 64
+
+    def sizes(self, p: Params) -> Shape:
+        """See `Sized.sizes`."""
+        return Shape(self.TOKENS, self.WIDTH, self.WIDTH)

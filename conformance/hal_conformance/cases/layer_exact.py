@@ -97,9 +97,10 @@ class Overflow(Integers):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`.
 
-        dy of one token is V = 1024 in one channel that the shared expert does not reach, and zero elsewhere. There a
-        row of w2 has one 1 or -1, so du = 64 w V = V in one unit, and a row of dx is V w3, at most 42 V = 43,008, and
-        the sum of K = 6 of those in float32 is exact: an infinity, or a number, whatever the order.
+        dy of one token is V = 1024 in one channel, and zero elsewhere. The shared expert's w2 is zero there; its dw2 is
+        V h, which overflows, too. A row of a routed w2 has one 1 or -1, so du = 64 w V = V in one unit, a row of dx is
+        V w3, at most 42 V = 43,008, and the sum of K = 6 of those in float32 is exact: an infinity, or a number,
+        whatever the order.
         """
         arrays = super().inputs(p)
         dy = arrays["dy_TD"].copy()

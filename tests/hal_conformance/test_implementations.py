@@ -57,6 +57,7 @@ SLOW = ("sequential", "fused_multiply_add", "pairwise")
 """They add one product after the other, in Python."""
 
 CAUGHT_BY = {
+    "chooses_among_rounded_scores": ("router.close_scores", "FAIL-DISCRETE"),
     "drops_a_token": ("experts.integers", "FAIL-NUMERIC"),
     "swaps_two_rows": ("experts.one_hot", "FAIL-NUMERIC"),
     "loses_residue1": ("experts.integers", "FAIL-NUMERIC"),
@@ -233,9 +234,14 @@ THROUGH_THE_DOOR = (
 """What only a worker sees; see test_impl_door."""
 
 
+OF_MOE = {"router", "dispatch", "experts", "combine", "losses", "layer", "determinism"}
+"""Families of the MoE operators; faults of the others are tried in test_faults, by all cases of their family."""
+
+
 def test_every_fault_has_a_case_that_is_meant_for_it():
-    faults = {name for name, v in VARIATIONS.items() if v.kind == "fault"}
-    assert faults == {*CAUGHT_BY, *THROUGH_THE_DOOR}
+    faults = {name: v for name, v in VARIATIONS.items() if v.kind == "fault"}
+    here = {name for name, v in faults.items() if not v.families or v.families[0] in OF_MOE}
+    assert here == {*CAUGHT_BY, *THROUGH_THE_DOOR}
     assert len(faults) >= 40
     assert len(VARIATIONS) - len(faults) >= 15
 

@@ -93,7 +93,9 @@ def test_an_interrupt_ends_the_children_at_once(
     )
     distributions.stub("mychip", opens=opens)
     monkeypatch.setenv("HAL_BACKENDS", "mychip")
-    asking = subprocess.Popen([sys.executable, "-c", "import hal; hal.explain()"], stderr=subprocess.PIPE, text=True)
+    # A process that a shell started in the background ignores SIGINT, and so would its children.
+    driver = "import signal, hal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nhal.explain()"
+    asking = subprocess.Popen([sys.executable, "-c", driver], stderr=subprocess.PIPE, text=True)
     while not (mark.exists() and mark.read_text()):
         assert asking.poll() is None, asking.communicate()
         time.sleep(0.05)

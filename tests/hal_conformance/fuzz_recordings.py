@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mutates recordings and reads them: whatever comes, it is read or refused in one line, and nothing else happens.
 
-python tests/hal_conformance/fuzz_recordings.py [--inputs N] [--seed S] [--memory MIB]
+python tests/hal_conformance/fuzz_recordings.py [--inputs N] [--seed S] [--first K] [--memory MIB]
 
 Most of the inputs have a right digest, since the digest would otherwise shield everything behind it. Bytes, the header's
 JSON and the manifest's JSON are mutated. What can be read is compared, too: a forged recording must not harm the judge.
@@ -210,20 +210,20 @@ def check(data: bytes) -> str:
     return "read and compared"
 
 
-def fuzz(inputs: int, seed: int) -> Counter[str]:
+def fuzz(inputs: int, seed: int, first: int = 0) -> Counter[str]:
     """Return how often what happened; the first input that breaks a rule is raised, with its number."""
     base = sound()
     found: Counter[str] = Counter()
-    for number in range(inputs):
+    for number in range(first, first + inputs):
         draw = random.Random(f"{seed}/{number}")
         data = mutant(base, draw)
-        started = time.monotonic()
+        started = time.process_time()  # a process that somebody stops takes no longer
         try:
             found[check(data)] += 1
         except BaseException as error:
             raise AssertionError(f"input {number} of seed {seed}: {type(error).__name__}: {error}") from error
-        if time.monotonic() - started > 5.0:
-            raise AssertionError(f"input {number} of seed {seed} took {time.monotonic() - started:.1f} s")
+        if time.process_time() - started > 5.0:
+            raise AssertionError(f"input {number} of seed {seed} took {time.process_time() - started:.1f} s")
     return found
 
 
@@ -232,12 +232,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inputs", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--memory", type=int, default=2048, help="MiB of address space; more is a finding")
     options = parser.parse_args()
     warnings.simplefilter("error")
     resource.setrlimit(resource.RLIMIT_AS, (options.memory << 20, options.memory << 20))
     started = time.monotonic()
-    found = fuzz(options.inputs, options.seed)
+    found = fuzz(options.inputs, options.seed, options.first)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{options.inputs} inputs in {time.monotonic() - started:.0f} s, at most {peak:.0f} MiB resident")
     for what, count in found.most_common():

@@ -69,6 +69,8 @@ class Blocked(OwnProduct):
 class Sequential(OwnProduct):
     """One product after the other, in order: the order with the largest honest error."""
 
+    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
         total = a[..., :1] * b[..., :1, :]
@@ -80,6 +82,8 @@ class Sequential(OwnProduct):
 @benign()
 class FusedMultiplyAdd(OwnProduct):
     """In order, each product and sum rounded once: float64 holds a float32 product exactly."""
+
+    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
@@ -93,6 +97,8 @@ class FusedMultiplyAdd(OwnProduct):
 @benign()
 class Pairwise(OwnProduct):
     """Adds neighbours, then their sums, as a tree."""
+
+    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""

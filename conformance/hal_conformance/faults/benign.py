@@ -11,6 +11,7 @@ from torch import Tensor
 from hal.moe.ops import Dispatch, ExpertWeights, Routing
 from hal.moe.router_spec import RouterSpec
 from hal.moe.torch_ops import TorchMoEOps
+from hal_conformance.faults.by_hand import by_hand
 from hal_conformance.faults.catalogue import benign
 from hal_conformance.faults.parts import OwnProduct, Parts, chosen_weights, weighted
 
@@ -65,14 +66,26 @@ class Blocked(OwnProduct):
         return total
 
 
-@benign()
-class Sequential(OwnProduct):
-    """One product after the other, in order: the order with the largest honest error."""
+class Looped(OwnProduct):
+    """Products by a loop over the inner dimension, in both passes; autograd would keep every partial sum."""
 
-    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
+    families = ("experts",)  # a loop takes long, and layers say the same of an order
+
+    def loop(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return [.., M, K] @ [.., K, N] in float32."""
+        raise NotImplementedError
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """See `OwnProduct.product`."""
+        return by_hand(self.loop, lambda dy, a, b: (self.loop(dy, b.mT), self.loop(a.mT, dy)), a, b)
+
+
+@benign()
+class Sequential(Looped):
+    """One product after the other, in order: the order with the largest honest error."""
+
+    def loop(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `Looped.loop`."""
         total = a[..., :1] * b[..., :1, :]
         for k in range(1, a.shape[-1]):
             total = total + a[..., k : k + 1] * b[..., k : k + 1, :]
@@ -80,13 +93,11 @@ class Sequential(OwnProduct):
 
 
 @benign()
-class FusedMultiplyAdd(OwnProduct):
+class FusedMultiplyAdd(Looped):
     """In order, each product and sum rounded once: float64 holds a float32 product exactly."""
 
-    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """See `OwnProduct.product`."""
+    def loop(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `Looped.loop`."""
         left, right = a.double(), b.double()
         total = (left[..., :1] * right[..., :1, :]).float()
         for k in range(1, a.shape[-1]):
@@ -95,13 +106,11 @@ class FusedMultiplyAdd(OwnProduct):
 
 
 @benign()
-class Pairwise(OwnProduct):
+class Pairwise(Looped):
     """Adds neighbours, then their sums, as a tree."""
 
-    families = ("experts",)  # a loop over the inner dimension: a layer of it takes a minute
-
-    def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """See `OwnProduct.product`."""
+    def loop(self, a: Tensor, b: Tensor) -> Tensor:
+        """See `Looped.loop`."""
         terms = [a[..., k : k + 1] * b[..., k : k + 1, :] for k in range(a.shape[-1])]
         while len(terms) > 1:
             odd = terms[len(terms) // 2 * 2 :]

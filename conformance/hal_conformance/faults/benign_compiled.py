@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -27,8 +28,12 @@ class _Compiled:
             import torch._inductor.config as inductor
 
             inductor.compile_threads = 1  # a pool of processes that import torch costs more than it saves here
-            self._compiled = torch.compile(self._function, dynamic=True)
-        return self._compiled(*given)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of its own code as it loads its compiler
+                self._compiled = torch.compile(self._function, dynamic=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # and as it compiles
+            return self._compiled(*given)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -15,7 +15,8 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, wide
+from hal_conformance.cases.base import wide
+from hal_conformance.cases.trajectory import Trajectory
 from hal_conformance.detectors import structure
 from hal_conformance.language import curves as run
 from hal_conformance.language import ensemble as twins
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Band(Base):
+class Band(Trajectory):
     """A run of one seed, whatever `--seed` says: the ensemble is of that one.
 
     Attributes:
@@ -34,14 +35,6 @@ class Band(Base):
     """
 
     model: str
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return ("ling-lite",)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return twins.DTYPES
 
     def steps(self, p: Params) -> int:
         """Return how many steps are taken."""

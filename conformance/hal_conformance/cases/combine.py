@@ -315,6 +315,6 @@ CASES = (
     Frozen("combine.frozen", BACKWARD, ("y_RD",), twice=False),
     Aligned("combine.aligned", EXACT),
     Aligned("combine.aligned_backward", BACKWARD),
-    Long("combine.long", EXACT, FEW_EXPERTS),
-    Long("combine.long_backward", BACKWARD, FEW_EXPERTS),
+    Long("combine.long", EXACT, only=FEW_EXPERTS),
+    Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

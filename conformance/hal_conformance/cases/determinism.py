@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from hal.contract import Contract
+from hal_conformance.arrays import bits
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases import combine, dispatch, router_backward
-from hal_conformance.cases.layer import KINDS, Layer
+from hal_conformance.cases import combine, dispatch, layer, router_backward
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement, Status
 
@@ -20,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 RUNS = 3
+LAYERS = ("ling-lite", "mixtral-8x7b", "qwen2-moe")
 
 
 def soil(tensors: dict[str, torch.Tensor]) -> None:
@@ -30,31 +28,8 @@ def soil(tensors: dict[str, torch.Tensor]) -> None:
     del dirt
 
 
-class Repeated(Layer):
-    """A layer's forward and backward pass, three times."""
-
-    def footprint(self, p: Params) -> Footprint:
-        """See `Case.footprint`."""
-        once = super().footprint(p)
-        return Footprint(once.inputs, RUNS * once.outputs)
-
-    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`."""
-        found: dict[str, torch.Tensor] = {}
-        for number in range(RUNS):
-            found |= {f"{name}/{number}": tensor for name, tensor in super().run(ops, tensors, p).items()}
-            soil(tensors)
-        return found
-
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`: each run within its bounds, and all of them with the same bits."""
-        once = super().judge
-        return judge_runs(outputs, lambda run: once(inputs, run, p, contract))
-
-
-@dataclass(frozen=True)
 class Again(Wrapped):
-    """A case of one operator, three times: in a layer that is fused it may not be the one that runs."""
+    """A case, three times: a layer, and operators alone, since in a fused layer others may run."""
 
     @property
     def family(self) -> str:
@@ -68,6 +43,11 @@ class Again(Wrapped):
             f"As {self.inner.name}, three times, NaN left in freed memory between them; other bits within the bounds "
             f"are NONDET. {self.inner.what}"
         )
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        once = super().footprint(p)
+        return Footprint(once.inputs, RUNS * once.outputs)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
@@ -102,7 +82,7 @@ def judge_runs(outputs: Arrays, once: Callable[[Arrays], Judgement]) -> Judgemen
     return verdict
 
 
-class Halves(Layer):
+class Halves(layer.Layer):
     """A layer on a whole batch, and on each half of it."""
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -155,24 +135,17 @@ def differs(a: Any, b: Any) -> float:
     """Return the share of elements that differ in a bit."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return 1.0
-    size = a.itemsize
-    bits = [np.ascontiguousarray(x).view(f"u{size}") for x in (a, b)]
-    return float((bits[0] != bits[1]).mean()) if a.size else 0.0
+    return float((bits(a) != bits(b)).mean()) if a.size else 0.0
 
 
 CASES = (
-    Repeated(
-        "determinism.repeated", "determinism", ("layer",),
-        "A layer's forward and backward pass three times, NaN left in freed memory between them. Each run is judged as "
-        "ever; if all are within their bounds and their bits differ, the verdict is NONDET.",
-        replayed=True, backward=True, only=KINDS[:1] + KINDS[2:],
-    ),
+    Again("determinism.repeated", layer.BACKWARD, only=LAYERS),
     Halves(
         "determinism.batch", "determinism", ("layer",),
         "A layer on a batch, on its first and on its last half; the results are read after the last call, so that one "
         "that a later call of the same shape overwrites shows, and counts that were kept. All are judged as ever, and "
         "EXACT says that a token's result has the same bits whoever its batchmates are (vllm#57016).",
-        replayed=True, only=KINDS[:1] + KINDS[2:],
+        replayed=True, only=LAYERS,
     ),
     Again("determinism.route", router_backward.BACKWARD),
     Again("determinism.dispatch_backward", dispatch.BACKWARD),

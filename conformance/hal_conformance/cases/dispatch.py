@@ -206,6 +206,6 @@ CASES = (
     Strided("dispatch.strided", PERMUTATION),
     Aligned("dispatch.aligned", PERMUTATION),
     Aligned("dispatch.aligned_backward", BACKWARD),
-    Long("dispatch.long", PERMUTATION, FEW_EXPERTS),
-    Long("dispatch.long_backward", BACKWARD, FEW_EXPERTS),
+    Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
+    Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

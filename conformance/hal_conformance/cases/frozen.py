@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from hal.contract import Contract
-from hal_conformance.case import Array, Arrays, Case, Footprint, Params, Scale
+from hal_conformance.case import Array, Arrays, Case, Params
 from hal_conformance.cases.base import leaf, observed
+from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Trainable(Case, Protocol):
 
 
 @dataclass(frozen=True)
-class Frozen:
+class Frozen(Wrapped):
     """The case `inner`, some inputs trained without the others, and then the others without these.
 
     The others twice, where gradients are exact: the second gradient is minus half of the first and is added to it, so
@@ -49,20 +50,9 @@ class Frozen:
             the bits of the first.
     """
 
-    name: str
     inner: Trainable
     first: tuple[str, ...]
     twice: bool = True
-
-    @property
-    def family(self) -> str:
-        """See `Case.family`."""
-        return self.inner.family
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """See `Case.needs`."""
-        return self.inner.needs
 
     @property
     def what(self) -> str:
@@ -73,26 +63,6 @@ class Frozen:
             f"As {self.inner.name}, with {first} trained and everything else frozen, then the reverse{again}. "
             f"Gradients that are asked for are those of {self.inner.name}; there are no others."
         )
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return self.inner.presets()[:1]
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return self.inner.dtypes()
-
-    def scales(self) -> tuple[Scale, ...]:
-        """See `Case.scales`."""
-        return self.inner.scales()
-
-    def footprint(self, p: Params) -> Footprint:
-        """See `Case.footprint`."""
-        return self.inner.footprint(p)
-
-    def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
-        return self.inner.inputs(p)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""

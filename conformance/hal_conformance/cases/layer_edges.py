@@ -10,7 +10,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import gate_storage, keeps_nonfinite, model_of, wide
 from hal_conformance.cases.layer import FREE, KINDS, Layer, what
-from hal_conformance.cases.router_edges import FADE, TieOrder, lowest_first
+from hal_conformance.cases.router_edges import FADE, lowest_first, tied
 from hal_conformance.detectors import Finding, discrete
 from hal_conformance.verdicts import Judgement
 
@@ -67,7 +67,7 @@ class Tied(Layer):
         A bias is the same for all, so that it breaks no tie, and below every score: an expert of a group that is masked
         with 0.0 instead of -inf would win.
         """
-        arrays = {**super().inputs(p), **TieOrder.inputs(_ROUTER, p)}
+        arrays = {**super().inputs(p), **tied(p)}
         if "bias_E" in arrays:
             arrays["bias_E"] = np.full_like(arrays["bias_E"], -1.0625)
         return arrays
@@ -80,7 +80,6 @@ class Tied(Layer):
         return [found, *super().findings(inputs, outputs, p, contract)]
 
 
-_ROUTER = TieOrder("router.tie_order", "router", ("route",), "")
 CASES = (
     Degenerate(
         "layer.degenerate", "layer", ("layer",),

@@ -168,8 +168,8 @@ CASES = (
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",
     ),
-    Aligned("losses.aligned_aux", AUX, ("ling-lite", "ling-2.0-mini")),
+    Aligned("losses.aligned_aux", AUX, only=("ling-lite", "ling-2.0-mini")),
     Aligned("losses.aligned_z", Z_LOSS),
-    Long("losses.long_aux", AUX, FEW_EXPERTS),
-    Long("losses.long_z", Z_LOSS, FEW_EXPERTS),
+    Long("losses.long_aux", AUX, only=FEW_EXPERTS),
+    Long("losses.long_z", Z_LOSS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -12,7 +12,8 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Params, Scale
-from hal_conformance.cases.base import Base, wide
+from hal_conformance.cases.base import wide
+from hal_conformance.cases.trajectory import Trajectory
 from hal_conformance.detectors import structure
 from hal_conformance.language import curves as run
 from hal_conformance.language import ensemble as twins
@@ -54,7 +55,7 @@ def needed(deviation: float, margin: float) -> int:
 
 
 @dataclass(frozen=True)
-class Paired(Base):
+class Paired(Trajectory):
     """Runs of `SEEDS` seeds.
 
     Attributes:
@@ -62,14 +63,6 @@ class Paired(Base):
     """
 
     model: str
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return ("ling-lite",)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return twins.DTYPES
 
     def scales(self) -> tuple[Scale, ...]:
         """See `Case.scales`: minutes on a CPU."""

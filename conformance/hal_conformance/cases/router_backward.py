@@ -201,6 +201,6 @@ CASES = (
     ),
     Strided("router.strided", BACKWARD),
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
-    Aligned("router.aligned", BACKWARD, KINDS[:2]),
-    Long("router.long", BACKWARD, FEW_EXPERTS),
+    Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
+    Long("router.long", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

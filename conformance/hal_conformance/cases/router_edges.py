@@ -11,7 +11,7 @@ from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.budget import level
-from hal_conformance.case import F64, I64, Arrays, Params
+from hal_conformance.case import F64, I64, Array, Arrays, Params
 from hal_conformance.cases.base import gate_storage, router_arrays, shape, weight_storage, wide
 from hal_conformance.cases.router import RouterCase, judge_routing, judge_stages
 from hal_conformance.detectors import Finding, discrete, exact, judge
@@ -22,19 +22,29 @@ from hal_conformance.oracle.routing import scores_of, weights_of
 TIED_LOGITS = 4
 
 
+def columns_of(gate_ED: Array, p: Params) -> Arrays:
+    """Return one-hot tokens, whose logits are the gate's columns, exactly, and a bias that changes nothing."""
+    spec, s = preset(p.preset).router, shape(p)
+    hot = np.zeros((s.tokens, s.width))
+    hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
+    arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate_ED, gate_storage(spec, p))}
+    if spec.selection_bias:
+        arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
+    return arrays
+
+
+def tied(p: Params) -> Arrays:
+    """Return one-hot tokens and a gate of small integers, so that every logit is exact and most tie."""
+    experts, width = preset(p.preset).router.num_experts, shape(p).width
+    return columns_of(make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, experts, width), p)
+
+
 class TieOrder(RouterCase):
     """Exact ties go to the lower index."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: one-hot tokens and integer weights, so that every logit is exact and most tie."""
-        spec, s = preset(p.preset).router, shape(p)
-        hot = np.zeros((s.tokens, s.width))
-        hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
-        gate = make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, spec.num_experts, s.width)
-        arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate, gate_storage(spec, p))}
-        if spec.selection_bias:
-            arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
-        return arrays
+        return tied(p)
 
     def findings(
         self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
@@ -78,15 +88,9 @@ class CloseScores(RouterCase):
         At most 8 bits each, so they are exact in every dtype. exp turns a step into a relative 2.4e-4 of the score, a
         sigmoid into 1.2e-4: hundreds of float32 ulps, a sixteenth of bfloat16's.
         """
-        spec, s = preset(p.preset).router, shape(p)
-        hot = np.zeros((s.tokens, s.width))
-        hot[np.arange(s.tokens), np.arange(s.tokens) % s.width] = 1.0
-        order = np.argsort(make.words(p.seed, "close/order", s.width, spec.num_experts), axis=1, kind="stable")
-        gate = order.T * CLOSE
-        arrays = {"x_TD": make.store(hot, p.dtype), "gate_ED": make.store(gate, gate_storage(spec, p))}
-        if spec.selection_bias:
-            arrays["bias_E"] = np.zeros(spec.num_experts, np.float32)
-        return arrays
+        experts, width = preset(p.preset).router.num_experts, shape(p).width
+        order = np.argsort(make.words(p.seed, "close/order", width, experts), axis=1, kind="stable")
+        return columns_of(order.T * CLOSE, p)
 
     def findings(
         self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract

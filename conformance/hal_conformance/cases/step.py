@@ -12,7 +12,7 @@ Legend: T tokens, D model dim, V vocabulary, P joint projection, Q attention out
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,11 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, I64, Arrays, Params
-from hal_conformance.cases.base import Base, wide
+from hal_conformance.cases.base import wide
 from hal_conformance.cases.optimizer import best
 from hal_conformance.cases.parameters import distinct
 from hal_conformance.cases.stages import Stages
+from hal_conformance.cases.trajectory import Trajectory
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.language import parameters as named
 from hal_conformance.language import spec as specs
@@ -62,7 +63,7 @@ def llama() -> LanguageSpec:
 
 
 @dataclass(frozen=True)
-class StepExact(Base):
+class StepExact(Trajectory):
     """Two steps of a model.
 
     Attributes:
@@ -70,14 +71,6 @@ class StepExact(Base):
     """
 
     model: LanguageSpec
-
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return ("ling-lite",)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`: training in float16 needs a loss scale, and no published model does it."""
-        return ("float32", "bfloat16")
 
     def recipe(self, p: Params) -> Recipe:
         """Return the recipe; without a warm-up, so that the first step moves."""
@@ -110,6 +103,7 @@ class StepExact(Base):
         table = tensors["cos_LR"], tensors["sin_LR"]
         training = Training(ops, self.model, start, table, self.recipe(p), getattr(torch, p.dtype))
         found: dict[str, torch.Tensor] = {}
+        shown = {name: torch.from_numpy(places).to(table[0].device) for name, places in self.shown(p).items()}
         for step in range(1, STEPS + 1):
             seen: dict[str, torch.Tensor] = {}
 
@@ -132,8 +126,7 @@ class StepExact(Base):
             seen_of = {"clipped": done.clipped, "p": training.parameters, "m": training.first, "v": training.second}
             for kind, arrays in seen_of.items():
                 for name, array in zip(training.names, arrays, strict=True):
-                    places = torch.from_numpy(self.shown(p)[name]).to(array.device)
-                    found[f"{step}/{kind}/{name}"] = array.reshape(-1)[places]
+                    found[f"{step}/{kind}/{name}"] = array.reshape(-1)[shown[name]]
         judged = expected_structure(self.model, self.recipe(p), p.dtype)
         return {name: tensor for name, tensor in found.items() if name in judged}
 
@@ -151,22 +144,29 @@ class StepExact(Base):
             got = {name.removeprefix(lead): array for name, array in outputs.items() if name.startswith(lead)}
             given = {**whole, **inputs, **{n.removeprefix(lead): a for n, a in inputs.items() if n.startswith(lead)}}
             stages = Stages(self.model, given, got, p, contract).findings()
-            stages += self._update(step, state, got, shown, p)
+            norm, clipped = clip_grad_norm([wide(got[f"raw/{name}"]) for name in shown], LIMIT, "float32")
+            stages.append(judge("norm of the gradients", got["norm"], norm))
+            stages += self._update(step, state, got, clipped, shown, p)
             found += [replace(f, detail=f"step {step}, {f.detail}" if f.detail else "") for f in stages]
             if step < STEPS:
-                found += self._whole(whole, got, shown, p)
+                found += self._whole(whole, got, dict(zip(shown, clipped, strict=True)), p)
                 whole = {name: got[f"whole/{name}"] for name in shown}
                 found.append(exact("parameters that are seen", _joined(got, "p", shown), _taken(whole, shown)))
             state = {kind: _joined(got, kind, shown) for kind in "pmv"}
         return merge(found)
 
     def _update(
-        self, step: int, before: dict[str, F64], got: Arrays, shown: dict[str, I64], p: Params
+        self,
+        step: int,
+        before: dict[str, F64],
+        got: Arrays,
+        clipped: Sequence[Bounded],
+        shown: dict[str, I64],
+        p: Params,
     ) -> list[Finding]:
         """Judge clipping and AdamW from the device's own gradients and state."""
         hyper = self.recipe(p).hyper(step)
-        norm, clipped = clip_grad_norm([wide(got[f"raw/{name}"]) for name in shown], LIMIT, "float32")
-        found = [judge("norm of the gradients", got["norm"], norm)]
+        found = []
         for (name, places), whole in zip(shown.items(), clipped, strict=True):
             bounded = Bounded(*(np.broadcast_to(a, whole.value.shape).reshape(-1)[places]
                                 for a in (whole.value, whole.bound, whole.var)))  # fmt: skip
@@ -196,12 +196,11 @@ class StepExact(Base):
         )  # fmt: skip
         return found
 
-    def _whole(self, before: Arrays, got: Arrays, shown: dict[str, I64], p: Params) -> list[Finding]:
+    def _whole(self, before: Arrays, got: Arrays, clipped: dict[str, Bounded], p: Params) -> list[Finding]:
         """Judge all parameters after the first step, chained from the device's own gradients."""
         hyper = self.recipe(p).hyper(1)
-        _, clipped = clip_grad_norm([wide(got[f"raw/{name}"]) for name in shown], LIMIT, "float32")
         found = []
-        for name, g in zip(shown, clipped, strict=True):
+        for name, g in clipped.items():
             zero, was = Bounded.exact(np.zeros(g.value.shape)), Bounded.exact(wide(before[name]))
 
             def under(reading: adam.Reading, was: Bounded = was, g: Bounded = g, zero: Bounded = zero) -> Bounded:

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
-from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import gate_storage, model_of, shape
 from hal_conformance.cases.layer import Layer
-from hal_conformance.cases.router import RouterCase, judge_stages
-from hal_conformance.detectors import Finding
+from hal_conformance.cases.router import RouterCase
 from hal_conformance.language.trained import X, layer
 from hal_conformance.verdicts import Judgement
 
@@ -47,12 +45,6 @@ class TrainedRouter(RouterCase):
         """See `Case.inputs`."""
         arrays = trained(p)
         return {name: arrays[name] for name in (X, "gate_ED")}
-
-    def findings(
-        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
-    ) -> list[Finding]:
-        """See `RouterCase.findings`."""
-        return judge_stages(inputs, outputs, p, spec, contract)
 
 
 class TrainedLayer(Layer):

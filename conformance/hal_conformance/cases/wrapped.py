@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
@@ -24,7 +24,7 @@ class Wrapped:
 
     name: str
     inner: Case
-    only: tuple[str, ...] = ()
+    only: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def family(self) -> str:

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the cases of training trajectories share."""
+
+from __future__ import annotations
+
+from hal_conformance.cases.base import Base
+
+
+class Trajectory(Base):
+    """A case that trains a model of its own: the preset says nothing about it."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: training in float16 needs a loss scale, and no published model does it."""
+        return ("float32", "bfloat16")

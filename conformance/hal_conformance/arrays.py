@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import weakref
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -71,11 +72,26 @@ def from_bytes(data: bytes | memoryview, tag: str, shape: tuple[int, ...]) -> Ar
 
 
 def digest(array: Array) -> str:
-    """Return the SHA-256 of dtype, shape and elements, as 64 hexadecimal digits."""
+    """Return the SHA-256 of dtype, shape and elements, as 64 hexadecimal digits.
+
+    That of an array which is read-only and owns its memory, as those of `kept` are, is computed once: many tasks have
+    the same weights.
+    """
+    lasting = array.flags.owndata and not array.flags.writeable
+    if lasting and (known := _DIGESTS.get(id(array))) is not None:
+        return known
     head = f"{tag_of(array)} {'x'.join(map(str, array.shape))}\n".encode()
     running = hashlib.sha256(head)
     running.update(to_buffer(array))
-    return running.hexdigest()
+    found = running.hexdigest()
+    if lasting:
+        _DIGESTS[id(array)] = found
+        weakref.finalize(array, _DIGESTS.pop, id(array), None)
+    return found
+
+
+_DIGESTS: dict[int, str] = {}
+"""By the identity of an array that lives."""
 
 
 def digests(arrays: Arrays) -> dict[str, str]:

@@ -32,6 +32,9 @@ from hal_conformance.bounds import (
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Array
 
+ZERO = bytes(8)
+"""One float64, of which the variances of exact values are made: read-only, and without memory of their own."""
+
 
 @dataclass(frozen=True)
 class Chained:
@@ -49,12 +52,17 @@ class Chained:
     def exact(cls, value: Array) -> Chained:
         """Return a value without error: an input, or what the device itself returned."""
         wide = np.asarray(value, np.float64)
-        return cls(wide, np.broadcast_to(np.float64(0.0), wide.shape))
+        return cls(wide, np.ndarray(wide.shape, np.float64, ZERO, strides=(0,) * wide.ndim))
 
     @classmethod
     def of(cls, bounded: Bounded) -> Chained:
         """Start a chain from a local bound."""
         return cls(bounded.value, np.broadcast_to(bounded.var, bounded.value.shape))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing is known to be wrong with it; of what `exact` made, without a look at every element."""
+        return (not any(self.var.strides) and self.var.size > 0 and not self.var.flat[0]) or not self.var.any()
 
     @property
     def T(self) -> Chained:
@@ -110,9 +118,9 @@ def product(a: Chained, b: Chained, rule: Arithmetic) -> Chained:
     square_a, square_b = a.value * a.value, b.value * b.value
     value = a.value @ b.value
     var = matmul_variance(value, square_a @ square_b, a.value.shape[-1], rule)
-    if a.var.any():
+    if not a.is_exact:
         var = var + a.var @ square_b
-    if b.var.any():
+    if not b.is_exact:
         var = var + square_a @ b.var
     return Chained(value, np.asarray(var))
 

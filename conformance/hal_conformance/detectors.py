@@ -167,8 +167,10 @@ class Meter:
     def add(self, got: Array, expected: Bounded, places: Places = 0) -> None:
         """Take in a part."""
         wide = np.asarray(got, np.float64)
-        value, bound = np.broadcast_to(expected.value, wide.shape), np.broadcast_to(expected.bound, wide.shape)
-        var = np.broadcast_to(expected.var, wide.shape)
+        value, bound, var = (
+            part if part.shape == wide.shape else np.broadcast_to(part, wide.shape)
+            for part in (expected.value, expected.bound, expected.var)
+        )
         shape, row_size, index = wide.shape, math.prod(wide.shape[1:]), None
         if (seen := judgeable(got, value, bound)) is not None:
             # The statistics of all elements cannot be had from some of them: no variance, no RMS and no bias.
@@ -182,9 +184,11 @@ class Meter:
         def place(at: int) -> str:
             return where(at if index is None else int(index[at]), shape, places)
 
-        if np.isfinite(wide).all() and np.isfinite(value).all():  # nearly always, and then in half the time
+        with np.errstate(invalid="ignore", over="ignore"):
             use, error = None, np.asarray(wide - value)
-            if np.isnan(bound).any():
+        narrowest = bound.min()  # NaN if one is
+        if np.isfinite(error).all():  # nearly always, and then in half the time
+            if np.isnan(narrowest):
                 self._unknown = True
         else:
             finite = np.isfinite(value)
@@ -205,7 +209,8 @@ class Meter:
             error = np.where(use, wide - np.where(use, value, 0.0), 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.asarray(np.abs(error) / bound)
-        ratio[error == 0.0] = 0.0  # where the bound is zero, too
+        if not narrowest > 0:
+            ratio[error == 0.0] = 0.0  # where the bound is zero, too
         if index is None:
             note(self._name, got, ratio, places)
         at = int(ratio.argmax())
@@ -220,8 +225,8 @@ class Meter:
             rows = np.unique((beyond if index is None else index[beyond]) // row_size)
             self._beyond_rows += len(rows)
             self._rows += [row_of(int(row), places) for row in rows[: max(0, 4 - len(self._rows))]]
-        known = np.asarray(var > 0 if use is None else use & (var > 0))
-        if not known.all():
+        if use is not None or not var.min() > 0:
+            known = np.asarray(var > 0 if use is None else use & (var > 0))
             error, var, value = error[known], var[known], value[known]
         self._count += error.size
         self._squares += float((error * error / var).sum())

@@ -123,12 +123,27 @@ MAX_GROUP_SETS = 1000
 
 
 def k_best(low: F64, high: F64, k: int) -> Certainty:
-    """Return who must and who may be among the `k` best of the last axis, for scores known to intervals.
+    """Return who must and who may be among the `k` best of the last axis, for scores [.., n] known to intervals.
 
-    An exact tie of exact numbers (low = high for both) goes to the lower index, as the operator defines.
+    Fewer than k others can reach the lower end of one that exceeds the (k + 1)-th largest upper end, of which its own
+    is one; fewer than k others certainly exceed an upper end that is not below the k-th largest lower end. An exact tie
+    of exact numbers (low = high for both) goes to the lower index, as the operator defines: rows with exact numbers
+    that are in question are compared pair by pair.
     """
     n = low.shape[-1]
-    index = np.arange(n)
+    if k >= n:
+        return Certainty(np.ones(low.shape, bool), np.ones(low.shape, bool))
+    least = np.partition(low, n - k, axis=-1)[..., n - k, None]
+    must, may = low > np.partition(high, n - k - 1, axis=-1)[..., n - k - 1, None], high >= least
+    tied = ((low == high) & (low >= least)).sum(-1) > 1
+    if tied.any():
+        must[tied], may[tied] = _pair_by_pair(low[tied], high[tied], k)
+    return Certainty(must, may)
+
+
+def _pair_by_pair(low: F64, high: F64, k: int) -> tuple[Mask, Mask]:
+    """Return who must and who may be among the `k` best, with ties."""
+    index = np.arange(low.shape[-1])
     sure = low == high
     before = index[:, None] > index[None, :]  # [i, j]: j comes before i
     tie = (low[..., None, :] == high[..., :, None]) & sure[..., None, :] & sure[..., :, None]
@@ -136,7 +151,7 @@ def k_best(low: F64, high: F64, k: int) -> Certainty:
     # beats[i, j]: j certainly ranks before i. reaches[i, j]: j possibly ranks before i.
     beats = ((low[..., None, :] > high[..., :, None]) | (tie & before)) & other
     reaches = (high[..., None, :] >= low[..., :, None]) & ~(tie & ~before) & other
-    return Certainty(must=reaches.sum(-1) < k, may=beats.sum(-1) < k)
+    return reaches.sum(-1) < k, beats.sum(-1) < k
 
 
 def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from threadpoolctl import threadpool_limits
+
 from hal.errors import Absent, Broken, ConfigError, UnknownDevice
 from hal_conformance.plan import Catalogue, Task
-from hal_conformance.process import Died, TimedOut, WorkerProcess
+from hal_conformance.process import Died, TimedOut, WorkerProcess, half_of_the_cores
 from hal_conformance.subject import Subject
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
@@ -28,8 +30,8 @@ START_S = 300.0
 CASE_S = {"tiny": 60.0, "small": 120.0, "full": 1200.0}
 """Seconds for one case, by scale: some hundred times what the slowest takes on two old cores."""
 
-AHEAD = 3
-"""Tasks that a worker holds: it computes while the parent judges."""
+AHEAD = {"tiny": 16, "small": 6, "full": 3}
+"""Tasks that a worker holds: it computes while the parent judges, and neither waits for the other's slow ones."""
 
 HANGS = 3
 """After this many hangs of one case (its presets and dtypes), the rest of it is not tried again."""
@@ -55,6 +57,8 @@ class Observation:
 
 class Runner(AbstractContextManager["Runner"]):
     """One subject with its worker. Leaving the context ends the worker, whatever it is doing.
+
+    Inside the context this process's matrix products use half of the cores: the worker has the others.
 
     Args:
         subject: what to run.
@@ -88,6 +92,11 @@ class Runner(AbstractContextManager["Runner"]):
         }
         self._worker: WorkerProcess | None = None
         self._idle_until = 0.0
+        self._threads: threadpool_limits | None = None
+
+    def __enter__(self) -> Runner:
+        self._threads = threadpool_limits(half_of_the_cores(), user_api="blas")
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -95,6 +104,8 @@ class Runner(AbstractContextManager["Runner"]):
         if self._worker is not None:
             self._worker.close(grace=0.0 if kind else 10.0)
             self._worker = None
+        if self._threads is not None:
+            self._threads.restore_original_limits()
 
     def open(self) -> dict[str, Any]:
         """Start a worker and wait until its device is open.
@@ -186,7 +197,7 @@ class Runner(AbstractContextManager["Runner"]):
         self, waiting: deque[tuple[int, Task]], in_flight: deque[tuple[int, Task]], hangs: Counter[str]
     ) -> None:
         assert self._worker is not None
-        while waiting and len(in_flight) < AHEAD and hangs[waiting[0][1].case.name] < HANGS:
+        while waiting and len(in_flight) < AHEAD[waiting[0][1].params.scale] and hangs[waiting[0][1].case.name] < HANGS:
             number, task = waiting.popleft()
             if not in_flight:
                 self._idle_until = time.monotonic()

@@ -39,7 +39,7 @@ class At(Params):
     sizes: Shape = Shape(0, 0, 0)
 
 
-_SCALED = {"tiny": Shape(32, 64, 32), "small": Shape(96, 128, 64)}
+_SCALED = {"tiny": Shape(32, 48, 24), "small": Shape(96, 128, 64)}
 FULL_TOKENS = 1024
 
 

@@ -17,13 +17,14 @@ from hal.changes import Changes, Switch
 from hal.collectives import Collectives
 from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
 from hal.device import Facets
-from hal.errors import Absent, Broken, UnsupportedOperation, UnsupportedPrecision
+from hal.errors import Absent, Broken, UnsupportedPrecision
 from hal.memory import Memory
 from hal.precision import Fp32Mode, Precision
 from hal.random import Random
 from hal.streams import TorchStreams
 from hal.support_table import SupportTable
 from hal.torch_memory import TorchMemory
+from hal.torch_module import module_function
 
 if TYPE_CHECKING:
     import torch
@@ -191,12 +192,7 @@ class TorchRandom(Random):
         self._module = module
 
     def _function(self, name: str) -> Any:
-        function = getattr(self._module, name, None)
-        if function is None:
-            raise UnsupportedOperation(
-                f"torch.{self.torch_device.type} has no {name}", device=self.device_id, what=f"random.{name}"
-            )
-        return function
+        return module_function(self._module, name, self.torch_device, self.device_id, "random")
 
     def _seed(self, seed: int) -> None:
         import torch

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hal.changes import Switch
 from hal.errors import UnsupportedOperation
 from hal.memory import Memory, MemoryStats
+from hal.torch_module import module_function
 
 if TYPE_CHECKING:
     import torch
@@ -94,12 +95,7 @@ class TorchMemory(Memory):
             ) from error
 
     def _function(self, name: str) -> Any:
-        function = getattr(self._module, name, None)
-        if function is None:
-            raise UnsupportedOperation(
-                f"torch.{self._device.type} has no {name}", device=self.device_id, what=f"memory.{name}"
-            )
-        return function
+        return module_function(self._module, name, self._device, self.device_id, "memory")
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._function(name)(*arguments)

@@ -134,6 +134,12 @@ def from_torch(tensor: torch.Tensor) -> Array:
     return array
 
 
+def all_finite(array: Array) -> bool:
+    """Tell whether no element is an infinity or a NaN."""
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return bool(np.isfinite(array).all())
+
+
 def same_bits(a: Array, b: Array) -> bool:
     """Tell whether two arrays have the same dtype, shape and bits (NaN equals the same NaN; -0 differs from 0)."""
     return a.dtype == b.dtype and a.shape == b.shape and np.array_equal(bits(a), bits(b))

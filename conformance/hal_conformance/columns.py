@@ -74,11 +74,6 @@ class Writer:
         return found
 
 
-def _finite(values: Array) -> bool:
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        return bool(np.isfinite(values).all())
-
-
 def _joined(parts: list[Array], dtype: Any) -> Array:
     return np.concatenate([np.zeros(0, dtype), *parts])
 
@@ -151,7 +146,7 @@ class Reader:
         if worst.size and (worst[0] < 0 or worst[-1] >= size or (np.diff(worst) <= 0).any()):
             raise Unreadable(f"the worst elements of {plain(name, 60)} are not in order, or not in it")
         sums = self._take(CHECKSUMS, self._sums, 0 if grid is None else count(tuple(shape)))
-        if finite and real and not _finite(values):
+        if finite and real and not codec.all_finite(values):
             raise Unreadable(f"the output {plain(name, 60)} is said to be finite, and an element of it is not")
         made = Packed(tag, tuple(shape), digest, finite, grid, worst, values, sums)
         if grid is None and codec.digest(made.array(size)) != digest.hex():

@@ -105,8 +105,7 @@ def pack(name: str, array: Array, seed: int, worst: I64 = NONE) -> Packed:
     tag = codec.tag_of(array)
     flat = np.ascontiguousarray(array).reshape(-1)
     real = absent.can_be_absent(array.dtype)
-    with np.errstate(invalid="ignore"):  # a signalling NaN
-        finite = not real or bool(np.isfinite(flat).all())
+    finite = not real or codec.all_finite(flat)
     grid = sampling.grid(name, array.shape, seed) if real else None
     digest = bytes.fromhex(codec.digest(array))
     if grid is None:

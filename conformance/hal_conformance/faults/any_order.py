@@ -11,7 +11,7 @@ from torch import Tensor
 from hal.moe.ops import Dispatch, Routing
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Alone, weighted
+from hal_conformance.faults.parts import Alone, combined_in_any_order
 
 
 @fault()
@@ -20,11 +20,7 @@ class CombinesInAnyOrder(Alone):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        terms = weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1)
-        total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
-        for k in torch.randperm(len(terms)).tolist():
-            total = total + terms[k]
-        return total.to(y_RD.dtype)
+        return combined_in_any_order(y_RD, weights_TK, slot_R, num_tokens)
 
 
 @fault()

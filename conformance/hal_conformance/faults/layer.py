@@ -9,7 +9,7 @@ from torch import Tensor
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import LayerOutput, LayerWeights
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, gradient_of, weighted
+from hal_conformance.faults.parts import Parts, combined_in_any_order, gradient_of
 
 
 class AfterLayer(Parts):
@@ -91,11 +91,7 @@ class AnotherOrderEachTime(Parts):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        terms = weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1)
-        total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
-        for k in torch.randperm(len(terms)).tolist():
-            total = total + terms[k]
-        return total.to(y_RD.dtype)
+        return combined_in_any_order(y_RD, weights_TK, slot_R, num_tokens)
 
 
 @fault()

@@ -12,10 +12,11 @@ from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import Dispatch, LayerOutput, LayerWeights, Routing
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.clamping import with_clamped_gradient
 from hal_conformance.faults.combine import CombinesInBfloat16
 from hal_conformance.faults.dispatch import CapacityZeroIsNone
 from hal_conformance.faults.layer import AfterLayer
-from hal_conformance.faults.nonfinite import NanInAllExperts, saturated
+from hal_conformance.faults.nonfinite import NanInAllExperts
 from hal_conformance.faults.parts import Parts, gradient_of
 from hal_conformance.faults.products import AccumulatesInBfloat16
 from hal_conformance.faults.router import DropsEpsilon, HigherIndexFirst, MasksWithZero
@@ -172,7 +173,7 @@ class _SaturatesTokens(Parts):
         capacity: int | None = None,
     ) -> LayerOutput:  # fmt: skip
         """See `MoEOps.layer`."""
-        return super().layer(saturated(x_TD), weights, spec, experts_TK=experts_TK, capacity=capacity)
+        return super().layer(with_clamped_gradient(x_TD), weights, spec, experts_TK=experts_TK, capacity=capacity)
 
 
 @fault()

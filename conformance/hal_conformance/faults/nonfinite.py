@@ -11,6 +11,7 @@ from torch import Tensor
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import ExpertWeights, LayerOutput
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.clamping import with_clamped_gradient
 from hal_conformance.faults.layer import AfterLayer
 from hal_conformance.faults.parts import Parts
 
@@ -77,32 +78,13 @@ class HidesNanUpstream(Parts):
         return y_RD
 
 
-class _Saturated(torch.autograd.Function):
-    """The identity, whose gradient is the largest finite number where it overflows; NaN stays."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        largest = torch.finfo(gradient.dtype).max
-        return gradient.clamp(-largest, largest)
-
-
-def saturated(tensor: Tensor) -> Tensor:
-    """Return the tensor, whose gradient is clamped to the finite numbers."""
-    found: Tensor = _Saturated.apply(tensor)  # type: ignore[no-untyped-call]
-    return found
-
-
 @fault()
 class SaturatesGradientsOfRows(Parts):
     """Gradients of the experts' rows that overflow become the largest finite number."""
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
-        return super().experts(saturated(x_RD), counts_E, weights)
+        return super().experts(with_clamped_gradient(x_RD), counts_E, weights)
 
 
 class _SaturatesOneWeight(Parts):
@@ -112,8 +94,8 @@ class _SaturatesOneWeight(Parts):
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
-        clamped = saturated(getattr(weights, self.matrix))
-        return super().experts(x_RD, counts_E, weights._replace(**{self.matrix: clamped}))
+        matrix = with_clamped_gradient(getattr(weights, self.matrix))
+        return super().experts(x_RD, counts_E, weights._replace(**{self.matrix: matrix}))
 
 
 @fault()

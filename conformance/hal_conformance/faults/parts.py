@@ -126,6 +126,15 @@ def weighted(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) 
     return rows.float() * weights_TK.float()[:, :, None]
 
 
+def combined_in_any_order(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+    """Return combine's result, a token's choices added in an order that changes from call to call."""
+    terms = weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1)
+    total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
+    for k in torch.randperm(len(terms)).tolist():
+        total = total + terms[k]
+    return total.to(y_RD.dtype)
+
+
 def last_rows(counts_E: Tensor, which_E: Tensor) -> Tensor:
     """Return the index of the last row of each expert that is marked and has rows."""
     return (counts_E.cumsum(0) - 1)[which_E & (counts_E > 0)]

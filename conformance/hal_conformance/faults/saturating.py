@@ -3,33 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance.faults.catalogue import fault
-
-
-class _Saturated(torch.autograd.Function):
-    """The identity, whose result or gradient is cut to the dtype's finite numbers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, back: bool) -> Tensor:
-        ctx.back = back
-        return x.view_as(x) if back else cut(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return (cut(gradient) if ctx.back else gradient), None
-
-
-def cut(x: Tensor) -> Tensor:
-    """Return x with its infinities replaced by the dtype's largest numbers; NaN stays."""
-    largest = torch.finfo(x.dtype).max
-    return x.clamp(-largest, largest)
+from hal_conformance.faults.clamping import clamped, with_clamped_gradient
 
 
 class Saturating(TorchTrainingOps):
@@ -40,13 +18,11 @@ class Saturating(TorchTrainingOps):
 
     def given(self, x: Tensor) -> Tensor:
         """Return an argument whose gradient may be cut."""
-        cut_: Tensor = _Saturated.apply(x, True)  # type: ignore[no-untyped-call]
-        return cut_ if self.back else x
+        return with_clamped_gradient(x) if self.back else x
 
     def result(self, y: Tensor) -> Tensor:
         """Return a result, which may be cut."""
-        cut_: Tensor = _Saturated.apply(y, False)  # type: ignore[no-untyped-call]
-        return y if self.back else cut_
+        return y if self.back else clamped(y)
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""

@@ -67,6 +67,10 @@ class Footprint:
         return 3 * (self.inputs + self.outputs)
 
 
+class Malformed(Exception):
+    """An implementation returned, or did to its inputs, what the protocol of operators does not allow."""
+
+
 class Unpromised(LookupError):
     """A bound needs the arithmetic of a dtype of which the contract says nothing."""
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from hal_conformance import arrays as codec
 from hal_conformance import wire
-from hal_conformance.case import Params
+from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
 
 MAX_OUTPUT = 4 << 30
 """Bytes of outputs that one case may return; a wrong shape must not fill the memory of two processes."""
-
-
-class StructureError(Exception):
-    """An output or an input is not what the protocol of operators says."""
 
 
 def main() -> None:
@@ -177,7 +173,7 @@ class _Worker:
         for name, tensor in tensors.items():
             after, before = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
             if not np.array_equal(np.asarray(after), np.asarray(before)):
-                raise StructureError(f"the implementation wrote into its input {name}")
+                raise Malformed(f"the implementation wrote into its input {name}")
         return outputs
 
     def _excuse(self, error: BaseException) -> dict[str, Any]:
@@ -186,7 +182,7 @@ class _Worker:
 
         if isinstance(error, Unsupported):
             return {"status": Status.UNSUPPORTED.value, "detail": plain(error.reason)}
-        if isinstance(error, StructureError):
+        if isinstance(error, Malformed):
             return {"status": Status.FAIL_STRUCTURE.value, "detail": plain(error)}
         return {"status": Status.CRASH.value, "detail": plain(f"raised {_last(error)}"), "healthy": self._healthy()}
 
@@ -217,26 +213,26 @@ def _check(returned: Any, device: Any) -> Arrays:
     """Return the outputs as arrays.
 
     Raises:
-        StructureError: something else than dense tensors on the device came back.
+        Malformed: something else than dense tensors on the device came back.
     """
     import torch
 
     if not isinstance(returned, dict) or not all(isinstance(name, str) for name in returned):
-        raise StructureError(f"returned a {type(returned).__name__} where named tensors were expected")
+        raise Malformed(f"returned a {type(returned).__name__} where named tensors were expected")
     for name, tensor in returned.items():
         if not isinstance(tensor, torch.Tensor):
-            raise StructureError(f"{name} is a {type(tensor).__name__}, not a tensor")
+            raise Malformed(f"{name} is a {type(tensor).__name__}, not a tensor")
         if tensor.device != device:
-            raise StructureError(f"{name} is on {tensor.device}, not on {device}")
+            raise Malformed(f"{name} is on {tensor.device}, not on {device}")
         if tensor.layout != torch.strided:
-            raise StructureError(f"{name} has the layout {tensor.layout}, not torch.strided")
+            raise Malformed(f"{name} has the layout {tensor.layout}, not torch.strided")
     size = sum(tensor.numel() * tensor.element_size() for tensor in returned.values())
     if size > MAX_OUTPUT:
-        raise StructureError(f"returned {size} bytes, more than the {MAX_OUTPUT} that a case may return")
+        raise Malformed(f"returned {size} bytes, more than the {MAX_OUTPUT} that a case may return")
     try:
         return {name: codec.from_torch(tensor) for name, tensor in returned.items()}
     except TypeError as error:
-        raise StructureError(str(error)) from error
+        raise Malformed(str(error)) from error
 
 
 def _last(error: BaseException) -> str:

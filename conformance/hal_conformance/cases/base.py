@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.case import DTYPES, F64, SCALES, Array, Footprint, Params, Scale, Unpromised
+from hal_conformance.case import DTYPES, F64, SCALES, Array, Footprint, Malformed, Params, Scale, Unpromised
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,25 @@ def leaf(tensor: torch.Tensor) -> torch.Tensor:
 def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """Return the tensors that there are, without their history."""
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+
+
+def fields_of(returned: Any, protocol: str) -> dict[str, Any]:
+    """Return the fields of what an operator returned, by name.
+
+    Args:
+        returned: what came back.
+        protocol: the name of what `hal.moe.ops` says must come back: "Routing", "Dispatch" or "LayerOutput".
+
+    Raises:
+        Malformed: it has not all of the fields.
+    """
+    from hal.moe import ops
+
+    names: tuple[str, ...] = getattr(ops, protocol)._fields
+    missing = [name for name in names if not hasattr(returned, name)]
+    if missing:
+        raise Malformed(f"a {type(returned).__name__} came back, which has no {', '.join(missing)}: not a {protocol}")
+    return {name: getattr(returned, name) for name in names}
 
 
 def keeps_nonfinite(contract: Contract) -> None:

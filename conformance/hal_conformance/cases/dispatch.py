@@ -12,7 +12,16 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
-from hal_conformance.cases.base import ByCounts, keeps_nonfinite, leaf, mean_load, observed, shape, wide
+from hal_conformance.cases.base import (
+    ByCounts,
+    fields_of,
+    keeps_nonfinite,
+    leaf,
+    mean_load,
+    observed,
+    shape,
+    wide,
+)
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
@@ -42,7 +51,7 @@ class DispatchCase(ByCounts):
         """See `Case.run`."""
         spec = preset(p.preset).router
         out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], spec.num_experts, capacity=self.capacity(p))
-        return dict(out._asdict())
+        return fields_of(out, "Dispatch")
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -140,7 +149,7 @@ class Backward(DispatchCase):
         """See `Case.run`."""
         x, experts = leaf(tensors["x_TD"]), preset(p.preset).router.num_experts
         out = ops.dispatch(x, tensors["experts_TK"], experts, capacity=self.capacity(p))
-        out.x_RD.backward(tensors["dx_RD"])
+        fields_of(out, "Dispatch")["x_RD"].backward(tensors["dx_RD"])
         return observed({"dx_TD": x.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

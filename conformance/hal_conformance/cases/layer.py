@@ -18,6 +18,7 @@ from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import (
     Base,
     expert_bytes,
+    fields_of,
     gate_storage,
     leaf,
     mean_load,
@@ -124,12 +125,12 @@ class Layer(Base):
         """Call the layer and its backward, the upstream gradients times a factor; return the results."""
         import torch
 
-        out = self.call(ops, tensors, p)
-        upstream = {"dy_TD": out.y_TD, "daux": out.aux_loss, "dz": out.z_loss}
+        found = results(self.call(ops, tensors, p))
+        upstream = {"dy_TD": found["y_TD"], "daux": found["aux_loss"], "dz": found["z_loss"]}
         # A loss that depends on nothing that is trained has no gradient to pass on.
         asked = {name: tensor for name, tensor in upstream.items() if tensor.requires_grad}
         torch.autograd.backward(list(asked.values()), [tensors[name] * factor for name in asked])
-        return results(out)
+        return found
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
@@ -162,7 +163,9 @@ class Layer(Base):
 
 def results(out: LayerOutput) -> dict[str, torch.Tensor]:
     """Return what a layer returned, by name."""
-    return {"y_TD": out.y_TD, "aux_loss": out.aux_loss, "z_loss": out.z_loss, **out.routing._asdict()}
+    found = fields_of(out, "LayerOutput")
+    routing = found.pop("routing")
+    return {**found, **fields_of(routing, "Routing")}
 
 
 class NoTokens(Layer):

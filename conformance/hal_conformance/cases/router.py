@@ -14,7 +14,7 @@ from hal.moe.router_spec import RouterSpec
 from hal_conformance.bounds import Bounded, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, Params, arithmetic
-from hal_conformance.cases.base import Base, gate_storage, router_arrays, weight_storage, wide
+from hal_conformance.cases.base import Base, fields_of, gate_storage, router_arrays, weight_storage, wide
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import certify, judge_choice
 from hal_conformance.oracle.routing import scores_of, weights_of
@@ -82,7 +82,7 @@ class RouterCase(Base):
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
         routing = ops.route(tensors["x_TD"], tensors["gate_ED"], self.router(p), tensors.get("bias_E"))
-        return dict(routing._asdict())
+        return fields_of(routing, "Routing")
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""

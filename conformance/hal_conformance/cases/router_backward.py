@@ -13,7 +13,15 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Arrays, Params, arithmetic
-from hal_conformance.cases.base import gate_storage, keeps_nonfinite, leaf, observed, router_arrays, weight_storage
+from hal_conformance.cases.base import (
+    fields_of,
+    gate_storage,
+    keeps_nonfinite,
+    leaf,
+    observed,
+    router_arrays,
+    weight_storage,
+)
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
@@ -77,9 +85,7 @@ class Backward(RouterCase):
 
         replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
         spec, bias = self.router(p), tensors.get("bias_E")
-        routing: dict[str, torch.Tensor] = ops.route(
-            tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay
-        )._asdict()
+        routing = fields_of(ops.route(tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay), "Routing")
         upstream = [tensors[f"d{name}"] for name in self.upstream]
         torch.autograd.backward(
             [routing[name] for name in self.upstream], upstream if factor == 1.0 else [factor * d for d in upstream]

@@ -170,7 +170,7 @@ def _check_text(what: str, name: object) -> None:
 
 def _find(name: str) -> DeviceInfo:
     _check_text("a device", name)
-    backend_name, _, index = name.partition(":")
+    backend_name, colon, index = name.partition(":")
     plugin = find_plugin(backend_name)
     own = survey(plugin)
     if own.error is not None:
@@ -180,7 +180,7 @@ def _find(name: str) -> DeviceInfo:
     candidates = [claim.info for claim in own.discovery.claims]
     wanted = [
         info for info in candidates
-        if info.id == name or not index or (index == "0" and info.id == backend_name)
+        if info.id == name or not colon or (index == "0" and info.id == backend_name)
     ]  # fmt: skip
     if not wanted:
         there = ", ".join(info.id for info in candidates) or "none"

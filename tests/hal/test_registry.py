@@ -75,9 +75,10 @@ def test_an_unknown_device_names_the_known_ones() -> None:
         hal.open_device("nope:3")
 
 
-def test_an_index_that_is_not_there_is_absent() -> None:
+@pytest.mark.parametrize("name", ["cpu:7", "cpu:"])
+def test_an_index_that_is_not_there_is_absent(name: str) -> None:
     with pytest.raises(hal.Absent, match="one of: cpu"):
-        hal.open_device("cpu:7")
+        hal.open_device(name)
 
 
 def test_a_backend_that_the_allow_list_excludes_is_unknown_and_says_why(only: Any) -> None:

@@ -250,7 +250,7 @@ class Backward(Random):
 
 
 class NanBackward(Backward):
-    """A row that is NaN, and another token's gradient."""
+    """A row that is NaN, another token's gradient, and an infinite element in a third one's."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -258,6 +258,7 @@ class NanBackward(Backward):
         y, dy, last = arrays["y_RD"].copy(), arrays["dy_TD"].copy(), len(arrays["weights_TK"]) - 1
         y[arrays["slot_R"] == 0] = np.nan  # the first token's first choice
         dy[last] = np.nan
+        dy[last // 2, 1] = np.inf
         return {**arrays, "y_RD": y, "dy_TD": dy}
 
     @np.errstate(all="ignore")
@@ -306,7 +307,7 @@ CASES = (
     NanBackward(
         "combine.nan_backward", "combine", _NEEDS,
         _GRADIENTS + " A row of NaN reaches its own weight's gradient only, and NaN in the gradient of a token its own "
-        "rows' and weights' only.",
+        "rows' and weights' only. So does an infinity, which is kept, for loss scaling to see.",
     ),
     DroppedBackward(
         "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."

@@ -165,13 +165,16 @@ class Backward(DispatchCase):
 
 
 class NanBackward(Backward):
-    """A row whose gradient is NaN."""
+    """A row whose gradient is NaN, and an infinite element in another token's."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays = super().inputs(p)
         dx = arrays["dx_RD"].copy()
         dx[len(dx) // 2] = np.nan
+        slot_R, _ = sent(arrays["experts_TK"], preset(p.preset).router.num_experts, self.capacity(p))
+        owner = slot_R // preset(p.preset).router.top_k
+        dx[np.flatnonzero(owner != owner[len(dx) // 2])[0], 1] = -np.inf
         return {**arrays, "dx_RD": dx}
 
     @np.errstate(all="ignore")
@@ -211,7 +214,11 @@ CASES = (
     ),
     BACKWARD,
     CapacityBackward("dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."),
-    NanBackward("dispatch.nan_backward", "dispatch", _NEEDS, _SUM + " A row of NaN reaches its own token only."),
+    NanBackward(
+        "dispatch.nan_backward", "dispatch", _NEEDS,
+        _SUM + " A row of NaN reaches its own token only, an infinity its own element: kept, for loss scaling to see, "
+        "and not made the largest finite number.",
+    ),
     Strided("dispatch.strided", PERMUTATION),
     Aligned("dispatch.aligned", PERMUTATION),
     Aligned("dispatch.aligned_backward", BACKWARD),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import ExpertWeights, LayerOutput
+from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.clamping import with_clamped_gradient
 from hal_conformance.faults.layer import AfterLayer
@@ -115,3 +115,22 @@ class SaturatesGradientsOfW2(_SaturatesOneWeight):
     """Gradients of the down projections that overflow become the largest finite number."""
 
     matrix = "w2_EDF"
+
+
+@fault()
+class ClampsUpstreamOfCombine(Parts):
+    """An infinity in the upstream gradient of combine is taken for the largest finite number."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return with_clamped_gradient(super().combine(y_RD, weights_TK, slot_R, num_tokens))
+
+
+@fault()
+class ClampsUpstreamOfDispatch(Parts):
+    """An infinity in the upstream gradient of dispatch is taken for the largest finite number."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        out = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+        return out._replace(x_RD=with_clamped_gradient(out.x_RD))

@@ -77,7 +77,7 @@ def digest(array: Array) -> str:
     That of an array which is read-only and owns its memory, as those of `kept` are, is computed once: many tasks have
     the same weights.
     """
-    lasting = array.flags.owndata and not array.flags.writeable
+    lasting = isinstance(array, np.ndarray) and array.flags.owndata and not array.flags.writeable
     if lasting and (known := _DIGESTS.get(id(array))) is not None:
         return known
     head = f"{tag_of(array)} {'x'.join(map(str, array.shape))}\n".encode()

@@ -54,7 +54,7 @@ class Writer:
         digest, name = codec.digest(array), sampling.word(name)
         if (name, digest) in self._known:
             return self._known[name, digest]
-        made = pack(name, array, self._seed, worst)
+        made = pack(name, array, self._seed, worst, digest)
         values = narrow(made.values)
         kept_as = codec.tag_of(values)
         self._values.setdefault(kept_as, []).append(values)

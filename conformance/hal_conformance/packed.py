@@ -93,7 +93,7 @@ class Packed:
         return ", ".join(texts[:4]) + (", ..." if len(texts) > 4 else ""), rows
 
 
-def pack(name: str, array: Array, seed: int, worst: I64 = NONE) -> Packed:
+def pack(name: str, array: Array, seed: int, worst: I64 = NONE, digest: str = "") -> Packed:
     """Return what a recording holds of an output.
 
     Args:
@@ -101,17 +101,18 @@ def pack(name: str, array: Array, seed: int, worst: I64 = NONE) -> Packed:
         array: the whole of it.
         seed: of the inputs.
         worst: flat indices of elements to hold in any case.
+        digest: of the array, if the caller has it already.
     """
     tag = codec.tag_of(array)
     flat = np.ascontiguousarray(array).reshape(-1)
     real = absent.can_be_absent(array.dtype)
     finite = not real or codec.all_finite(flat)
     grid = sampling.grid(name, array.shape, seed) if real else None
-    digest = bytes.fromhex(codec.digest(array))
+    sha = bytes.fromhex(digest or codec.digest(array))
     if grid is None:
-        return Packed(tag, array.shape, digest, finite, None, NONE, flat, np.zeros(0, np.uint32))
+        return Packed(tag, array.shape, sha, finite, None, NONE, flat, np.zeros(0, np.uint32))
     values = flat[np.concatenate([grid.indices, worst])]
-    return Packed(tag, array.shape, digest, finite, grid, worst, values, checksums(array))
+    return Packed(tag, array.shape, sha, finite, grid, worst, values, checksums(array))
 
 
 def narrow(values: Array) -> Array:

@@ -31,7 +31,7 @@ Scale = Literal["tiny", "small", "full"]
 SCALES: tuple[Scale, ...] = ("tiny", "small", "full")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 FAMILIES: tuple[str, ...] = (
-    "router", "dispatch", "experts", "combine", "losses", "layer", "determinism",
+    "contract", "router", "dispatch", "experts", "combine", "losses", "layer", "determinism",
     "norm", "rotary", "attention", "head", "gradients", "optimizer", "fp8", "trajectory",
 )  # fmt: skip
 

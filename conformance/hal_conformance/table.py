@@ -37,6 +37,7 @@ def show(report: Report, out: Console) -> None:
     for subject in report.subjects:
         rows = [r for r in report.results if (r.subject, r.impl) == (subject["id"], subject["impl"])]
         show_tally(subject, rows, out)
+        show_arithmetic(rows, out)
         for found in report.certificates:
             if (found.subject, found.impl) == (subject["id"], subject["impl"]):
                 out.print(Text(f"certificate {found.dtype:<9} {plain(found.sentence())}"))
@@ -77,6 +78,16 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
         )
         family = t.family
     out.print(table)
+
+
+def show_arithmetic(rows: list[Result], out: Console) -> None:
+    """Print what the probes of the contract found, for each dtype."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.family == "contract" and row.status.colour == "green" and row.detail:
+            found.setdefault(row.dtype, []).append(row.detail)
+    for dtype, details in found.items():
+        out.print(Text(f"arithmetic  {dtype:<9} {plain('; '.join(details))}"))
 
 
 def show_notable(rows: list[Result], out: Console, *, subjects: bool) -> None:

@@ -8,6 +8,7 @@ from hal_conformance.cases import (
     attention,
     band,
     combine,
+    contract,
     determinism,
     dispatch,
     experts,
@@ -28,10 +29,13 @@ from hal_conformance.cases import (
     router_backward,
     router_edges,
     step,
+    stores,
     trained,
 )
 
 ALL: tuple[Case, ...] = (
+    *contract.CASES,
+    *stores.CASES,
     *router.CASES,
     *router_edges.CASES,
     *router_backward.CASES,

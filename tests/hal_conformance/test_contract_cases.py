@@ -51,7 +51,7 @@ def found(dtype, seed, contract, bits, rounding, kept=None):
     outputs = {
         "left_MN": product(a["rows_MK"], a["ones_KN"], bits, rounding, order, kept),
         "right_NM": product(a["ones_KN"].T, a["rows_MK"].T, bits, rounding, order, kept),
-        "sums_MN": product(a["sums_MK"], a["scales_KN"], bits, rounding, order, kept),
+        "sums_M": product(a["sums_MK"], a["scales_KN"][:, :1], bits, rounding, order, kept)[:, 0],
     }
     return PRODUCTS.judge(inputs, {n: make.store(array, dtype) for n, array in outputs.items()}, p, contract)
 

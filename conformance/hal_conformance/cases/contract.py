@@ -27,10 +27,10 @@ from hal_conformance.verdicts import Judgement, Status
 if TYPE_CHECKING:
     import torch
 
-INNER, COLUMNS = 64, 16
-"""Sizes of the products: enough for a matrix unit to take them."""
+INNER = 64
+"""Enough for a matrix unit to take the products."""
 
-PLACES = 16
+PLACES = COLUMNS = 16
 """Random places of each set of terms: two large ones meet before the small one in a third of the trees, and so in none
 of 16 with probability 1 - 3**-16."""
 
@@ -96,20 +96,20 @@ class Products(DeviceCase):
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`: with the narrow values on either side of a product."""
+        """See `Case.run`: with the narrow values on either side of a product; of the sums one column for each place."""
         rows, ones = tensors["rows_MK"], tensors["ones_KN"]
+        sums = (tensors["sums_MK"] @ tensors["scales_KN"]).reshape(-1, PLACES, COLUMNS)
         return {
             "left_MN": rows @ ones, "right_NM": ones.mT.contiguous() @ rows.mT.contiguous(),
-            "sums_MN": tensors["sums_MK"] @ tensors["scales_KN"],
+            "sums_M": sums.diagonal(dim1=1, dim2=2).reshape(-1),
         }  # fmt: skip
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         bits = SIGNIFICANDS[p.dtype]
-        m = 2 * (WIDEST - 1) * PLACES
         wrong = structure(outputs, {
             "left_MN": ((bits - 1, COLUMNS), p.dtype), "right_NM": ((COLUMNS, bits - 1), p.dtype),
-            "sums_MN": ((m, COLUMNS), p.dtype),
+            "sums_M": ((2 * (WIDEST - 1) * PLACES,), p.dtype),
         })  # fmt: skip
         if wrong is not None:
             return wrong
@@ -118,7 +118,7 @@ class Products(DeviceCase):
         left, right = wide(outputs["left_MN"]), wide(outputs["right_NM"]).T
         seen = (left == exact).all(1) & (right == exact).all(1)
         kept = 1 + _first_failure(seen)
-        ones, most = wide(outputs["sums_MN"]).reshape(2, WIDEST - 1, -1)
+        ones, most = wide(outputs["sums_M"]).reshape(2, WIDEST - 1, PLACES)
         held = 1 + _first_failure((ones == 1.0).all(1))
         stated = f"products keep {kept} of {bits} bits, sums {held}{'' if held < WIDEST else ' or more'}"
         broken = []

@@ -8,6 +8,7 @@ round measures all subjects once, in an order that rotates, and a ratio is the m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+
+import psutil
 
 import hal
 
@@ -48,6 +51,23 @@ def command(*arguments: str) -> Callable[[], float]:
         start = time.perf_counter()
         subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         return time.perf_counter() - start
+
+    return run
+
+
+def peak_gib(*arguments: str) -> Callable[[], float]:
+    """Return a measurement of a whole process and its children: the largest sum of their resident memory, in GiB."""
+
+    def run() -> float:
+        peak = 0
+        process = psutil.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                peak = max(peak, sum(p.memory_info().rss for p in (process, *process.children(recursive=True))))
+            time.sleep(0.02)
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, arguments)
+        return peak / 2**30
 
     return run
 
@@ -122,8 +142,20 @@ def markdown(title: str, about: dict[str, object], rows: Sequence[dict[str, obje
     return "\n".join(lines) + "\n"
 
 
-def main(name: str, title: str, groups: Sequence[tuple[str, Sequence[Subject]]]) -> None:
-    """Command line of one benchmark: measure all groups and write JSON and Markdown under `results/`."""
+def main(
+    name: str,
+    title: str,
+    groups: Sequence[tuple[str, Sequence[Subject]]],
+    more: Callable[[], tuple[dict[str, object], str]] | None = None,
+) -> None:
+    """Command line of one benchmark: measure all groups and write JSON and Markdown under `results/`.
+
+    Args:
+        name: of the files.
+        title: of the table.
+        groups: a unit, and what is measured in it.
+        more: called at the end; entries of the JSON, and Markdown that follows the table.
+    """
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -132,7 +164,11 @@ def main(name: str, title: str, groups: Sequence[tuple[str, Sequence[Subject]]])
     rows = [row for unit, subjects in groups for row in measure(subjects, options.rounds, unit)]
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"schema": "hal.benchmark/1", "name": name, "machine": about, "rows": rows}
-    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     text = markdown(title, about, rows)
+    if more is not None:
+        entries, words = more()
+        report |= entries
+        text += words
+    (options.out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / f"{name}.md").write_text(text)
     sys.stdout.write(text)

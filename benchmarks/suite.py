@@ -1,28 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long the conformance suite takes on the CPU, as whole processes.
+"""How long the conformance suite takes on the CPU, as whole processes, in how much memory, and which cases are slowest.
 
 python benchmarks/suite.py [--rounds N]
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
+import time
+from collections import Counter
 from pathlib import Path
 
-from harness import Subject, command, main
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as beside a worker
+
+import torch
+from harness import Subject, command, main, peak_gib
+
+from hal.contract import Contract
+from hal_conformance import arrays as codec
+from hal_conformance.cases import ALL
+from hal_conformance.judging import Made, judge_outputs
+from hal_conformance.plan import Selection, plan
+from hal_conformance.portable import portable
 
 HAL = str(Path(sys.executable).parent / "hal")
+HERE = Path(__file__).parent
+
+
+def slowest() -> tuple[dict[str, object], str]:
+    """Return the ten cases of scale small that take longest: making inputs, running and judging, in one process."""
+    cpu, taken, tasks = torch.device("cpu"), Counter[str](), Counter[str]()
+    for task in plan(Selection(scale="small"), ALL):
+        start = time.perf_counter()
+        made = Made.of(task)
+        tensors = {name: codec.to_torch(array, cpu) for name, array in made.inputs.items()}
+        returned = task.case.run(portable, tensors, task.params)
+        outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
+        judge_outputs(task, outputs, made.hashes, Contract(), made)
+        taken[task.case.name] += time.perf_counter() - start
+        tasks[task.case.name] += 1
+    rows = [{"case": name, "tasks": tasks[name], "seconds": seconds} for name, seconds in taken.most_common(10)]
+    lines = [
+        "", f"The ten slowest of {len(taken)} cases at scale small, in one process ({sum(taken.values()):.0f} s in all):",
+        "",
+        "| case | tasks | s |", "|---|---|---|",
+        *(f"| {row['case']} | {row['tasks']} | {row['seconds']:.2f} |" for row in rows),
+    ]  # fmt: skip
+    return {"slowest": rows}, "\n".join(lines) + "\n"
+
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        recording = str(Path(folder) / "cpu.safetensors")
+        own, other = (str(Path(folder) / f"{name}.safetensors") for name in ("own", "other"))
         run = (HAL, "conformance", "run", "--device", "cpu", "--scale")
-        record = (HAL, "conformance", "record", "--device", "cpu", "--scale", "tiny", "-o", recording)
-        subjects = [
+        record = (HAL, "conformance", "record", "--device", "cpu")
+        os.chdir(HERE)  # where `elsewhere` is found
+        command(*record, "--impl", "elsewhere:ops", "-o", other)()
+        compare = (HAL, "conformance", "compare", own)
+        seconds = [
             Subject("python -c 'import torch'", command(sys.executable, "-c", "import torch")),
-            Subject("conformance run --scale tiny", command(*run, "tiny"), "python -c 'import torch'"),
-            Subject("conformance record --scale tiny", command(*record), "python -c 'import torch'"),
-            Subject("conformance compare, of two", command(HAL, "conformance", "compare", recording, recording)),
-        ]
-        main("suite", "The conformance suite on a CPU", [("s", subjects)])
+            Subject("conformance record, scale small", command(*record, "-o", own), target="a file of 5 MB"),
+            Subject("conformance run --scale tiny", command(*run, "tiny"), target="15"),
+            Subject("conformance run --scale small", command(*run, "small"), target="120"),
+            Subject("conformance compare, the same bits", command(*compare, own), target="20"),
+            Subject("conformance compare, other bits", command(*compare, other), target="20"),
+        ]  # fmt: skip
+        memory = [Subject("conformance run --scale small, peak", peak_gib(*run, "small"), target="4")]
+        main("suite", "The conformance suite on a CPU", [("s", seconds), ("GiB", memory)], slowest)

@@ -98,9 +98,10 @@ def judgeable(got: Array, *expected: Array) -> Mask | None:
     coverage = _coverage.get()
     if coverage is None:
         return None
-    seen = ~is_absent(got)
-    for part in expected:
-        seen &= ~np.isnan(part) | np.isnan(got)
+    seen = np.logical_not(is_absent(got), out=np.empty(got.shape, bool))  # an array even where there is one element
+    if seen.any():  # few are: only these are looked at
+        unknown = np.isnan([part[seen] for part in expected]).any(axis=0)
+        seen[seen] = ~unknown | np.isnan(got[seen])
     coverage.judged += int(np.count_nonzero(seen))
     coverage.shown += seen.size
     return seen

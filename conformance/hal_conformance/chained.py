@@ -101,6 +101,11 @@ class Chained:
             dtype: of storage.
             elements: judged together with these; None: as many as there are here.
         """
+        if self.value.size > 1 and not any(self.value.strides) and not any(self.var.strides):
+            # One number throughout, as what is unknown has.
+            one = Chained(self.value.flat[:1], self.var.flat[:1]).bounded(dtype, elements or self.value.size)
+            sides = (np.broadcast_to(side, self.value.shape) for side in (one.value, one.bound, one.var))
+            return Bounded(*sides)
         deviations = level(self.value.size if elements is None else elements).deviations * np.sqrt(self.var)
         return Bounded(self.value, deviations + half_ulp(np.abs(self.value) + deviations, dtype), self.var)
 

@@ -166,17 +166,17 @@ class Meter:
 
     def add(self, got: Array, expected: Bounded, places: Places = 0) -> None:
         """Take in a part."""
-        wide = np.asarray(got, np.float64)
+        shape, row_size, index = got.shape, math.prod(got.shape[1:]), None
         value, bound, var = (
-            part if part.shape == wide.shape else np.broadcast_to(part, wide.shape)
+            part if part.shape == shape else np.broadcast_to(part, shape)
             for part in (expected.value, expected.bound, expected.var)
         )
-        shape, row_size, index = wide.shape, math.prod(wide.shape[1:]), None
         if (seen := judgeable(got, value, bound)) is not None:
             # The statistics of all elements cannot be had from some of them: no variance, no RMS and no bias.
             index = np.flatnonzero(seen)
-            wide, value, bound = (part.ravel()[index] for part in (wide, value, bound))
+            got, value, bound = (part[seen] for part in (got, value, bound))
             var = np.zeros_like(value)
+        wide = np.asarray(got, np.float64)
         self._size += wide.size
         if wide.size == 0:
             return

@@ -43,7 +43,8 @@ def slowest() -> tuple[dict[str, object], str]:
         tasks[task.case.name] += 1
     rows = [{"case": name, "tasks": tasks[name], "seconds": seconds} for name, seconds in taken.most_common(10)]
     lines = [
-        "", f"The ten slowest of {len(taken)} cases at scale small, in one process ({sum(taken.values()):.0f} s in all):",
+        "",
+        f"The ten slowest of {len(taken)} cases at scale small, in one process ({sum(taken.values()):.0f} s in all):",
         "",
         "| case | tasks | s |", "|---|---|---|",
         *(f"| {row['case']} | {row['tasks']} | {row['seconds']:.2f} |" for row in rows),

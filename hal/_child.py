@@ -8,7 +8,7 @@ import traceback
 from hal import plugins
 from hal._report import Reporter
 from hal.backend import Backend, advice_of
-from hal.errors import Absent, HalError
+from hal.errors import Absent, HalError, described
 from hal.registry import find_plugin, open_device
 from hal.surveys import survey
 
@@ -28,7 +28,7 @@ def _fail(reporter: Reporter, error: BaseException) -> None:
     absent = isinstance(error, Absent)
     reporter.say(
         status="absent" if absent else "broken",
-        reason=str(error) if isinstance(error, HalError) else f"{type(error).__name__}: {error}",
+        reason=str(error) if isinstance(error, HalError) else described(error),
         detail="" if absent else "".join(traceback.format_exception(type(cause), cause, cause.__traceback__)),
     )
 
@@ -38,7 +38,7 @@ def _advice(backend: Backend) -> list[str]:
     try:
         return list(advice_of(backend))
     except Exception as error:  # noqa: BLE001  what it has to say decides nothing about whether its devices work
-        return [f"the plug-in is at fault: advice() failed with {type(error).__name__}: {error}"]
+        return [f"the plug-in is at fault: advice() failed with {described(error)}"]
 
 
 def _examine(name: str, reporter: Reporter) -> None:

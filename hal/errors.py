@@ -191,3 +191,12 @@ class CollectiveError(HalError):
 
 class CollectiveTimeout(CollectiveError, TimeoutError):
     """A collective did not complete in time."""
+
+
+def described(error: BaseException) -> str:
+    """Return the type and the text of somebody else's exception; its text may raise, and then the type has to do."""
+    name = type(error).__name__
+    try:
+        return f"{name}: {error}"
+    except Exception as inner:  # noqa: BLE001
+        return f"{name}, whose text raised {type(inner).__name__}"

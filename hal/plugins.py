@@ -14,7 +14,7 @@ from importlib import metadata
 
 from hal.backend import PLUGIN_API, Backend
 from hal.backend_name import fault_of
-from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError
+from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError, described
 
 BACKENDS = "hal.backends"
 
@@ -89,7 +89,7 @@ def _entry_points(group: str) -> tuple[list[metadata.EntryPoint], tuple[str, ...
             found += [entry_point for entry_point in dist.entry_points if entry_point.group == group]
         except Exception as error:  # noqa: BLE001  whatever its parser stumbles over
             problems.append(
-                f"{name} {version}: its entry points cannot be read ({type(error).__name__}: {error}), so nothing that "
+                f"{name} {version}: its entry points cannot be read ({described(error)}), so nothing that "
                 "it registers is found; try: reinstall it, or uninstall it"
             )
     return found, tuple(problems)
@@ -152,7 +152,7 @@ def load(plugin: Plugin) -> Backend:
             raise
         except BaseException as error:  # whatever a plug-in does at import is its own fault alone
             raise Broken(
-                f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}", device=plugin.name
+                f"importing {entry_point.value} of {owner} raised {described(error)}", device=plugin.name
             ) from error
         # Python imports a module once; of two objects made from a class by two threads, the first stays.
         _loaded.setdefault(key, _checked(found, plugin.name, f"{entry_point.value} of {owner}"))

@@ -18,7 +18,7 @@ from hal import plugins
 from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
 from hal.device import Device, Facets
-from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice
+from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice, described
 from hal.memory import AllocatorPlan
 from hal.surveys import on_host, settle, survey, take_surveys, undecided
 
@@ -85,6 +85,8 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
 
 def _open(info: DeviceInfo, because: str, allocator: AllocatorPlan | None) -> Device:
     backend = plugins.load(find_plugin(info.backend))
+    if allocator is not None and not isinstance(allocator, AllocatorPlan):
+        raise ConfigError(f"allocator is a {type(allocator).__name__}, not a hal.AllocatorPlan")
     changes = Changes(f"{info.id} (handle {next(_handles)})")
     try:
         _import_torch(backend, changes, allocator)
@@ -97,7 +99,7 @@ def _open(info: DeviceInfo, because: str, allocator: AllocatorPlan | None) -> De
         raise
     except BaseException as error:
         changes.close()
-        raise Broken(f"opening it raised {type(error).__name__}: {error}", device=info.id) from error
+        raise Broken(f"opening it raised {described(error)}", device=info.id) from error
 
 
 def _import_torch(backend: Backend, changes: Changes, allocator: AllocatorPlan | None) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hal import plugins
 from hal.backend import Claim, DeviceInfo, Discovery
-from hal.errors import Absent, Broken, HalError
+from hal.errors import Absent, Broken, HalError, described
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def survey(plugin: plugins.Plugin, stage: Callable[[str], object] = lambda what:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  one bad plug-in must not end the listing
-        broken = Broken(f"discover() raised {type(error).__name__}: {error}", device=plugin.name)
+        broken = Broken(f"discover() raised {described(error)}", device=plugin.name)
         broken.__cause__ = error
         return Survey(plugin.name, plugin.owners, nothing, broken)
     return Survey(plugin.name, plugin.owners, found, None)

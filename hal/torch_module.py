@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of a device module of torch (`torch.cuda`, `torch.npu`, ...), which need not have all of them."""
+"""Functions of the module that torch has for a type of device, which need not have all of them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from hal import plugins
-from hal.cli.output import stdout_for_results
-from hal.errors import HalError, PluginError
+from hal.cli.output import plain, stdout_for_results
+from hal.errors import HalError, PluginError, described
 
 COMMANDS = "hal.commands"
 
@@ -26,7 +26,7 @@ class BrokenCommand(click.Command):
             name,
             context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
             add_help_option=False,
-            short_help=f"(broken) {error.message}",
+            short_help=f"(broken) {plain(error.message)}",
         )
         self.error = error
 
@@ -52,7 +52,7 @@ def load(plugin: plugins.Plugin) -> click.Command:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # noqa: BLE001  one bad plug-in must not end the others
-        broken = PluginError(f"importing {entry_point.value} of {owner} raised {type(error).__name__}: {error}")
+        broken = PluginError(f"importing {entry_point.value} of {owner} raised {described(error)}")
         broken.__cause__ = error
         return BrokenCommand(plugin.name, broken)
     if not isinstance(command, click.Command):

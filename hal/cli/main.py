@@ -18,6 +18,7 @@ import click
 
 import hal
 from hal.cli.commands import CommandGroup
+from hal.cli.output import plain
 from hal.errors import Absent, Broken, ConfigError, HalError, PluginError, UnknownDevice
 from hal.registry import AUTOLOAD
 
@@ -49,7 +50,7 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write the message to stderr."""
-        click.echo(f"hal: {self.message}", err=True, file=file)
+        click.echo(f"hal: {plain(self.message, indent=0)}", err=True, file=file)
 
 
 def exit_status(error: HalError) -> int:

@@ -105,8 +105,9 @@ class TorchMoEOps(MoEOps):
 
         The routed sum is rounded to the dtype of `x_TD` (autocast's, where it is on) before the shared output
         is added in that dtype, as the published models do. E and K come from `spec.router`, D, F and S from
-        the weights. Zero tokens give [0, D] and losses of 0. The result of a token depends on that token
-        alone, so a NaN stays with its token; in the losses it shows, since they are means over all tokens.
+        the weights. Zero tokens give [0, D] and losses of 0. A NaN stays with its token, but in the losses,
+        which are means over all tokens. What another token can change is rounding, since an expert's product
+        has other rows, and, with a capacity, who finds room: a token of NaN takes places at experts 0 to K - 1.
 
         Raises:
             ShapeError: shapes, dtypes or devices do not fit, or the shared weights and the spec contradict each other.

@@ -110,6 +110,11 @@ def test_what_is_no_name_is_an_error_that_says_so(name: Any) -> None:
             ask(name)
 
 
+def test_what_is_no_allocator_plan_is_refused() -> None:
+    with pytest.raises(hal.ConfigError, match="allocator is a str"):
+        hal.open_device("cpu", allocator="expandable")  # type: ignore[arg-type]
+
+
 def test_facets_that_are_none_are_the_backends_fault_and_what_opening_changed_is_put_back(
     distributions: Any, only: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,8 +267,12 @@ def test_an_answer_that_is_no_discovery_makes_the_backend_broken_and_no_other(
 
 
 @pytest.mark.parametrize(
-    "what", ["raise RuntimeError('no')", "raise SystemExit(2)", "raise KeyError('no')", "raise BaseException('no')"]
-)
+    "what",
+    [
+        "raise RuntimeError('no')", "raise SystemExit(2)", "raise KeyError('no')", "raise BaseException('no')",
+        "raise type('Mute', (Exception,), {'__str__': lambda self: 1 / 0})",
+    ],
+)  # fmt: skip
 def test_whatever_open_raises_is_broken_with_its_cause_and_puts_everything_back(
     distributions: Any, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,10 +119,12 @@ def test_the_distance_of_what_is_not_finite_is_said_in_words():
     assert distance(none, none)[:2] == (0.0, 0.0)
 
 
-def test_comparing_imports_no_torch():
+def test_comparing_imports_no_torch_and_neither_does_the_list_of_cases():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import recordings as r\n"
         "from hal_conformance.compare import compare\n"
+        "from hal_conformance.plan import Catalogue\n"
+        "assert len(Catalogue().all()) > 100\n"
         "assert compare([r.parse(r.make())]).report.results\n"
         "assert 'torch' not in sys.modules"
     )

@@ -34,9 +34,21 @@ def columns_of(gate_ED: Array, p: Params) -> Arrays:
 
 
 def tied(p: Params) -> Arrays:
-    """Return one-hot tokens and a gate of small integers, so that every logit is exact and most tie."""
-    experts, width = preset(p.preset).router.num_experts, shape(p).width
-    return columns_of(make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, experts, width), p)
+    """Return one-hot tokens and a gate of small integers, so that every logit is exact and most tie.
+
+    In a router with groups, every second token has two experts above the others in each group, equal ones in some.
+    Where all experts tie, the best two are alike in every group, and one that is not found makes no difference.
+    """
+    spec, width = preset(p.preset).router, shape(p).width
+    gate = make.integers(p.seed, "tie/gate", 0, TIED_LOGITS - 1, spec.num_experts, width)
+    if spec.num_groups > 1:
+        grouped = gate.reshape(spec.num_groups, spec.group_size, width)
+        order = np.argsort(make.words(p.seed, "tie/places", *grouped.shape), axis=1)
+        best = make.integers(p.seed, "tie/best", 1, TIED_LOGITS - 1, spec.num_groups, 2, width)
+        sparse = np.zeros_like(grouped)
+        np.put_along_axis(sparse, order[:, :2], best, axis=1)
+        gate = np.where(np.arange(width) % 2, sparse, grouped).reshape(gate.shape)
+    return columns_of(gate, p)
 
 
 class TieOrder(RouterCase):

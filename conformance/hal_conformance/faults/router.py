@@ -328,3 +328,23 @@ class ChoosesAmongRoundedScores(Parts):
         rounded = honest.scores_TE.detach().bfloat16().float()
         chosen = largest(rounded if bias_E is None else rounded + bias_E, spec.top_k)
         return self.honest.route(x_TD, gate_ED, spec, bias_E, experts_TK=chosen)
+
+
+@fault()
+class SecondBestByValue(AfterRoute):
+    """A group's second best is sought among what is not equal to its best: of two equal ones it loses both."""
+
+    def change(self, out: Routing, x_TD: Tensor, spec: RouterSpec, bias_E: Tensor | None, replayed: bool) -> Routing:
+        """See `AfterRoute.change`."""
+        if replayed or spec.group_score != "top2_sum" or spec.num_groups == 1:
+            return out
+        scores = out.scores_TE.detach() + (0 if bias_E is None else bias_E)
+        grouped = scores.view(-1, spec.num_groups, spec.group_size)
+        best = grouped.amax(-1, keepdim=True)
+        second = grouped.masked_fill(grouped == best, -torch.inf).amax(-1)
+        kept = torch.zeros_like(second, dtype=torch.bool)
+        kept.scatter_(1, largest(best[..., 0] + second, spec.top_groups), True)
+        masked = scores.masked_fill(~kept.repeat_interleave(spec.group_size, 1), spec.masked_score)
+        experts = largest(masked, spec.top_k)
+        weights = chosen_weights(out.scores_TE, experts, spec, out.weights_TK.dtype)
+        return out._replace(experts_TK=experts, weights_TK=weights)

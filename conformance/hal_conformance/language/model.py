@@ -18,7 +18,6 @@ import numpy as np
 from hal_conformance.case import Array
 from hal_conformance.language import parameters as named
 from hal_conformance.language.spec import LanguageSpec
-from hal_conformance.portable import Portable, portable
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +49,8 @@ class Losses(NamedTuple):
 
 def complete(ops: Any) -> Any:
     """Return an implementation that has every operator: its own, and the portable one's where it has none."""
+    from hal_conformance.portable import Portable, portable  # it imports torch, which judging does without
+
     return Portable(ops, portable)
 
 

@@ -31,6 +31,14 @@ def test_a_command_of_another_package_is_listed_and_runs(distributions: Any, hal
     assert (done.returncode, done.stdout) == (0, "it ran\n")
 
 
+def test_what_a_plug_in_says_does_not_control_the_terminal(distributions: Any, hal_command: Any) -> None:
+    command(distributions, "mine", "raise OSError('\\x1b[31mred\\r')")
+    for arguments in (("--help",), ("mine",)):
+        done = hal_command(*arguments)
+        assert "?[31mred" in done.stdout + done.stderr
+        assert not {"\x1b", "\r"} & set(done.stdout + done.stderr)
+
+
 def test_a_command_that_cannot_be_imported_is_listed_as_broken_and_stops_no_other(
     distributions: Any, hal_command: Any
 ) -> None:

@@ -6,7 +6,6 @@ Legend: T tokens, D model dim.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,10 +13,11 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import gate_storage, model_of, shape
+from hal_conformance.cases.base import At, Shape, gate_storage, model_of, shape
 from hal_conformance.cases.layer import Layer
 from hal_conformance.cases.router import RouterCase
 from hal_conformance.language.trained import X, layer
+from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ class TrainedLayer(Layer):
         return super().judge(inputs, outputs, _small(p), contract)
 
 
-def _small(p: Params) -> Params:
+def _small(p: Params) -> At:
     """Return the instance whose matrices have the trained layer's sizes."""
-    return replace(p, scale="tiny")
+    _, hidden, width = layer()[ROUTED[0]].shape
+    return At(p.preset, p.dtype, p.scale, p.seed, Shape(shape(p).tokens, width, hidden))
 
 
 _TRAINED = (

@@ -52,12 +52,6 @@ def everything(rank: int, size: int, store: str) -> None:
                 assert error.rank == rank
             else:
                 raise AssertionError("a bad argument was accepted")
-        try:
-            group.all_reduce(torch.ones(4).to(torch.float8_e4m3fn))  # gloo has no reduction for it
-        except hal.CollectiveError as error:
-            assert error.operation == "all_reduce"
-        else:
-            raise AssertionError("float8 was reduced")
         for wrong in (
             {"rank": 0, "world_size": 7},
             {"rank": (rank + 1) % size, "world_size": size},
@@ -75,6 +69,13 @@ def everything(rank: int, size: int, store: str) -> None:
         joined.barrier()
         joined.close()
         group.barrier()  # the one who joined does not end it
+        # Last of all: gloo's barrier waits for the work before it, and raises what a failed one among it raised.
+        try:
+            group.all_reduce(torch.ones(4).to(torch.float8_e4m3fn))  # gloo has no reduction for it
+        except hal.CollectiveError as error:
+            assert error.operation == "all_reduce"
+        else:
+            raise AssertionError("float8 was reduced")
         group.close()
         group.close()
 

@@ -6,7 +6,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,10 +163,15 @@ class ByCounts(Base):
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
-        seen: dict[tuple[int, int], str] = {}
-        for name, model in PRESETS.items():
-            seen.setdefault((model.router.num_experts, model.router.top_k), name)
-        return tuple(seen.values())
+        return one_for_each(lambda model: (model.router.num_experts, model.router.top_k))
+
+
+def one_for_each(key: Callable[[MoEModelSpec], Hashable]) -> tuple[str, ...]:
+    """Return the first preset of every value of `key`."""
+    seen: dict[Hashable, str] = {}
+    for name, model in PRESETS.items():
+        seen.setdefault(key(model), name)
+    return tuple(seen.values())
 
 
 def router_arrays(p: Params, stream: str) -> dict[str, Array]:

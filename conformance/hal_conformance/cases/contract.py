@@ -10,7 +10,6 @@ Legend: M rows, K inner length, N columns, T rows, E numbers in each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -55,34 +54,32 @@ def judged(stated: str, broken: list[str]) -> Judgement:
     return Judgement(Status.PASS, detail=stated)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Three terms, 2**b, something small of either sign and -2**b, for every b, at `PLACES` places each."""
+SMALL = {"one": 1.0, "most": 1.75}
+"""1 survives in an accumulator of b + 1 bits. In one of b bits 1.75 becomes 2 if it rounds to nearest, 0 if it cuts."""
 
-    small: float
 
-    def rows(self, p: Params, name: str) -> F64:
-        """Return [WIDEST - FEWEST, COLUMNS, K], to be multiplied by `scales`, which is 2**11 at every other place."""
-        rows = np.zeros((WIDEST - FEWEST, PLACES, 2, INNER))
-        half = INNER // 2
-        for b in range(FEWEST, WIDEST):
-            for place in range(PLACES):
-                # A large term of float16 is a product: 2**(b - 11) times 2**11.
-                lead = 2 * make.permutation(p.seed, f"contract/{name}/{b}/{place}/large", half)[:2]
-                tail = 2 * make.permutation(p.seed, f"contract/{name}/{b}/{place}/small", half)[0] + 1
-                rows[b - FEWEST, place, :, lead[0]] = 2.0 ** (b - 11)
-                rows[b - FEWEST, place, :, lead[1]] = -(2.0 ** (b - 11))
-                rows[b - FEWEST, place, :, tail] = self.small, -self.small
-        return rows.reshape(WIDEST - FEWEST, COLUMNS, INNER)
+def sums(p: Params, name: str) -> F64:
+    """Return three terms, 2**b, the small one of that name with either sign and -2**b, for every b, at random places.
+
+    [WIDEST - FEWEST, COLUMNS, K], to be multiplied by `scales`, which is 2**11 at every other place.
+    """
+    small = SMALL[name]
+    rows = np.zeros((WIDEST - FEWEST, PLACES, 2, INNER))
+    half = INNER // 2
+    for b in range(FEWEST, WIDEST):
+        for place in range(PLACES):
+            # A large term of float16 is a product: 2**(b - 11) times 2**11.
+            lead = 2 * make.permutation(p.seed, f"contract/{name}/{b}/{place}/large", half)[:2]
+            tail = 2 * make.permutation(p.seed, f"contract/{name}/{b}/{place}/small", half)[0] + 1
+            rows[b - FEWEST, place, :, lead[0]] = 2.0 ** (b - 11)
+            rows[b - FEWEST, place, :, lead[1]] = -(2.0 ** (b - 11))
+            rows[b - FEWEST, place, :, tail] = small, -small
+    return rows.reshape(WIDEST - FEWEST, COLUMNS, INNER)
 
 
 def scales() -> F64:
-    """Return [K, N] factors of `_Sums`."""
+    """Return [K, N] factors of `sums`."""
     return np.where(np.arange(INNER)[:, None] % 2 == 0, 2.0**11, 1.0) * np.ones((1, COLUMNS))
-
-
-ONE, MOST = _Sums(1.0), _Sums(1.75)
-"""1 survives in an accumulator of b + 1 bits. In one of b bits 1.75 becomes 2 if it rounds to nearest, 0 if it cuts."""
 
 
 class Products(DeviceCase):
@@ -94,17 +91,17 @@ class Products(DeviceCase):
         odd = 1.0 + 2.0 ** -np.arange(1.0, bits)  # of 2 to all bits
         rows = np.zeros((bits - 1, INNER))
         rows[np.arange(bits - 1), make.permutation(p.seed, "contract/width", INNER)[: bits - 1]] = odd
-        sums = np.concatenate([sums.rows(p, name).reshape(-1, INNER) for name, sums in (("one", ONE), ("most", MOST))])
-        arrays = {"rows_MK": rows, "ones_KN": np.ones((INNER, COLUMNS)), "sums_MK": sums, "scales_KN": scales()}
+        terms = np.concatenate([sums(p, name).reshape(-1, INNER) for name in SMALL])
+        arrays = {"rows_MK": rows, "ones_KN": np.ones((INNER, COLUMNS)), "sums_MK": terms, "scales_KN": scales()}
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`: with the narrow values on either side of a product; of the sums one column for each place."""
         rows, ones = tensors["rows_MK"], tensors["ones_KN"]
-        sums = (tensors["sums_MK"] @ tensors["scales_KN"]).reshape(-1, COLUMNS, COLUMNS)
+        by_place = (tensors["sums_MK"] @ tensors["scales_KN"]).reshape(-1, COLUMNS, COLUMNS)
         return {
             "left_MN": rows @ ones, "right_NM": ones.mT.contiguous() @ rows.mT.contiguous(),
-            "sums_M": sums.diagonal(dim1=1, dim2=2).reshape(-1),
+            "sums_M": by_place.diagonal(dim1=1, dim2=2).reshape(-1),
         }  # fmt: skip
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
-from hal.moe.presets import PRESETS, preset
+from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import designs
-from hal_conformance.cases.base import Base, expert_bytes, leaf, observed, shape, wide
+from hal_conformance.cases.base import Base, expert_bytes, leaf, observed, one_for_each, shape, wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
@@ -42,10 +42,7 @@ class ExpertsCase(Base):
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: one for every number of experts, which is all that their products see of a model."""
-        seen: dict[int, str] = {}
-        for name, model in PRESETS.items():
-            seen.setdefault(model.router.num_experts, name)
-        return tuple(seen.values())
+        return one_for_each(lambda model: model.router.num_experts)
 
     def size(self, p: Params) -> designs.Size:
         """Return the sizes, with rows per expert: many residues, an empty expert, one with a single row."""

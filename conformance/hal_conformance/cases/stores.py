@@ -45,8 +45,8 @@ class Stores(ExpertsCase):
         """See `Case.inputs`.
 
         A row has two ones, in channels 2 i and 2 i + 1. The gate is in [64, 128), where silu is the identity, the up
-        projection in [1, 2); either is a number of the dtype plus or minus a third of half an ulp or so, two bits more
-        than the dtype has. So their product fits into float32, and a sum of two of them nearly always. An output is the
+        projection in [1, 2); either is a number of the dtype plus or minus a quarter of its ulp, two bits more than the
+        dtype has. So their product fits into float32, and a sum of two of them nearly always. An output is the
         sum of two hidden units: rounding them before or after shows.
         """
         size, bits = self.size(p), SIGNIFICANDS[p.dtype]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from hal_conformance.cases.base import Base
+from hal_conformance.language.ensemble import DTYPES
 
 
 class Trajectory(Base):
@@ -15,4 +16,4 @@ class Trajectory(Base):
 
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`: training in float16 needs a loss scale, and no published model does it."""
-        return ("float32", "bfloat16")
+        return DTYPES

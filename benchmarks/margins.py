@@ -23,17 +23,13 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import torch
 from harness import machine
+from in_process import judged
 
 import hal
-from hal_conformance import arrays as codec
 from hal_conformance.budget import FALSE_ALARMS_PER_RUN
 from hal_conformance.case import DTYPES
 from hal_conformance.cases import ALL
-from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.plan import Selection, plan
-from hal_conformance.portable import portable
-
-CPU = torch.device("cpu")
 
 
 def main() -> None:
@@ -54,12 +50,7 @@ def main() -> None:
     with hal.open_device("cpu") as device:
         for seed in range(options.first, options.first + options.seeds):
             for task in plan(Selection(tuple(options.case), scale=options.scale, seed=seed), ALL):
-                inputs = task.case.inputs(task.params)
-                tensors = {name: codec.to_torch(array, CPU) for name, array in inputs.items()}
-                returned = task.case.run(portable, tensors, task.params)
-                outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
-                hashes = codec.digests(inputs)
-                verdict = judge_outputs(task, outputs, hashes, device.contract, Made(inputs, hashes))
+                verdict = judged(task, device.contract)
                 statuses[verdict.status.value] += 1
                 if verdict.status.colour != "green":
                     odd.append(f"seed {seed}, {task}: {verdict.status.value}: {verdict.detail}")

@@ -15,15 +15,12 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as beside a worker
 
-import torch
 from harness import Subject, command, main, peak_gib
+from in_process import judged
 
 from hal.contract import Contract
-from hal_conformance import arrays as codec
 from hal_conformance.cases import ALL
-from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.plan import Selection, plan
-from hal_conformance.portable import portable
 
 HAL = str(Path(sys.executable).parent / "hal")
 HERE = Path(__file__).parent
@@ -31,14 +28,10 @@ HERE = Path(__file__).parent
 
 def slowest() -> tuple[dict[str, object], str]:
     """Return the ten cases of scale small that take longest: making inputs, running and judging, in one process."""
-    cpu, taken, tasks = torch.device("cpu"), Counter[str](), Counter[str]()
+    taken, tasks = Counter[str](), Counter[str]()
     for task in plan(Selection(scale="small"), ALL):
         start = time.perf_counter()
-        made = Made.of(task)
-        tensors = {name: codec.to_torch(array, cpu) for name, array in made.inputs.items()}
-        returned = task.case.run(portable, tensors, task.params)
-        outputs = {name: codec.from_torch(tensor) for name, tensor in returned.items()}
-        judge_outputs(task, outputs, made.hashes, Contract(), made)
+        judged(task, Contract())
         taken[task.case.name] += time.perf_counter() - start
         tasks[task.case.name] += 1
     rows = [{"case": name, "tasks": tasks[name], "seconds": seconds} for name, seconds in taken.most_common(10)]

@@ -19,13 +19,9 @@ import click
 import hal
 from hal.cli.commands import CommandGroup
 from hal.cli.output import plain
-from hal.errors import Absent, Broken, ConfigError, HalError, PluginError, UnknownDevice
+from hal.errors import HalError
+from hal.exit_status import INTERNAL, exit_status
 from hal.registry import AUTOLOAD
-
-EXIT_FINDINGS = 1
-EXIT_USAGE = 2
-EXIT_DEVICE = 3
-EXIT_INTERNAL = 70  # EX_SOFTWARE of sysexits.h; no command uses it for anything else
 
 
 @dataclass
@@ -53,13 +49,6 @@ class Failure(click.ClickException):
         click.echo(f"hal: {plain(self.message, indent=0)}", err=True, file=file)
 
 
-def exit_status(error: HalError) -> int:
-    """Return the exit status that stands for an error."""
-    if isinstance(error, (Absent, Broken, UnknownDevice, PluginError)):
-        return EXIT_DEVICE
-    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FINDINGS
-
-
 class Main(CommandGroup):
     """The top-level group: the one place where errors are caught."""
 
@@ -79,7 +68,7 @@ class Main(CommandGroup):
             raise Failure(
                 f"a fault in hal or one of its plug-ins: {type(error).__name__}: {error}\n"
                 "  try: the same with `hal --debug ...`, which shows where",
-                EXIT_INTERNAL,
+                INTERNAL,
             ) from error
 
 

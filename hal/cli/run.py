@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal run`: a program that was written for CUDA, unchanged, on another device."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from hal.errors import ConfigError
+from hal.launch.ranks import OPTIONS, launch
+from hal.launch.settings import Settings
+
+if TYPE_CHECKING:
+    from hal.cli.main import Invocation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _torchrun_options(function: F) -> F:
+    """Add torchrun's options, as texts that are passed on."""
+    for name in reversed(OPTIONS):
+        function = click.option(f"--{name}", hidden=name not in _SHOWN, help=_SHOWN.get(name))(function)
+    return function
+
+
+_SHOWN = {
+    "nnodes": "Hosts of this run; this and the next ones are torchrun's, which has more of them.",
+    "node-rank": "Which of the hosts this is.",
+    "rdzv-backend": "How the hosts find each other.",
+    "rdzv-endpoint": "Where they do, as HOST:PORT.",
+    "max-restarts": "How often a failed group is started anew.",
+}
+
+
+@click.command(
+    short_help="Run a program written for CUDA on another device.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.option("--device", "-d", help="As `hal devices` lists it; a backend's name gives all of its devices. "
+              "[default: HAL_DEVICE, or the first accelerator, or the CPU]")  # fmt: skip
+@click.option("--nproc", type=click.IntRange(min=1), help="Processes on this host, started by torchrun's own engine.")
+@click.option("--strict", is_flag=True, help="Refuse whatever may change results, naming the line.")
+@click.option("--report", type=click.Path(dir_okay=False), help="Write what was redirected to this file, as JSON.")
+@click.option("--module", "-m", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
+@_torchrun_options
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def run(
+    invocation: Invocation, /, device: str | None, nproc: int | None, strict: bool, report: str | None, module: bool,
+    script: str, arguments: tuple[str, ...], **torchrun: str | None,
+) -> None:  # fmt: skip
+    """Run SCRIPT with its ARGUMENTS. It sees a working torch.cuda, which really is the device.
+
+    The program is run by plain Python, which replaces this process: its arguments, its standard streams, its signals
+    and its exit status are its own. Options end at SCRIPT. Without a device, and with one that torch itself calls
+    CUDA, nothing is changed. Exit status: the program's; 2 or 3 only before it starts.
+    """
+    if not module and not Path(script).exists():
+        raise ConfigError(f"there is no file {script!r}", expected="a Python script, or -m and the name of a module")
+    if report is not None and not Path(report).absolute().parent.is_dir():
+        raise ConfigError(f"the report cannot be written to {report!r}: there is no such folder")
+    settings = Settings(
+        device=device, strict=strict, report=None if report is None else str(Path(report).absolute()),
+        folder=tempfile.mkdtemp(prefix="hal-run-"), command=tuple(sys.argv[1:]), autoload=invocation.autoload,
+    )  # fmt: skip
+    command = [*(["-m"] if module else []), script, *arguments]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items() if value is not None]
+    if nproc is not None or options:
+        sys.exit(launch(settings, nproc or 1, options, command))
+    environment = dict(os.environ)
+    settings.into(environment, first=os.getpid())
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, *command], environment)

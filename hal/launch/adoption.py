@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Putting a redirection in force in this process, and ending it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, final
+
+from hal.errors import ConfigError
+from hal.launch import api
+from hal.launch.audit import Entry
+from hal.launch.patches import Patches, undone_on_error
+
+if TYPE_CHECKING:
+    from hal.device import Device
+    from hal.launch.redirection import Redirection
+
+_lock = threading.RLock()
+_adoption: Adoption | None = None
+
+
+def adopt(device: str | None = None, *, strict: bool = False) -> Adoption:
+    """Let this program, which was written for CUDA, run on another device from here on.
+
+    Call it before anything touches CUDA; modules that imported torch before see the device, too. On a device that
+    torch itself calls CUDA nothing is changed at all.
+
+    Args:
+        device: as for `hal.open_device`. A backend's name alone, such as "ascend", gives all of its devices.
+        strict: refuse what may change results, instead of noting it.
+
+    Returns:
+        The adoption, which `release()` ends, and so does the end of a `with` block.
+
+    Raises:
+        ConfigError: another device is adopted already.
+        UnknownDevice, Absent, Broken: see `hal.open_device`.
+    """
+    global _adoption
+    with _lock:
+        if _adoption is not None:
+            raise ConfigError(
+                f"{_adoption.device.info.id} is adopted already", hint="hal.release() before another device is adopted"
+            )
+        _adoption = Adoption(device, strict)
+        return _adoption
+
+
+def release() -> None:
+    """End the adoption of this process: every name in torch is what it was. Without an adoption, nothing happens."""
+    global _adoption
+    with _lock:
+        ending, _adoption = _adoption, None
+        if ending is not None:
+            ending._end()
+
+
+def adopted() -> Adoption | None:
+    """Return the adoption in force, or None."""
+    return _adoption
+
+
+@final
+class Adoption:
+    """A redirection in force; `hal.adopt` makes it.
+
+    Attributes:
+        device: what the program's current CUDA device really is.
+        redirection: None on a device that torch itself calls CUDA.
+    """
+
+    def __init__(self, name: str | None, strict: bool) -> None:
+        from hal.registry import open_device
+
+        first = open_device(name)
+        self.device = first
+        self.redirection: Redirection | None = None
+        self._patches = Patches()
+        self._patches.on_undo(first.close)
+        with undone_on_error(self._patches):
+            if first.torch_device.type != "cuda":
+                self.redirection = self._redirect(_all_of(name, first, self._patches), strict)
+
+    def _redirect(self, devices: list[Device], strict: bool) -> Redirection:
+        from hal.launch import modules, surface
+        from hal.launch.redirection import Redirection
+        from hal.launch.surface import factories, net, tensors
+
+        redirection = Redirection(devices, strict)
+        self._patches.on_undo(lambda: api.activate(None))
+        replaced = modules.redirected(api.TABLE, redirection)
+        for name, original in factories.makers().items():
+            module, _, attribute = name.rpartition(".")
+            replaced.setdefault(module, {})[attribute] = factories.maker(name, original, redirection)
+        api.activate(redirection)
+        tensors.install(redirection, self._patches)
+        for door in (surface.amp, surface.distributed):
+            door.install(redirection, self._patches)
+        net.install(redirection, self._patches)
+        modules.install(modules.StandIns(replaced), self._patches)
+        return redirection
+
+    def entries(self) -> list[Entry]:
+        """Return what the program did so far; see `hal.launch.audit`."""
+        return [] if self.redirection is None else self.redirection.audit.entries()
+
+    def __enter__(self) -> Adoption:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if _adoption is self:
+            release()
+
+    def _end(self) -> None:
+        self._patches.undo()
+
+
+def _all_of(name: str | None, first: Device, patches: Patches) -> list[Device]:
+    """Return what CUDA's devices are: the one that was asked for, or all of the backend that was."""
+    if first.torch_device.index is None:
+        # One CPU for each process of this run on this host: each process calls one of them its own.
+        return [first] * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    asked = name or os.environ.get("HAL_DEVICE") or "auto"
+    if ":" in asked:
+        return [first]
+    from hal.registry import list_devices, open_device
+
+    devices = [first]
+    for info in list_devices():
+        if info.backend == first.info.backend and info.id != first.info.id:
+            devices.append(open_device(info.id))
+            patches.on_undo(devices[-1].close)
+    return devices

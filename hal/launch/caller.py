@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who calls: torch's own modules and ours see the true device, everybody else sees CUDA.
+
+A module is known by its name, `__name__` of the calling frame's globals. What runs in C has no frame, so that the
+caller of `getattr`, `map` or `operator.attrgetter` counts.
+"""
+
+from __future__ import annotations
+
+from types import FrameType
+
+_INSIDERS = ("torch", "functorch", "hal", "torchgen")
+_known: dict[object, bool] = {}
+
+
+def is_insider(name: object) -> bool:
+    """Return whether a module of this name sees the true device: torch's and ours do, torchvision's do not."""
+    inside = _known.get(name)
+    if inside is None:
+        first = name.partition(".")[0] if isinstance(name, str) else ""
+        inside = first in _INSIDERS or first.startswith("hal_")
+        if len(_known) < _MOST_KNOWN:
+            _known[name] = inside
+    return inside
+
+
+_MOST_KNOWN = 100_000
+"""Names are remembered, but not without end: a program may run code under names that it makes up."""
+
+
+def inside(frame: FrameType) -> bool:
+    """Return whether the code of a frame sees the true device."""
+    return is_insider(frame.f_globals.get("__name__"))
+
+
+def outside(frame: FrameType | None) -> FrameType | None:
+    """Return the nearest frame, from this one outwards, that belongs to the script or to a library of its own."""
+    while frame is not None and inside(frame):
+        frame = frame.f_back
+    return frame

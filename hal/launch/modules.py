@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the program finds when it imports torch: modules of the same names, in which the redirected APIs stand.
+
+torch's own modules are not changed: who imports `torch` from outside of it gets a stand-in, which holds the same
+attributes but for those of the table, and passes on what is set on it. Python's import decides by who imports.
+Names that a module outside of torch imported before are replaced there, and put back in the end.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+from hal.launch import api
+from hal.launch.caller import is_insider
+from hal.launch.patches import Patches
+
+
+class StandIn(ModuleType):
+    """A module in place of one of torch's.
+
+    Its dictionary is a copy, so that reading an attribute costs what it costs in any module; what torch adds to its
+    own later is found there, and what the program sets goes there, too.
+    """
+
+    def __init__(self, original: ModuleType, replaced: Mapping[str, Any]) -> None:
+        super().__init__(original.__name__, original.__doc__)
+        vars(self).update(vars(original))
+        vars(self).update(replaced)
+        vars(self)["_hal_original"] = original
+        vars(self)["_hal_replaced"] = frozenset(replaced)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_hal_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        vars(self)[name] = value
+        if name not in vars(self)["_hal_replaced"] and name != "__class__":
+            setattr(vars(self)["_hal_original"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        vars(self).pop(name, None)
+        if name not in vars(self)["_hal_replaced"] and hasattr(vars(self)["_hal_original"], name):
+            delattr(vars(self)["_hal_original"], name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *dir(vars(self)["_hal_original"])} - {"_hal_original", "_hal_replaced"})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, (self.__name__,)
+
+
+class StandIns:
+    """The stand-ins of one redirection, and what else the program gets in place of something of torch's.
+
+    Args:
+        replaced: for each module of torch's by name, what stands in for its attributes.
+    """
+
+    def __init__(self, replaced: Mapping[str, Mapping[str, Any]]) -> None:
+        self._by_original: dict[int, tuple[Any, Any]] = {}
+        made: dict[str, StandIn] = {}
+        # The innermost first: the stand-in for torch holds that for torch.cuda.
+        names = {parent for name in replaced for parent in _with_parents(name)}
+        for name in sorted(names, key=lambda name: -name.count(".")):
+            original = sys.modules.get(name)
+            if original is None:
+                continue
+            inner = {child.rpartition(".")[2]: module for child, module in made.items()
+                     if child.rpartition(".")[0] == name}  # fmt: skip
+            made[name] = StandIn(original, {**replaced.get(name, {}), **inner})
+            self._enter(original, made[name])
+        for name, attributes in replaced.items():
+            for attribute, ours in attributes.items():
+                if name in made and attribute in vars(sys.modules[name]):
+                    self._enter(vars(sys.modules[name])[attribute], ours)
+
+    def _enter(self, original: Any, ours: Any) -> None:
+        if isinstance(original, (ModuleType, type)) or callable(original):
+            self._by_original[id(original)] = (original, ours)
+
+    def of(self, original: Any) -> Any:
+        """Return what stands in for something of torch's; anything else as it is."""
+        found = self._by_original.get(id(original))
+        return original if found is None else found[1]
+
+    def pairs(self) -> list[tuple[Any, Any]]:
+        """Return all originals, and what stands in for each."""
+        return list(self._by_original.values())
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+_current: StandIns | None = None
+
+_awaited: dict[tuple[str, str], Callable[[Any], None]] = {}
+"""What is to be done with a name of a module of torch's that is not loaded yet, as soon as it is there."""
+
+
+def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
+    """Call `action` with what stands under a name of a module, now or when somebody has imported it.
+
+    Importing all of torch's distributed classes for a program that uses none would double its start.
+    """
+    _awaited[module, name] = action
+    _look()
+
+
+def _look() -> None:
+    for key in list(_awaited):
+        module = sys.modules.get(key[0])
+        found = None if module is None else vars(module).get(key[1])  # not there yet while it is being imported
+        if found is not None:
+            action = _awaited.pop(key, None)
+            if action is not None:
+                action(found)
+
+
+def seen(original: Any) -> Any:
+    """Return what the program sees in place of something of torch's."""
+    return original if _current is None else _current.of(original)
+
+
+def install(stand_ins: StandIns, patches: Patches) -> None:
+    """Give stand-ins to everybody outside of torch: from now on by import, and where names were imported before."""
+    global _current
+    _current = stand_ins
+    patches.on_undo(_forget)
+    python_import, import_module = builtins.__import__, importlib.import_module
+
+    def __import__(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: N807
+        module = python_import(name, globals, locals, fromlist, level)
+        if _awaited:
+            _look()
+        if _current is None or globals is None or is_insider(globals.get("__name__")):
+            return module
+        return _current.of(module)
+
+    def import_module_(name: str, package: str | None = None) -> Any:
+        module = import_module(name, package)
+        if _awaited:
+            _look()
+        if _current is None or is_insider(sys._getframe(1).f_globals.get("__name__")):
+            return module
+        return _current.of(module)
+
+    patches.set(builtins, "__import__", __import__)
+    patches.set(importlib, "import_module", import_module_)
+    patches.on_undo(lambda: _exchange([(ours, original) for original, ours in stand_ins.pairs()]))
+    _exchange(stand_ins.pairs())
+
+
+def _forget() -> None:
+    global _current
+    _current = None
+    _awaited.clear()
+
+
+def _exchange(pairs: list[tuple[Any, Any]]) -> None:
+    """Replace global names outside of torch that refer to one thing by another, by identity."""
+    table: dict[int, tuple[Any, Any]] = {id(old): (old, new) for old, new in pairs}
+    for module in list(sys.modules.values()):
+        if not isinstance(module, ModuleType) or isinstance(module, StandIn) or is_insider(module.__name__):
+            continue
+        names = vars(module)
+        for name, value in list(names.items()):
+            found = table.get(id(value))
+            if found is not None and found[0] is value:
+                names[name] = found[1]
+
+
+def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, dict[str, Any]]:
+    """Return what stands in for attributes of torch's modules, by module and attribute."""
+    replaced: dict[str, dict[str, Any]] = {}
+    for entry in entries.values():
+        module = sys.modules.get(entry.module)
+        if module is None:
+            continue
+        original: Callable[..., Any] | None = getattr(module, entry.attribute, None)
+        ours = entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
+        replaced.setdefault(entry.module, {})[entry.attribute] = ours
+    return replaced

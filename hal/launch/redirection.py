@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA as the program sees it, and the devices that it really is.
+
+CUDA device `i` of the program is the i-th of the given devices. Devices that torch calls `cuda` need no redirection.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from hal.errors import UnsupportedOperation
+from hal.launch.audit import Audit, where
+from hal.launch.host import HostTensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from hal.device import Device
+
+log = logging.getLogger("hal")
+
+
+@final
+class Redirection:
+    """Translates devices both ways for one process.
+
+    Args:
+        devices: what CUDA's devices 0, 1, ... are; on a CPU the same device may stand several times.
+        strict: refuse what may change results, instead of noting it.
+
+    Attributes:
+        type: the torch device type of all devices.
+        hosts: the tensors on the host, where a tensor's device does not tell; otherwise None.
+        audit: counts of this process.
+    """
+
+    def __init__(self, devices: Sequence[Device], strict: bool = False) -> None:
+        import torch
+
+        self.devices = tuple(devices)
+        self.strict = strict
+        self.audit = Audit()
+        self.targets = tuple(device.torch_device for device in self.devices)
+        self.type = self.targets[0].type
+        self.hosts = HostTensors() if self.type == "cpu" else None
+        self.module = torch.get_device_module(self.targets[0])
+        """What torch has for this type of device, such as `torch.npu`."""
+        self._cuda = tuple(torch.device("cuda", index) for index in range(len(self.devices)))
+        self._index = {target.index: index for index, target in enumerate(self.targets)}
+        self.sync_debug_mode = 0
+        self.groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self._local = threading.local()
+        self._said: set[str] = set()
+        self._torch_device = torch.device
+
+    # Current device ----------------------------------------------------------------------------------------------
+
+    @property
+    def current(self) -> int:
+        """The program's current CUDA device; as in CUDA, one for each thread."""
+        index: int = getattr(self._local, "index", 0)
+        return index
+
+    @current.setter
+    def current(self, index: int) -> None:
+        self._local.index = self.checked(index)
+        if self.targets[index].index is not None:
+            self.module.set_device(self.targets[index])
+
+    @property
+    def device(self) -> Device:
+        """The device that the current CUDA device really is."""
+        return self.devices[self.current]
+
+    def checked(self, index: int) -> int:
+        """Return an index if there is such a CUDA device.
+
+        Raises:
+            RuntimeError: there is none; CUDA raises this, too.
+        """
+        if not 0 <= index < len(self.devices):
+            there = "cuda:0 only" if len(self.devices) == 1 else f"cuda:0 to cuda:{len(self.devices) - 1}"
+            raise RuntimeError(
+                f"CUDA error: invalid device ordinal: cuda:{index} was asked for, and there is {there} "
+                f"({', '.join(device.info.id for device in self.devices)}); `hal run --nproc` gives a CPU one for each "
+                "process of this host"
+            )
+        return index
+
+    @property
+    def stream(self) -> Any:
+        """The stream that the program made current in this thread, or None."""
+        return getattr(self._local, "stream", None)
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        self._local.stream = stream
+
+    # From the program to torch -----------------------------------------------------------------------------------
+
+    def index(self, device: Any) -> int | None:
+        """Return which CUDA device is meant, or None if `device` is no CUDA device.
+
+        None, a plain "cuda" and a CUDA device without index are the current one. Integers are indices, as everywhere
+        in `torch.cuda`.
+
+        Raises:
+            RuntimeError: there is no such CUDA device.
+        """
+        if device is None:
+            return self.current
+        if isinstance(device, str):
+            if not device.startswith("cuda"):
+                return None
+            device = self._torch_device(device)  # torch's own error for what it cannot read
+        if isinstance(device, self._torch_device):
+            if device.type != "cuda":
+                return None
+            return self.current if device.index is None else self.checked(device.index)
+        if isinstance(device, int) and not isinstance(device, bool):
+            return self.current if device == -1 else self.checked(device)
+        return None
+
+    def translate(self, device: Any) -> Any:
+        """Return the true device of a CUDA device; anything else as it is.
+
+        Raises:
+            RuntimeError: there is no such CUDA device.
+        """
+        if device is None or isinstance(device, bool):
+            return device
+        index = self.index(device)
+        return device if index is None else self.targets[index]
+
+    def is_host(self, device: Any) -> bool:
+        """Return whether the program names the host, as `"cpu"` or a torch.device of that type."""
+        if isinstance(device, str):
+            return device == "cpu" or device.startswith("cpu:")
+        return isinstance(device, self._torch_device) and device.type == "cpu"
+
+    # From torch to the program -----------------------------------------------------------------------------------
+
+    def present(self, true: torch.device) -> torch.device:
+        """Return the CUDA device that the program sees for a true device; another type as it is."""
+        if true.type != self.type:
+            return true
+        if self.hosts is not None:
+            return self._cuda[self.current]
+        index = self._index.get(true.index)
+        return true if index is None else self._cuda[index]
+
+    # What is not as on CUDA --------------------------------------------------------------------------------------
+
+    def change(self, api: str, note: str) -> None:
+        """Note that results may differ from CUDA's, or refuse it in strict mode, naming the line.
+
+        Raises:
+            UnsupportedOperation: in strict mode.
+        """
+        frame = sys._getframe(1)
+        self.audit.note("change", api, note, frame)
+        if self.strict:
+            self.audit.note("refused", api, note, frame)
+            raise UnsupportedOperation(
+                f"{api} at {where(frame)} would change its meaning: {note}", device=self.device.info.id, what=api,
+                hint="without --strict it is only noted in the report",
+            )  # fmt: skip
+
+    def idle(self, api: str, note: str) -> None:
+        """Note that a call does nothing here, and say so the first time."""
+        frame = sys._getframe(1)
+        self.audit.note("idle", api, note, frame)
+        if api not in self._said:
+            self._said.add(api)
+            log.warning("%s at %s does nothing on %s: %s", api, where(frame), self.device.info.id, note)
+
+    def refuse(self, api: str, why: str, hint: str = "") -> UnsupportedOperation:
+        """Return the error that refuses a call, and note it. It is a RuntimeError, as torch's own would be."""
+        frame = sys._getframe(1)
+        self.audit.note("refused", api, why, frame)
+        return UnsupportedOperation(f"{api} at {where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint)

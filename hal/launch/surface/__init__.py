@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The doors through which a program reaches CUDA, one file for each; importing this fills the table of APIs."""
+
+from hal.launch.surface import (
+    accelerator,
+    amp,
+    cuda_device,
+    cuda_memory,
+    cuda_random,
+    cuda_streams,
+    cuda_types,
+    distributed,
+)
+
+__all__ = [
+    "accelerator",
+    "amp",
+    "cuda_device",
+    "cuda_memory",
+    "cuda_random",
+    "cuda_streams",
+    "cuda_types",
+    "distributed",
+]

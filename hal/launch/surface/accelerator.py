@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's doors that name no vendor, through which a program reaches CUDA all the same; and what loads and saves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.launch.api import api
+from hal.launch.redirection import Redirection
+
+if TYPE_CHECKING:
+    import torch
+
+
+@api("torch.accelerator.is_available", belief=True)
+def is_available(r: Redirection) -> bool:
+    """There is one."""
+    return True
+
+
+@api("torch.accelerator.current_accelerator", belief=True)
+def current_accelerator(r: Redirection, check_available: bool = False) -> torch.device:
+    """CUDA."""
+    import torch
+
+    return torch.device("cuda")
+
+
+@api("torch.accelerator.device_count", belief=True)
+def device_count(r: Redirection) -> int:
+    """As `torch.cuda.device_count`."""
+    return len(r.devices)
+
+
+@api("torch.accelerator.get_device_capability", verdict="emulated")
+def get_device_capability(r: Redirection, device: Any = None, /) -> dict[str, Any]:
+    """The dtypes that torch knows."""
+    import torch
+
+    return {"supported_dtypes": {value for value in vars(torch).values() if isinstance(value, torch.dtype)}}
+
+
+@api("torch.get_device_module")
+def get_device_module(r: Redirection, device: Any = None) -> Any:
+    """For CUDA the module that the program sees as `torch.cuda`."""
+    import torch
+
+    from hal.launch.modules import seen
+
+    if device is None or r.index(device) is not None:
+        return seen(torch.cuda)
+    return torch.get_device_module(device)
+
+
+@api("torch.set_default_device")
+def set_default_device(r: Redirection, device: Any) -> None:
+    """For tensors that are made without a device."""
+    import torch
+
+    torch.set_default_device(r.translate(device))
+
+
+@api("torch.get_default_device")
+def get_default_device(r: Redirection) -> torch.device:
+    """CUDA, where the program made it so."""
+    import torch
+    import torch.utils._device
+
+    true = torch.get_default_device()
+    return true if torch.utils._device.CURRENT_DEVICE is None else r.present(true)
+
+
+@api("torch.set_default_tensor_type")
+def set_default_tensor_type(r: Redirection, t: Any) -> None:
+    """CUDA's types set dtype and device."""
+    import torch
+
+    from hal.launch.surface.cuda_types import CudaTensorType
+
+    if isinstance(t, str) and t.startswith("torch.cuda."):
+        t = t.replace("torch.cuda.", "torch.", 1)
+        torch.set_default_device(r.targets[r.current])
+    elif isinstance(t, CudaTensorType):
+        t = f"torch.{t.__name__}"
+        torch.set_default_device(r.targets[r.current])
+    torch.set_default_tensor_type(t)
+
+
+@api("torch.get_device")
+def get_device(r: Redirection, input: Any) -> int:
+    """The index of a tensor's CUDA device; -1 on the host."""
+    if r.hosts is not None and input in r.hosts:
+        return -1
+    index = r.present(input.device).index
+    return -1 if index is None else index
+
+
+@api("torch.load")
+def load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Put what was saved on CUDA onto the device, and what is mapped to CUDA, too; a path is never touched."""
+    import torch
+
+    return torch.load(f, _map_location(r, map_location), *args, **kwargs)
+
+
+def _map_location(r: Redirection, asked: Any) -> Any:
+    if asked is None:
+        # What was saved on CUDA comes to the device of that number; the rest goes where torch would put it.
+        return lambda storage, location: storage if not location.startswith("cuda") else _moved(r, storage, location)
+    if isinstance(asked, dict):
+        table = {key: r.translate(value) for key, value in asked.items()}
+        return lambda storage, location: _moved(r, storage, table.get(location, location))
+    if callable(asked):
+
+        def answer(storage: Any, location: str) -> Any:
+            given = asked(storage, location)
+            return storage if given is None and location.startswith("cuda") else given
+
+        return answer
+    return r.translate(asked)
+
+
+def _moved(r: Redirection, storage: Any, location: Any) -> Any:
+    true = r.translate(location)
+    kind = str(true).partition(":")[0]
+    if kind == "cpu":
+        return storage
+    import torch
+
+    return torch.serialization.default_restore_location(storage, str(true))
+
+
+@api("torch.random.fork_rng")
+def fork_rng(r: Redirection, devices: Any = None, enabled: bool = True, *args: Any, **kwargs: Any) -> Any:
+    """Of the host, and of the devices that are asked for."""
+    import torch
+
+    if kwargs.get("device_type") == "cuda":
+        kwargs["device_type"] = r.type
+    if r.hosts is not None:
+        devices, _ = [], kwargs.pop("device_type", None)  # the host's generator is the device's
+    elif devices is not None:
+        devices = [r.targets[i].index for i in (r.index(d) for d in devices) if i is not None]
+    return torch.random.fork_rng(devices, enabled, *args, **kwargs)

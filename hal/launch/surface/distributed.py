@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.distributed: NCCL is the device's own library, and the program that asked for NCCL is told that it has it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from hal.launch import api as state
+from hal.launch.api import api
+from hal.launch.modules import when_loaded
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Translate what constructors of torch's distributed classes are given."""
+    for module, name, translate in (
+        ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": _type}),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _true}),
+        ("torch.nn.parallel.distributed", "DistributedDataParallel",
+         {"device_ids": _device_ids, "output_device": _output_device}),
+    ):  # fmt: skip
+        when_loaded(module, name, functools.partial(_translated, patches, translate))
+
+
+def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
+    """Replace a constructor by one that translates some of its arguments."""
+    original = owner.__init__
+    places = {name: index for index, name in enumerate(inspect.signature(original).parameters)}
+
+    @functools.wraps(original)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        r = state._active
+        if r is not None:
+            changed = list(args)
+            for name, function in translate.items():
+                place = places[name] - 1  # without self
+                if name in kwargs:
+                    kwargs[name] = function(r, kwargs[name])
+                elif place < len(changed):
+                    changed[place] = function(r, changed[place])
+            args = tuple(changed)
+        original(self, *args, **kwargs)
+
+    del constructor.__wrapped__
+    patches.set(owner, "__init__", constructor)
+
+
+def _type(r: Redirection, device_type: Any) -> Any:
+    return r.type if device_type == "cuda" else device_type
+
+
+def _true(r: Redirection, device: Any) -> Any:
+    return r.translate(device)
+
+
+def _device_ids(r: Redirection, devices: Any) -> Any:
+    # torch wants none for modules on a CPU.
+    return devices if not devices or r.hosts is None else None
+
+
+def _output_device(r: Redirection, device: Any) -> Any:
+    return r.translate(device) if r.hosts is None else None
+
+
+# Names of libraries ------------------------------------------------------------------------------------------------
+
+
+def library(r: Redirection) -> str:
+    """Return the name under which torch.distributed knows the device's library."""
+    return r.device.collectives.torch_name
+
+
+def _backend(r: Redirection, asked: Any) -> Any:
+    """Return the backend in place of one that the program asks for: `nccl`, or pairs such as `cpu:gloo,cuda:nccl`."""
+    if not isinstance(asked, str):
+        return asked
+    name = asked.lower()
+    if name == "nccl":
+        return library(r)
+    if ":" not in name:
+        return asked
+    pairs = dict(pair.split(":", 1) for pair in name.split(","))
+    if "cuda" not in pairs:
+        return asked
+    own = _backend(r, pairs.pop("cuda"))
+    pairs[r.type] = own
+    return own if len(pairs) == 1 else ",".join(f"{device}:{backend}" for device, backend in pairs.items())
+
+
+def _asked(r: Redirection) -> MutableMapping[Any, str]:
+    """What the program asked for, by process group; torch forgets its groups, and this must not keep them."""
+    return r.groups
+
+
+@api("torch.distributed.init_process_group", "torch.distributed.distributed_c10d.init_process_group")
+def init_process_group(r: Redirection, backend: Any = None, *args: Any, **kwargs: Any) -> None:
+    """With the device's own library in NCCL's place."""
+    import torch.distributed as dist
+
+    if kwargs.get("device_id") is not None:
+        # Only where an index exists: a CPU has none, and gloo needs no device.
+        kwargs["device_id"] = r.translate(kwargs["device_id"]) if r.hosts is None else None
+    dist.init_process_group(_backend(r, backend), *args, **kwargs)
+    if isinstance(backend, str):
+        _asked(r)[dist.group.WORLD] = backend.lower()
+
+
+@api("torch.distributed.new_group", "torch.distributed.distributed_c10d.new_group")
+def new_group(r: Redirection, ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any,
+              **kwargs: Any) -> Any:  # fmt: skip
+    """With the device's own library in NCCL's place."""
+    import torch.distributed as dist
+
+    if kwargs.get("device_id") is not None:
+        kwargs["device_id"] = r.translate(kwargs["device_id"]) if r.hosts is None else None
+    group = dist.new_group(ranks, timeout, _backend(r, backend), *args, **kwargs)
+    asked = backend if isinstance(backend, str) else _asked(r).get(dist.group.WORLD)
+    if asked is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
+        _asked(r)[group] = asked.lower()
+    return group
+
+
+@api("torch.distributed.get_backend", "torch.distributed.distributed_c10d.get_backend", belief=True)
+def get_backend(r: Redirection, group: Any = None) -> Any:
+    """What the program asked for; of a group that a library of torch's made, what it really is."""
+    import torch.distributed as dist
+
+    true = dist.get_backend(group)
+    asked = _asked(r).get(dist.group.WORLD if group is None else group)
+    if asked is not None:
+        return dist.Backend(asked) if ":" not in asked else asked
+    return dist.Backend("nccl") if true == library(r) and library(r) != "gloo" else true
+
+
+@api("torch.distributed.is_nccl_available", "torch.distributed.distributed_c10d.is_nccl_available", belief=True)
+def is_nccl_available(r: Redirection) -> bool:
+    """The device's own library stands in."""
+    return True
+
+
+@api("torch.distributed.is_backend_available", belief=True)
+def is_backend_available(r: Redirection, backend: str) -> bool:
+    """NCCL, and what there is."""
+    import torch.distributed as dist
+
+    return backend.lower() == "nccl" or dist.is_backend_available(backend)
+
+
+@api("torch.distributed.get_default_backend_for_device", belief=True)
+def get_default_backend_for_device(r: Redirection, device: Any) -> str:
+    """NCCL for CUDA."""
+    import torch.distributed as dist
+
+    return "nccl" if r.index(device) is not None else dist.get_default_backend_for_device(device)
+
+
+@api("torch.distributed.init_device_mesh", "torch.distributed.device_mesh.init_device_mesh")
+def init_device_mesh(r: Redirection, device_type: str, *args: Any, **kwargs: Any) -> Any:
+    """A mesh of the true devices."""
+    from torch.distributed.device_mesh import init_device_mesh as own
+
+    return own(_type(r, device_type), *args, **kwargs)
+
+
+@api("torch.cuda.nccl.version", verdict="emulated", belief=True, note="2.21.5 on every device")
+def nccl_version(r: Redirection) -> tuple[int, int, int]:
+    """A version that has everything that training code asks for."""
+    return 2, 21, 5
+
+
+@api("torch.cuda.nccl.is_available", verdict="emulated", belief=True)
+def nccl_is_available(r: Redirection, tensors: Any) -> bool:
+    """False: these are the functions for one process with several GPUs."""
+    return False

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors and modules: where they are, and moving them.
+
+These are replaced on the classes, so that every caller meets them: torch's own modules pass on what the program gave
+them. What depends on the caller is the answer to "where are you?", which torch's own modules get truthfully.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hal.launch import api
+from hal.launch.caller import inside
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+if TYPE_CHECKING:
+    import torch
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Replace the attributes of tensors and modules."""
+    import torch
+
+    tensor = torch.Tensor
+    for name, make in {
+        "device": _device, "is_cuda": _is_cuda, "get_device": _get_device, "to": _to, "cuda": _cuda, "cpu": _cpu,
+        "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned, "record_stream": _record_stream,
+        "new_tensor": _new, "new_empty": _new, "new_empty_strided": _new, "new_zeros": _new,
+        "new_ones": _new, "new_full": _new,
+    }.items():  # fmt: skip
+        original = getattr(tensor, name)
+        patches.set(tensor, name, make(f"torch.Tensor.{name}", original, redirection))
+    _install_modules(redirection, patches)
+
+
+# Where a tensor is -------------------------------------------------------------------------------------------------
+
+
+def _device(name: str, original: Any, redirection: Redirection) -> property:
+    get, present, hosts, count = original.__get__, redirection.present, redirection.hosts, redirection.audit.count
+    import torch
+
+    host = torch.device("cpu")
+
+    def device(self: torch.Tensor) -> torch.device:
+        true: torch.device = get(self)
+        frame = sys._getframe(1)
+        if api._active is None or inside(frame):
+            return true
+        if hosts is not None and self in hosts:
+            return host
+        count(name, frame, belief=True)
+        return present(true)
+
+    return property(device, doc=original.__doc__)
+
+
+def _is_cuda(name: str, original: Any, redirection: Redirection) -> property:
+    get, hosts, count = original.__get__, redirection.hosts, redirection.audit.count
+
+    def is_cuda(self: torch.Tensor) -> bool:
+        frame = sys._getframe(1)
+        if api._active is None or inside(frame):
+            answer: bool = get(self)
+            return answer
+        if hosts is not None and self in hosts:
+            return False
+        count(name, frame, belief=True)
+        return device_of(self).type == redirection.type
+
+    device_of = _true_device()
+    return property(is_cuda, doc=original.__doc__)
+
+
+def _true_device() -> Callable[[torch.Tensor], torch.device]:
+    import torch
+
+    return torch._C.TensorBase.device.__get__
+
+
+def _get_device(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    def get_device(self: torch.Tensor) -> int:
+        frame = sys._getframe(1)
+        if api._active is None or inside(frame):
+            answer: int = original(self)
+            return answer
+        device = self.device if redirection.hosts is None or self in redirection.hosts else None
+        if device is not None and device.type == "cpu":
+            return -1
+        redirection.audit.count(name, frame, belief=True)
+        index = redirection.present(_true_device()(self)).index
+        return -1 if index is None else index
+
+    return get_device
+
+
+# Moving a tensor ---------------------------------------------------------------------------------------------------
+
+
+def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    import torch
+
+    kinds = (str, torch.device, int)
+    hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
+    tensor, count = torch.Tensor, redirection.audit.count
+    from torch.compiler import is_compiling
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if api._active is None:
+            return original(self, *args, **kwargs)
+        positional = bool(args) and isinstance(args[0], kinds) and not isinstance(args[0], bool)
+        asked = args[0] if positional else kwargs.get("device")
+        if asked is None:
+            if hosts is None or is_compiling() or not (args and isinstance(args[0], tensor)):
+                moved = original(self, *args, **kwargs)
+                if hosts is not None and not is_compiling() and self in hosts and moved is not self:
+                    hosts.add(moved)
+                return moved
+            # to(other): where the other one is.
+            return _side(self, original(self, *args, **kwargs), args[0] in hosts)
+        true = translate(asked)
+        if true is asked:  # no CUDA device
+            if hosts is None or not is_host(asked) or is_compiling() or inside(sys._getframe(1)):
+                return original(self, *args, **kwargs)
+            return _side(self, original(self, *args, **kwargs), True)
+        if not is_compiling():
+            frame = sys._getframe(1)
+            if not inside(frame):
+                count(name, frame)
+        if positional:
+            args = (true, *args[1:])
+        else:
+            kwargs["device"] = true
+        moved = original(self, *args, **kwargs)
+        return moved if hosts is None or is_compiling() else _side(self, moved, False)
+
+    def _side(source: torch.Tensor, moved: torch.Tensor, host: bool) -> torch.Tensor:
+        """Copy if the tensor crosses between host and device, as CUDA would, and remember where it is now."""
+        assert hosts is not None
+        if _true_device()(moved).type != redirection.type:
+            return moved
+        if moved is source and (source in hosts) != host:
+            moved = original(source, _true_device()(source), copy=True)
+        if host:
+            return hosts.add(moved)
+        hosts.discard(moved)
+        return moved
+
+    return to
+
+
+def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
+    def cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
+        r = api._active
+        if r is None:
+            return original(self, device, non_blocking, **kwargs)  # type: ignore[no-any-return]
+        if not is_compiling():
+            frame = sys._getframe(1)
+            if not inside(frame):
+                r.audit.count(name, frame)
+        index = r.index(device)
+        if index is None:
+            raise RuntimeError(f"Invalid device, must be cuda device: {device}")
+        return self.to(f"cuda:{index}", non_blocking=non_blocking, **kwargs)
+
+    return cuda
+
+
+def _cpu(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
+    def cpu(self: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        r = api._active
+        if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
+            return original(self, **kwargs)  # type: ignore[no-any-return]
+        if _true_device()(self).type != r.type:
+            return original(self, **kwargs)  # type: ignore[no-any-return]
+        if self in r.hosts:
+            return original(self, **kwargs)  # type: ignore[no-any-return]
+        # On CUDA this is a copy, which does not follow what the program does with the tensor on the device.
+        return r.hosts.add(to(self, "cpu", copy=True, **kwargs))
+
+    import torch
+
+    to = torch._C.TensorBase.to
+    return cpu
+
+
+def _pin_memory(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    def pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
+        r = api._active
+        if r is None:
+            return original(self, device)  # type: ignore[no-any-return]
+        frame = sys._getframe(1)
+        if not inside(frame):
+            r.audit.count(name, frame)
+        # On a CPU the device works on the host's memory: there is nothing to lock.
+        return r.device.memory.pin(self) if r.hosts is None else self
+
+    return pin_memory
+
+
+def _is_pinned(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    def is_pinned(self: torch.Tensor, device: Any = None) -> bool:
+        r = api._active
+        if r is None:
+            return original(self, device)  # type: ignore[no-any-return]
+        return False if r.hosts is not None else bool(original(self, r.translate(device)))
+
+    return is_pinned
+
+
+def _record_stream(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    def record_stream(self: torch.Tensor, stream: Any) -> None:
+        r = api._active
+        if r is None:
+            original(self, stream)
+            return
+        frame = sys._getframe(1)
+        if not inside(frame):
+            r.audit.count(name, frame)
+        # Without streams memory is free when its tensor is.
+        if r.hosts is None:
+            original(self, stream)
+
+    return record_stream
+
+
+def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
+    def new(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        r = api._active
+        device = kwargs.get("device")
+        if r is None:
+            return original(self, *args, **kwargs)  # type: ignore[no-any-return]
+        if device is not None:
+            kwargs["device"] = r.translate(device)
+            if kwargs["device"] is not device and not is_compiling() and not inside(sys._getframe(1)):
+                r.audit.count(name, sys._getframe(1))
+        made: torch.Tensor = original(self, *args, **kwargs)
+        if r.hosts is None or is_compiling():
+            return made
+        on_host = self in r.hosts if device is None else r.is_host(device) and not inside(sys._getframe(1))
+        return r.hosts.add(made) if on_host else made
+
+    return new
+
+
+def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
+        r = api._active
+        frame = sys._getframe(1)
+        if r is None or inside(frame):
+            return original(self, dtype, non_blocking, **kwargs)
+        on_host = r.hosts is not None and self in r.hosts
+        if dtype is None:
+            plain = original(self)
+            if on_host or _true_device()(self).type != r.type:
+                return plain
+            r.audit.count(name, frame, belief=True)
+            return "torch.cuda." + plain.rpartition(".")[2]
+        wanted = dtype if isinstance(dtype, str) else None
+        if wanted is not None and wanted.startswith("torch.cuda."):
+            r.audit.count(name, frame)
+            return original(self.to("cuda"), wanted.replace("torch.cuda.", "torch.", 1), non_blocking, **kwargs)
+        from hal.launch.surface.cuda_types import CudaTensorType
+
+        if isinstance(dtype, CudaTensorType):
+            r.audit.count(name, frame)
+            return self.to("cuda", dtype.torch_dtype)
+        return original(self, dtype, non_blocking, **kwargs)
+
+    return type_
+
+
+# Modules -------------------------------------------------------------------------------------------------------------
+
+
+def _install_modules(redirection: Redirection, patches: Patches) -> None:
+    import torch
+
+    module = torch.nn.Module
+    original_to, original_cuda, original_cpu = module.to, module.cuda, module.cpu
+
+    def place(self: Any, host: bool) -> Any:
+        """Remember on which side a module's tensors are now; they stay the same objects."""
+        hosts = redirection.hosts
+        if hosts is not None:
+            for tensor in (*self.parameters(), *self.buffers()):
+                if host:
+                    hosts.add(tensor)
+                else:
+                    hosts.discard(tensor)
+        return self
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        r = api._active
+        if r is None:
+            return original_to(self, *args, **kwargs)
+        asked = args[0] if args else kwargs.get("device")
+        known = isinstance(asked, (str, int, torch.device)) and not isinstance(asked, bool)
+        if not known:
+            return original_to(self, *args, **kwargs)
+        true = r.translate(asked)
+        if true is asked:
+            moved = original_to(self, *args, **kwargs)
+            return place(moved, True) if r.is_host(asked) else moved
+        frame = sys._getframe(1)
+        if not inside(frame):
+            r.audit.count("torch.nn.Module.to", frame)
+        if args:
+            args = (true, *args[1:])
+        else:
+            kwargs["device"] = true
+        return place(original_to(self, *args, **kwargs), False)
+
+    def cuda(self: Any, device: Any = None) -> Any:
+        r = api._active
+        if r is None:
+            return original_cuda(self, device)
+        frame = sys._getframe(1)
+        if not inside(frame):
+            r.audit.count("torch.nn.Module.cuda", frame)
+        return to(self, f"cuda:{r.current if device is None else r.index(device)}")
+
+    def cpu(self: Any) -> Any:
+        return original_cpu(self) if api._active is None else to(self, "cpu")
+
+    patches.set(module, "to", to)
+    patches.set(module, "cuda", cuda)
+    patches.set(module, "cpu", cpu)

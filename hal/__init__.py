@@ -29,6 +29,7 @@ from hal.errors import (
     UnsupportedPrecision,
 )
 from hal.explain import Explanation, explain
+from hal.launch.adoption import Adoption, adopt, release
 from hal.memory import AllocatorPlan, MemoryStats
 from hal.registry import list_devices, open_device, plan_environment
 from hal.support import Support
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PLUGIN_API",
     "Absent",
+    "Adoption",
     "AllocatorPlan",
     "Backend",
     "Broken",
@@ -68,8 +70,10 @@ __all__ = [
     "UnsupportedDtype",
     "UnsupportedOperation",
     "UnsupportedPrecision",
+    "adopt",
     "explain",
     "list_devices",
     "open_device",
     "plan_environment",
+    "release",
 ]

@@ -122,6 +122,8 @@ def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redire
     """
     from torch.compiler import is_compiling
 
+    from hal.launch.named import give_name
+
     answer, name, belief = entry.answer, entry.name, entry.belief
     if entry.forwards and redirection.hosts is None:
         own = getattr(redirection.module, entry.attribute, None)
@@ -141,6 +143,7 @@ def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redire
     # No __wrapped__: the compiler and `inspect` would look through to the original.
     functools.update_wrapper(call, original or answer, updated=())
     del call.__wrapped__  # type: ignore[attr-defined]
+    give_name(call, name)
     return call
 
 

@@ -34,16 +34,18 @@ class HostTensors:
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
-            return tensor  # sparse ones have no storage of their own, and those of a compiler none at all
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            # Sparse tensors have no storage of their own, and those of a compiler none at all.
+            self.add_storage(tensor.untyped_storage())
+        return tensor
+
+    def add_storage(self, storage: torch.UntypedStorage) -> None:
+        """Remember that a storage is on the host."""
         known = self._known
         if storage._cdata not in known:
             known[storage._cdata] = self._weak(storage)
             if len(known) >= self._sweep_at:
                 self._sweep()
-        return tensor
 
     def discard(self, tensor: torch.Tensor) -> None:
         """Remember that a tensor's memory is on the device from now on."""

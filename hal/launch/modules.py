@@ -51,7 +51,9 @@ class StandIn(ModuleType):
         return sorted({*vars(self), *dir(vars(self)["_hal_original"])} - {"_hal_original", "_hal_replaced"})
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, (self.__name__,)
+        from hal.launch.named import module
+
+        return module, (self.__name__,)
 
 
 class StandIns:

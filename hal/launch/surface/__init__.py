@@ -4,21 +4,25 @@
 from hal.launch.surface import (
     accelerator,
     amp,
+    compiler,
     cuda_device,
     cuda_memory,
     cuda_random,
     cuda_streams,
     cuda_types,
+    default_device,
     distributed,
 )
 
 __all__ = [
     "accelerator",
     "amp",
+    "compiler",
     "cuda_device",
     "cuda_memory",
     "cuda_random",
     "cuda_streams",
     "cuda_types",
+    "default_device",
     "distributed",
 ]

@@ -52,40 +52,6 @@ def get_device_module(r: Redirection, device: Any = None) -> Any:
     return torch.get_device_module(device)
 
 
-@api("torch.set_default_device")
-def set_default_device(r: Redirection, device: Any) -> None:
-    """For tensors that are made without a device."""
-    import torch
-
-    torch.set_default_device(r.translate(device))
-
-
-@api("torch.get_default_device")
-def get_default_device(r: Redirection) -> torch.device:
-    """CUDA, where the program made it so."""
-    import torch
-    import torch.utils._device
-
-    true = torch.get_default_device()
-    return true if torch.utils._device.CURRENT_DEVICE is None else r.present(true)
-
-
-@api("torch.set_default_tensor_type")
-def set_default_tensor_type(r: Redirection, t: Any) -> None:
-    """CUDA's types set dtype and device."""
-    import torch
-
-    from hal.launch.surface.cuda_types import CudaTensorType
-
-    if isinstance(t, str) and t.startswith("torch.cuda."):
-        t = t.replace("torch.cuda.", "torch.", 1)
-        torch.set_default_device(r.targets[r.current])
-    elif isinstance(t, CudaTensorType):
-        t = f"torch.{t.__name__}"
-        torch.set_default_device(r.targets[r.current])
-    torch.set_default_tensor_type(t)
-
-
 @api("torch.get_device")
 def get_device(r: Redirection, input: Any) -> int:
     """The index of a tensor's CUDA device; -1 on the host."""
@@ -108,22 +74,26 @@ def _map_location(r: Redirection, asked: Any) -> Any:
         # What was saved on CUDA comes to the device of that number; the rest goes where torch would put it.
         return lambda storage, location: storage if not location.startswith("cuda") else _moved(r, storage, location)
     if isinstance(asked, dict):
-        table = {key: r.translate(value) for key, value in asked.items()}
-        return lambda storage, location: _moved(r, storage, table.get(location, location))
+        return lambda storage, location: _moved(r, storage, asked.get(location, location))
     if callable(asked):
 
         def answer(storage: Any, location: str) -> Any:
             given = asked(storage, location)
+            if given is storage and r.hosts is not None:
+                r.hosts.add_storage(storage)
             return storage if given is None and location.startswith("cuda") else given
 
         return answer
+    if r.hosts is not None and r.is_host(asked):
+        return lambda storage, _: _moved(r, storage, asked)
     return r.translate(asked)
 
 
 def _moved(r: Redirection, storage: Any, location: Any) -> Any:
+    if r.hosts is not None and r.is_host(location):
+        r.hosts.add_storage(storage)
     true = r.translate(location)
-    kind = str(true).partition(":")[0]
-    if kind == "cpu":
+    if str(true).partition(":")[0] == "cpu":
         return storage
     import torch
 

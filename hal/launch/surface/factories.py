@@ -12,7 +12,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api
+from hal.launch.named import give_name
 from hal.launch.redirection import Redirection
+from hal.launch.surface.default_device import makes_on_host
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,7 @@ def maker(name: str, original: Callable[..., torch.Tensor], redirection: Redirec
         device = kwargs.get("device")
         if device is None:
             made = original(*args, **kwargs)
-            if hosts is not None and not is_compiling() and _made_on_host(like, args, hosts):
+            if hosts is not None and not is_compiling() and _on_host(like, args, redirection):
                 hosts.add(made)
             return made
         true = redirection.translate(device)
@@ -78,19 +80,12 @@ def maker(name: str, original: Callable[..., torch.Tensor], redirection: Redirec
 
     functools.update_wrapper(make, original, updated=())
     del make.__wrapped__  # type: ignore[attr-defined]
+    give_name(make, name)
     return make
 
 
-def _made_on_host(like: bool, args: tuple[Any, ...], hosts: Any) -> bool:
+def _on_host(like: bool, args: tuple[Any, ...], redirection: Redirection) -> bool:
     """Whether a tensor that was made without a device is on the host: its model is, or the default device is."""
-    from torch._C import _get_function_stack_at, _len_torch_function_stack
-    from torch.utils._device import DeviceContext
-
     if like:
-        return bool(args) and args[0] in hosts
-    # `with torch.device(...)` and set_default_device are modes on torch's own stack; the innermost counts.
-    for level in reversed(range(_len_torch_function_stack())):
-        mode: Any = _get_function_stack_at(level)
-        if isinstance(mode, DeviceContext):
-            return mode.device.type == "cpu" and not getattr(mode, "hal_device", False)
-    return True
+        return bool(args) and redirection.hosts is not None and args[0] in redirection.hosts
+    return makes_on_host(redirection)

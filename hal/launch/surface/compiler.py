@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile: code that is traced gets the same answers as code that is run.
+
+The compiler does not call a tensor's properties, it has answers of its own, for the true device. They are replaced by
+the rule that holds outside: torch's own modules get the truth. Which tensors are on the host is not known while code
+is traced: there every tensor of the device's type counts as on the device.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from hal.launch.caller import is_insider
+from hal.launch.modules import seen, when_loaded
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+_REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
+                     "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")  # fmt: skip
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Change the compiler's answers, once somebody loads it: loading it takes longer than torch itself."""
+
+    def tensors(variable: Any) -> None:
+        _tensors(redirection, patches, variable)
+
+    when_loaded("torch._dynamo.variables.tensor", "TensorVariable", tensors)
+    when_loaded("torch._dynamo.symbolic_convert", "InstructionTranslatorBase", lambda kind: _imports(patches, kind))
+    when_loaded("torch._dynamo.trace_rules", "get_tensor_method", lambda function: _methods(patches, function))
+    patches.on_undo(_forget_compiled)
+
+
+def _forget_compiled() -> None:
+    """What was compiled keeps the answers that it was given."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
+
+
+def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
+    from torch._dynamo.variables.base import VariableTracker
+
+    true_device, true_is_cuda = variable.method_attr_device, variable.method_attr_is_cuda
+    true_get_device = variable.method_get_device
+
+    def outside(tx: Any, self: Any) -> bool:
+        return self.device is not None and not is_insider(tx.f_globals.get("__name__"))
+
+    def method_attr_device(self: Any, tx: Any) -> Any:
+        if not outside(tx, self):
+            return true_device(self, tx)
+        return VariableTracker.build(tx, redirection.present(self.device))
+
+    def method_attr_is_cuda(self: Any, tx: Any) -> Any:
+        if not outside(tx, self):
+            return true_is_cuda(self, tx)
+        return VariableTracker.build(tx, redirection.present(self.device).type == "cuda")
+
+    def method_get_device(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not outside(tx, self):
+            return true_get_device(self, tx, *args, **kwargs)
+        index = redirection.present(self.device).index
+        return VariableTracker.build(tx, -1 if index is None else index)
+
+    patches.set(variable, "method_attr_device", method_attr_device)
+    patches.set(variable, "method_attr_is_cuda", method_attr_is_cuda)
+    patches.set(variable, "method_get_device", method_get_device)
+
+
+def _imports(patches: Patches, translator: Any) -> None:
+    """Let code that is traced import what it would import otherwise; the compiler asks again for its guards."""
+    from torch._dynamo.source import GlobalSource
+
+    original = translator.import_source
+
+    def import_source(self: Any, module_name: str) -> Any:
+        if is_insider(self.f_globals.get("__name__")):
+            return original(self, module_name)
+        module = importlib.import_module(module_name)  # ours are insiders, and get the original
+        stand_in = seen(module)
+        if stand_in is module:
+            return original(self, module_name)
+        alias = f"__import_hal_{module_name.replace('.', '_dot_')}"
+        self.output.import_sources[alias] = module_name
+        self.output.global_scope[alias] = stand_in
+        self.output.update_co_names(alias)
+        return GlobalSource(alias)
+
+    patches.set(translator, "import_source", import_source)
+
+
+def _methods(patches: Patches, function: Any) -> None:
+    """Tell the compiler that the methods which were replaced on tensors are torch's own below."""
+    import torch
+    import torch._dynamo.trace_rules as rules
+
+    known = function() | {getattr(torch._C.TensorBase, name) for name in _REPLACED_METHODS}
+    patches.set(rules, "get_tensor_method", lambda: known)

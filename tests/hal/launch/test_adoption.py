@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program's view of CUDA while a CPU is adopted, and torch as it was afterwards."""
+
+import importlib
+import pickle
+import subprocess
+import sys
+import threading
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import hal
+from hal.errors import ConfigError, UnknownDevice, UnsupportedOperation
+from hal.launch.adoption import adopted
+
+
+@pytest.fixture
+def cuda():
+    """The module that a program imports as torch, while a CPU stands for CUDA."""
+    with hal.adopt("cpu") as adoption:
+        yield types.SimpleNamespace(torch=importlib.import_module("torch"), adoption=adoption)
+
+
+def entries(cuda, kind):
+    """What was counted, by API."""
+    return {entry.api: entry for entry in cuda.adoption.entries() if entry.kind == kind}
+
+
+# What a program sees -------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_made_on_cuda_says_so_by_every_name(cuda):
+    x = cuda.torch.zeros(3, device="cuda")
+    assert x.device == torch.device("cuda", 0)
+    assert x.device.type == "cuda"
+    assert "cuda" in str(x.device)
+    assert x.is_cuda
+    assert x.get_device() == cuda.torch.get_device(x) == 0
+    assert x.type() == "torch.cuda.FloatTensor"
+    assert isinstance(x, cuda.torch.cuda.FloatTensor)
+    assert not isinstance(x, cuda.torch.cuda.LongTensor)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0), 0])
+def test_every_form_of_a_device_is_understood(cuda, device):
+    assert cuda.torch.ones(2, device=device).is_cuda
+    assert cuda.torch.ones(2).to(device).is_cuda
+    assert cuda.torch.ones(2).to(device=device).is_cuda
+    assert cuda.torch.ones(2).cuda(device).is_cuda
+    assert cuda.torch.nn.Linear(2, 2).to(device).weight.is_cuda
+    assert cuda.torch.ones(2).new_zeros(2, device=device).is_cuda
+
+
+def test_every_maker_of_tensors_takes_cuda(cuda):
+    t = cuda.torch
+    made = [
+        t.tensor([1.0], device="cuda"), t.as_tensor([1.0], device="cuda"), t.empty(2, device="cuda"),
+        t.arange(3, device="cuda"), t.linspace(0, 1, 3, device="cuda"), t.eye(2, device="cuda"),
+        t.full((2,), 1.0, device="cuda"), t.rand(2, device="cuda"), t.randint(5, (2,), device="cuda"),
+        t.randperm(4, device="cuda"), t.zeros_like(t.ones(2), device="cuda"), t.normal(0.0, 1.0, (2,), device="cuda"),
+        t.fft.fftfreq(4, device="cuda"), t.tril_indices(2, 2, device="cuda"), t.hann_window(4, device="cuda"),
+        t.asarray([1.0], device="cuda"), t.empty_strided((2,), (1,), device="cuda"),
+        t.sparse_coo_tensor([[0]], [1.0], (2,), device="cuda", check_invariants=True).to_dense(), t.logspace(0, 1, 3, device="cuda"),
+    ]  # fmt: skip
+    assert all(x.is_cuda for x in made)
+
+
+def test_torchs_own_modules_take_cuda_too(cuda):
+    layer = torch.nn.Linear(3, 2, device="cuda")  # hands the device to torch.empty, deep in torch
+    assert layer.weight.is_cuda
+    assert torch.nn.MultiheadAttention(4, 2, device=torch.device("cuda", 0)).in_proj_weight.is_cuda
+    assert layer.to_empty(device="cuda").weight.is_cuda
+
+
+def test_default_devices_are_understood(cuda):
+    with cuda.torch.device("cuda"):
+        assert cuda.torch.ones(2).is_cuda
+        assert torch.nn.Linear(2, 2).weight.is_cuda
+    assert not cuda.torch.ones(2).is_cuda
+    cuda.torch.set_default_device("cuda")
+    try:
+        assert cuda.torch.ones(2).is_cuda
+        assert cuda.torch.get_default_device().type == "cuda"
+    finally:
+        cuda.torch.set_default_device("cpu")
+    assert not cuda.torch.ones(2).is_cuda
+
+
+def test_host_tensors_are_told_apart_where_they_can_be(cuda):
+    host = cuda.torch.ones(4)
+    assert host.device.type == "cpu"
+    assert not host.is_cuda
+    assert host.get_device() == -1
+    assert host.type() == "torch.FloatTensor"
+    assert not host[1:].is_cuda  # a view
+    assert not cuda.torch.from_numpy(host.numpy()).is_cuda
+    on_device = host.cuda()
+    assert on_device.is_cuda
+    assert not host.is_cuda
+    assert not on_device.cpu().is_cuda
+    assert not on_device.to("cpu").is_cuda
+    assert not cuda.torch.zeros_like(host).is_cuda
+    assert cuda.torch.zeros_like(on_device).is_cuda
+    assert host.to(on_device).is_cuda
+    assert not on_device.to(host).is_cuda
+
+
+def test_crossing_between_host_and_device_copies_as_on_cuda(cuda):
+    host = cuda.torch.ones(2)
+    device = host.to("cuda")
+    snapshot = {"w": device.cpu()}
+    device.add_(1)
+    assert host.tolist() == [1, 1]
+    assert snapshot["w"].tolist() == [1, 1]
+    assert device.tolist() == [2, 2]
+    assert device.to("cuda") is device
+    assert host.cpu() is host
+
+
+def test_modules_say_where_they_are(cuda):
+    layer = cuda.torch.nn.Linear(2, 2)
+    parameter = layer.weight
+    assert layer.cuda().weight is parameter
+    assert parameter.is_cuda
+    assert not layer.cpu().weight.is_cuda
+    assert layer.to("cuda", torch.float64).weight.dtype == torch.float64
+    assert layer.weight.is_cuda
+
+
+def test_torchs_own_modules_see_the_truth(cuda):
+    x = cuda.torch.zeros(2, device="cuda")
+    code = compile("seen = x.device", "<torch>", "exec")
+    inside, outside = {"__name__": "torch.nn.functional", "x": x}, {"__name__": "torchvision.ops", "x": x}
+    exec(code, inside)
+    exec(code, outside)
+    assert inside["seen"].type == "cpu"
+    assert outside["seen"].type == "cuda"
+    assert not sys.modules["torch"].cuda.is_available() or torch.version.cuda
+
+
+def test_there_are_as_many_devices_as_are_told(cuda):
+    assert cuda.torch.cuda.device_count() == 1
+    assert cuda.torch.cuda.is_available()
+    for ask in (
+        lambda: cuda.torch.zeros(1, device="cuda:1"), lambda: cuda.torch.ones(1).cuda(1),
+        lambda: cuda.torch.cuda.set_device(3), lambda: cuda.torch.cuda.get_device_name(2),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=r"invalid device ordinal.*cuda:0 only"):
+            ask()
+
+
+def test_the_current_device_is_one_for_each_thread(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with hal.adopt("cpu"):
+        t = importlib.import_module("torch")
+        t.cuda.set_device(1)
+        assert t.cuda.current_device() == 1
+        assert t.zeros(1, device="cuda").device.index == 1
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(t.cuda.current_device()))
+        thread.start()
+        thread.join()
+        assert seen == [0]
+        with t.cuda.device(0):
+            assert t.cuda.current_device() == 0
+        assert t.cuda.current_device() == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*autocast.*:FutureWarning")
+def test_autocast_has_cudas_default_dtype(cuda):
+    layer, x = torch.nn.Linear(2, 2, device="cuda"), cuda.torch.ones(1, 2, device="cuda")
+    with cuda.torch.autocast("cuda"):
+        assert layer(x).dtype == torch.float16
+        assert cuda.torch.is_autocast_enabled()
+        assert cuda.torch.get_autocast_gpu_dtype() == torch.float16
+    with cuda.torch.cuda.amp.autocast(dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*GradScaler.*:FutureWarning")
+def test_a_scaler_scales(cuda):
+    for scaler in (cuda.torch.cuda.amp.GradScaler(), cuda.torch.amp.GradScaler(), cuda.torch.amp.GradScaler("cuda")):
+        assert scaler.is_enabled()
+        assert scaler.scale(cuda.torch.ones(1, device="cuda")).item() == 65536
+
+
+def test_streams_and_events_work(cuda):
+    first, last = (cuda.torch.cuda.Event(enable_timing=True) for _ in range(2))
+    stream = cuda.torch.cuda.Stream()
+    with cuda.torch.cuda.stream(stream):
+        assert cuda.torch.cuda.current_stream() == stream
+        first.record()
+        cuda.torch.zeros(4, device="cuda").record_stream(stream)
+        last.record(stream)
+    assert cuda.torch.cuda.current_stream() == cuda.torch.cuda.default_stream() != stream
+    stream.wait_stream(cuda.torch.cuda.current_stream())
+    stream.wait_event(last)
+    cuda.torch.cuda.synchronize()
+    assert first.query()
+    assert first.elapsed_time(last) >= 0
+    with pytest.raises(ValueError, match="enable_timing"):
+        cuda.torch.cuda.Event().elapsed_time(last)
+    with pytest.raises(ValueError, match="recorded"):
+        first.elapsed_time(cuda.torch.cuda.Event(enable_timing=True))
+
+
+def test_random_states_come_back(cuda):
+    cuda.torch.cuda.manual_seed_all(5)
+    state = cuda.torch.cuda.get_rng_state()
+    first = cuda.torch.rand(3, device="cuda")
+    cuda.torch.cuda.set_rng_state(state)
+    assert torch.equal(first, cuda.torch.rand(3, device="cuda"))
+    assert cuda.torch.cuda.initial_seed() == 5
+    with cuda.torch.random.fork_rng(devices=[0]):
+        cuda.torch.rand(9, device="cuda")
+    generator = cuda.torch.cuda.default_generators[0]
+    assert isinstance(generator, torch.Generator)
+    assert len(cuda.torch.cuda.default_generators) == 1
+
+
+def test_memory_is_told(cuda):
+    assert cuda.torch.cuda.memory_allocated() > 0
+    assert cuda.torch.cuda.max_memory_allocated() >= cuda.torch.cuda.memory_allocated() // 2
+    free, total = cuda.torch.cuda.mem_get_info()
+    assert 0 < free <= total == cuda.torch.cuda.get_device_properties(0).total_memory
+    assert cuda.torch.cuda.memory_stats()["reserved_bytes.all.peak"] > 0
+    assert cuda.torch.cuda.memory_stats_as_nested_dict()["num_ooms"] == 0
+    assert "cpu" in cuda.torch.cuda.memory_summary()
+
+
+def test_what_a_cpu_cannot_do_is_refused_with_the_line(cuda):
+    with pytest.raises(UnsupportedOperation, match=r"torch.cuda.CUDAGraph at .*test_adoption.py:\d+"):
+        cuda.torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="no CUDA runtime"):
+        cuda.torch.cuda.cudart().cudaMalloc()
+    refused = entries(cuda, "refused")
+    assert refused["torch.cuda.CUDAGraph"].file == __file__
+
+
+def test_a_call_without_effect_says_so_once(cuda, caplog):
+    for _ in range(3):
+        cuda.torch.cuda.memory._record_memory_history(max_entries=5)
+    assert len([record for record in caplog.records if "does nothing on cpu" in record.message]) == 1
+    assert entries(cuda, "idle")["torch.cuda.memory._record_memory_history"].calls == 3
+
+
+def test_calls_are_counted_under_their_lines(cuda):
+    for _ in range(4):
+        cuda.torch.cuda.synchronize()
+    found = entries(cuda, "redirected")["torch.cuda.synchronize"]
+    assert (found.file, found.calls) == (__file__, 4)
+    line = Path(__file__).read_text().splitlines()[found.line - 1]
+    assert "cuda.torch.cuda.synchronize()" in line
+
+
+def test_a_path_is_never_touched(cuda, tmp_path):
+    file = tmp_path / "cuda_run" / "cuda.pt"
+    file.parent.mkdir()
+    cuda.torch.save({"cuda": cuda.torch.ones(2, device="cuda"), "where": "cuda:0"}, str(file))
+    for where in (None, "cuda", "cuda:0", torch.device("cuda", 0), {"cpu": "cuda:0"}):
+        loaded = cuda.torch.load(str(file), map_location=where)
+        assert list(loaded) == ["cuda", "where"]
+        assert loaded["where"] == "cuda:0"
+        assert loaded["cuda"].tolist() == [1, 1]
+        assert loaded["cuda"].is_cuda, where
+    for where in ("cpu", torch.device("cpu"), {"cpu": "cpu"}, lambda storage, _: storage):
+        assert not cuda.torch.load(str(file), map_location=where)["cuda"].is_cuda, where
+
+
+def test_the_compiler_sees_what_eager_code_sees(cuda):
+    def branch(x):
+        if x.device.type == "cuda" and x.is_cuda:
+            return x + 1
+        return x - 1
+
+    x = cuda.torch.zeros(3, device="cuda")
+    compiled = torch.compile(branch, backend="eager", fullgraph=True)
+    assert compiled(x).tolist() == branch(x).tolist() == [1, 1, 1]
+
+
+# The end of it -------------------------------------------------------------------------------------------------------
+
+
+def snapshot():
+    """What every module of torch's and every class of interest holds, by identity."""
+    modules = {name: dict(vars(module)) for name, module in list(sys.modules.items())
+               if isinstance(module, types.ModuleType) and name.partition(".")[0] == "torch"}  # fmt: skip
+    classes = {kind: dict(vars(kind)) for kind in (torch.Tensor, torch.nn.Module, torch.autocast, torch.amp.GradScaler,
+                                                   torch.nn.parallel.DistributedDataParallel)}  # fmt: skip
+    return {**modules, **classes}
+
+
+def test_every_name_in_torch_is_the_original_object_again():
+    torch.zeros(1).to("cpu")  # what torch itself fills on first use is there before
+    import builtins
+
+    before, importers = snapshot(), (builtins.__import__, importlib.import_module)
+    with hal.adopt("cpu"):
+        assert torch is not before["torch"].get("torch")
+        assert importlib.import_module("torch").zeros(1, device="cuda").is_cuda
+    after = snapshot()
+    changed = [
+        (owner, name) for owner, names in before.items() for name, value in names.items()
+        if after[owner].get(name, None) is not value
+        and name != "COMPILE_COUNTER"  # torch's own, renewed whenever compiled code is forgotten
+    ]  # fmt: skip
+    assert changed == []
+    assert set(after[torch.Tensor]) == set(before[torch.Tensor])
+    assert (builtins.__import__, importlib.import_module) == importers
+    assert adopted() is None
+
+
+captured_zeros, captured_cuda = torch.zeros, torch.cuda
+
+
+def test_names_captured_before_are_redirected_and_put_back():
+    zeros, cuda = captured_zeros, captured_cuda
+    with hal.adopt("cpu"):
+        assert captured_zeros is not zeros
+        assert captured_zeros(1, device="cuda").is_cuda
+        assert captured_cuda.is_available()
+        globals()["captured_inside"] = captured_zeros
+    assert captured_zeros is zeros
+    assert captured_cuda is cuda
+    assert globals().pop("captured_inside") is zeros
+
+
+def test_a_wrapper_that_is_kept_calls_the_original():
+    with hal.adopt("cpu"):
+        t = importlib.import_module("torch")
+        kept = [t.zeros, t.cuda.is_available, t.load, torch.Tensor.to]
+    assert torch.equal(kept[0](2), torch.zeros(2))
+    with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+        kept[0](2, device="cuda")
+    assert kept[1]() is False
+    assert kept[3](torch.zeros(1), torch.float64).dtype == torch.float64
+
+
+def test_what_somebody_else_replaced_meanwhile_stays(monkeypatch, caplog):
+    theirs = lambda self: "theirs"  # noqa: E731
+    original = torch.Tensor.get_device
+    try:
+        with hal.adopt("cpu"):
+            torch.Tensor.get_device = theirs
+        assert torch.Tensor.get_device is theirs
+        assert "leaves Tensor.get_device" in caplog.text
+    finally:
+        del torch.Tensor.get_device
+    assert torch.Tensor.get_device is original
+
+
+def test_one_device_at_a_time():
+    with hal.adopt("cpu"), pytest.raises(ConfigError, match="cpu is adopted already"):
+        hal.adopt("cpu")
+    hal.release()
+    hal.release()
+
+
+def test_an_adoption_that_fails_leaves_nothing_behind(monkeypatch):
+    before = snapshot()
+    with pytest.raises(UnknownDevice):
+        hal.adopt("no-such-device")
+    from hal.launch.surface import tensors
+
+    monkeypatch.setattr(tensors, "_install_modules", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hal.adopt("cpu")
+    assert adopted() is None
+    assert torch.Tensor.to is before[torch.Tensor].get("to", torch._C.TensorBase.to)
+
+
+def test_what_a_program_sets_on_torch_reaches_torch(cuda):
+    cuda.torch.backends.cudnn.benchmark = True
+    cuda.torch.a_new_name = 3
+    try:
+        assert torch.backends.cudnn.benchmark is True
+        assert vars(sys.modules["torch"])["a_new_name"] == 3
+    finally:
+        cuda.torch.backends.cudnn.benchmark = False
+        del cuda.torch.a_new_name
+    assert "a_new_name" not in vars(sys.modules["torch"])
+
+
+def test_modules_and_functions_that_are_seen_can_be_pickled(cuda):
+    assert pickle.loads(pickle.dumps(cuda.torch)) is cuda.torch
+    x = pickle.loads(pickle.dumps(cuda.torch.ones(2, device="cuda")))
+    assert x.tolist() == [1, 1]
+    assert pickle.loads(pickle.dumps(cuda.torch.zeros)) is cuda.torch.zeros
+
+
+def test_import_hal_imports_no_torch():
+    code = "import hal, sys; hal.release(); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,7 +6,9 @@ CUDA device `i` of the program is the i-th of the given devices. Devices that to
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import sys
 import threading
 import weakref
@@ -42,21 +44,37 @@ class Redirection:
     def __init__(self, devices: Sequence[Device], strict: bool = False) -> None:
         import torch
 
-        self.devices = tuple(devices)
+        self._all = tuple(devices)
         self.strict = strict
         self.audit = Audit()
-        self.targets = tuple(device.torch_device for device in self.devices)
-        self.type = self.targets[0].type
+        self.type = devices[0].torch_device.type
         self.hosts = HostTensors() if self.type == "cpu" else None
-        self.module = torch.get_device_module(self.targets[0])
+        self.module = torch.get_device_module(devices[0].torch_device)
         """What torch has for this type of device, such as `torch.npu`."""
-        self._cuda = tuple(torch.device("cuda", index) for index in range(len(self.devices)))
-        self._index = {target.index: index for index, target in enumerate(self.targets)}
         self.sync_debug_mode = 0
         self.groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
         self._said: set[str] = set()
         self._torch_device = torch.device
+
+    @functools.cached_property
+    def devices(self) -> tuple[Device, ...]:
+        """What CUDA's devices 0, 1, ... are; CUDA_VISIBLE_DEVICES counts, which CUDA reads on first use, too."""
+        text = os.environ.get("CUDA_VISIBLE_DEVICES")
+        return self._all if text is None else tuple(self._all[index] for index in visible(text, len(self._all)))
+
+    @functools.cached_property
+    def targets(self) -> tuple[torch.device, ...]:
+        """The true devices of CUDA's devices 0, 1, ..."""
+        return tuple(device.torch_device for device in self.devices)
+
+    @functools.cached_property
+    def _cuda(self) -> tuple[torch.device, ...]:
+        return tuple(self._torch_device("cuda", index) for index in range(len(self.devices)))
+
+    @functools.cached_property
+    def _index(self) -> dict[int | None, int]:
+        return {target.index: index for index, target in enumerate(self.targets)}
 
     # Current device ----------------------------------------------------------------------------------------------
 
@@ -74,8 +92,8 @@ class Redirection:
 
     @property
     def device(self) -> Device:
-        """The device that the current CUDA device really is."""
-        return self.devices[self.current]
+        """The device that the current CUDA device really is; the first of all if the program sees none."""
+        return self.devices[self.current] if self.devices else self._all[0]
 
     def checked(self, index: int) -> int:
         """Return an index if there is such a CUDA device.
@@ -83,6 +101,10 @@ class Redirection:
         Raises:
             RuntimeError: there is none; CUDA raises this, too.
         """
+        if not self.devices:
+            raise RuntimeError(
+                f"No CUDA GPUs are available: CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']!r}"
+            )
         if not 0 <= index < len(self.devices):
             there = "cuda:0 only" if len(self.devices) == 1 else f"cuda:0 to cuda:{len(self.devices) - 1}"
             raise RuntimeError(
@@ -113,7 +135,7 @@ class Redirection:
             RuntimeError: there is no such CUDA device.
         """
         if device is None:
-            return self.current
+            return self.checked(self.current)
         if isinstance(device, str):
             if not device.startswith("cuda"):
                 return None
@@ -121,9 +143,9 @@ class Redirection:
         if isinstance(device, self._torch_device):
             if device.type != "cuda":
                 return None
-            return self.current if device.index is None else self.checked(device.index)
+            return self.checked(self.current if device.index is None else device.index)
         if isinstance(device, int) and not isinstance(device, bool):
-            return self.current if device == -1 else self.checked(device)
+            return self.checked(self.current if device == -1 else device)
         return None
 
     def translate(self, device: Any) -> Any:
@@ -150,7 +172,7 @@ class Redirection:
         if true.type != self.type:
             return true
         if self.hosts is not None:
-            return self._cuda[self.current]
+            return self._cuda[self.current] if self._cuda else true
         index = self._index.get(true.index)
         return true if index is None else self._cuda[index]
 
@@ -184,3 +206,24 @@ class Redirection:
         frame = sys._getframe(1)
         self.audit.note("refused", api, why, frame)
         return UnsupportedOperation(f"{api} at {where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint)
+
+
+def visible(text: str, count: int) -> list[int]:
+    """Return which of `count` devices CUDA_VISIBLE_DEVICES lets a program see, in its order.
+
+    As CUDA reads it: what follows the first entry that is no device is ignored, and a device that stands twice makes
+    all of them invisible. An identifier such as `GPU-8932f937` names no device here, and is taken for the next one.
+    """
+    found: list[int] = []
+    for position, entry in enumerate(text.split(",")):
+        entry = entry.strip()
+        try:
+            index = int(entry)
+        except ValueError:
+            index = position if entry.startswith(("GPU-", "MIG-")) else -1
+        if not 0 <= index < count:
+            break
+        if index in found:
+            return []
+        found.append(index)
+    return found

@@ -19,8 +19,8 @@ CUDA_VERSION = "12.8"
 
 @api("torch.cuda.is_available", "torch.cuda._is_compiled", "torch.backends.cuda.is_built", belief=True)
 def is_available(r: Redirection) -> bool:
-    """There are devices."""
-    return True
+    """There are devices, unless CUDA_VISIBLE_DEVICES hides them."""
+    return bool(r.devices)
 
 
 @api("torch.cuda.device_count", belief=True)

@@ -23,15 +23,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     if torch.backends.cuda.is_built():
         return
-    library = torch.library.Library("aten", "IMPL")
-    for name in _MAKERS:
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
-        library.impl(name, _made(operator, redirection), "CUDA")
-    patches.on_undo(library._destroy)
-
     # torch initialises CUDA once, by calling this, before the first tensor: let it pass, and not for longer. A lasting
-    # replacement would make the compiler believe in CUDA.
+    # replacement would make the compiler believe in CUDA. The tensor itself fails: nothing is registered yet.
     cuda: Any = torch.cuda
     lazy_init = cuda._lazy_init
     cuda._lazy_init = lambda: None
@@ -40,6 +33,12 @@ def install(redirection: Redirection, patches: Patches) -> None:
             torch.empty(0, device="cuda:0")
     finally:
         cuda._lazy_init = lazy_init
+    library = torch.library.Library("aten", "IMPL")
+    for name in _MAKERS:
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+        library.impl(name, _made(operator, redirection), "CUDA")
+    patches.on_undo(library._destroy)
 
 
 def _made(operator: Any, redirection: Redirection) -> Any:

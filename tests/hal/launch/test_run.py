@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal run` as a user calls it: real programs in real processes, and what they leave behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hal.launch.redirection import visible
+
+HAL = str(Path(sys.executable).parent / "hal")
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Writes a program into a folder of its own, and runs it under `hal run`."""
+
+    def run(code, *arguments, options=("--device", "cpu"), name="train.py", **environment):
+        file = tmp_path / name
+        file.write_text(textwrap.dedent(code))
+        return subprocess.run(
+            [HAL, "run", *options, str(file), *arguments], capture_output=True, text=True, cwd=tmp_path, check=False,
+            env={**os.environ, **environment}, timeout=240,
+        )  # fmt: skip
+
+    return run
+
+
+def hal_run(*arguments, **environment):
+    """Run `hal run` with arguments."""
+    return subprocess.run([HAL, "run", *arguments], capture_output=True, text=True, check=False,
+                          env={**os.environ, **environment}, timeout=120)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["no-such-file.py"], 2, "there is no file 'no-such-file.py'"),
+        (["--report", "/no/such/folder/r.json", __file__], 2, "no such folder"),
+        (["--nproc", "0", __file__], 2, "nproc"),
+        (["--device", "nonsense", __file__], 3, "no backend of this name"),
+        (["--device", "cpu:7", __file__], 3, "cpu"),
+        ([], 2, "SCRIPT"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_program_starts(arguments, status, words):
+    done = hal_run(*arguments)
+    assert done.returncode == status
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) < 8
+
+
+def test_a_program_finds_what_plain_python_gives_it(program, tmp_path):
+    (tmp_path / "beside.py").write_text("here = True\n")
+    done = program(
+        """
+        import sys, os, beside
+        if __name__ == "__main__":
+            print(sys.argv[1:], os.path.basename(__file__), sys.modules["__main__"].__file__ == __file__, __spec__)
+            print("site" in " ".join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD" in os.environ)
+            sys.exit(7)
+        """,
+        "--device", "cuda:0", "-x",
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["['--device', 'cuda:0', '-x'] train.py True None",
+                                        f"{'site' in str(Path(json.__file__))or True} False"]  # fmt: skip
+    assert done.returncode == 7
+
+
+def test_a_module_runs_as_with_python(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    (tmp_path / "package" / "__main__.py").write_text(
+        "import sys, torch\nprint(__package__, sys.argv[1:], torch.ones(1, device='cuda').device)\n"
+    )
+    done = hal_run("--device", "cpu", "-m", "package", "a", "-b", PYTHONPATH=str(tmp_path))
+    assert done.stdout.split("\n")[0] == "package ['a', '-b'] cuda:0"
+    assert done.returncode == 0
+
+
+def test_a_traceback_shows_the_programs_lines_and_not_ours(program):
+    done = program(
+        """
+        import torch
+        def step():
+            return torch.zeros(2, device="cuda:9")
+        step()
+        """
+    )
+    assert done.returncode == 1
+    assert "invalid device ordinal" in done.stderr
+    assert 'return torch.zeros(2, device="cuda:9")' in done.stderr
+    assert "launch/" not in done.stderr.partition("Traceback")[2].partition("hal run:")[0]
+
+
+def test_every_kind_of_child_is_redirected(program):
+    done = program(
+        """
+        import multiprocessing, sys, subprocess
+        import torch
+        from torch.utils.data import DataLoader, Dataset
+
+        class Squares(Dataset):
+            def __len__(self):
+                return 8
+            def __getitem__(self, index):
+                assert torch.cuda.is_available()
+                return torch.tensor(float(index * index))
+
+        def child(queue):
+            queue.put(str(torch.ones(1, device="cuda").device))
+
+        if __name__ == "__main__":
+            for method in ("spawn", "fork", "forkserver"):
+                context = multiprocessing.get_context(method)
+                queue = context.Queue()
+                process = context.Process(target=child, args=(queue,))
+                process.start()
+                print(method, queue.get(timeout=60))
+                process.join()
+            total = sum(batch.cuda().sum() for batch in DataLoader(Squares(), batch_size=2, num_workers=2, pin_memory=True))
+            print("loader", total.item(), total.device)
+            code = "import torch; print('program', torch.ones(1).cuda().device)"
+            print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+            code = "import sys; print('no torch', 'torch' in sys.modules)"
+            print(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip())
+        """
+    )
+    assert done.stdout.splitlines() == [
+        "spawn cuda:0", "fork cuda:0", "forkserver cuda:0", "loader 140.0 cuda:0", "program cuda:0", "no torch False",
+    ], done.stderr  # fmt: skip
+
+
+def test_the_report_names_lines_calls_and_what_was_not_as_on_cuda(program, tmp_path):
+    done = program(
+        """
+        import torch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for _ in range(3):
+            x = torch.ones(2).to(device)
+        torch.cuda.memory._record_memory_history()
+        try:
+            torch.cuda.CUDAGraph()
+        except RuntimeError as error:
+            print("refused", str(error).splitlines()[0])
+        """,
+        options=("--device", "cpu", "--report", str(tmp_path / "report.json")),
+    )
+    assert done.returncode == 0
+    assert "torch.cuda.CUDAGraph at" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["schema"] == "hal.run/1"
+    assert [device["id"] for device in report["devices"]] == ["cpu"]
+    found = {(e["kind"], e["api"], Path(e["file"]).name, e["line"]): e["calls"] for e in report["entries"]}
+    assert found["belief", "torch.cuda.is_available", "train.py", 3] == 1
+    assert found["redirected", "torch.Tensor.to", "train.py", 5] == 3
+    assert found["idle", "torch.cuda.memory._record_memory_history", "train.py", 6] == 1
+    assert found["refused", "torch.cuda.CUDAGraph", "train.py", 8] == 1
+    assert "calls without effect: 1" in done.stderr
+    assert "train.py:8: torch.cuda.CUDAGraph" in done.stderr
+
+
+def test_a_sitecustomize_of_the_users_runs_and_may_import_torch(program, tmp_path):
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import torch\nmine = torch.ones(1).cuda().device\n")
+    done = program("import sitecustomize, torch; print(sitecustomize.mine, torch.cuda.is_available())",
+                   PYTHONPATH=str(site))  # fmt: skip
+    assert done.stdout == "cuda:0 True\n", done.stderr
+
+
+def test_a_program_may_hide_the_devices_from_itself(program):
+    done = program(
+        """
+        import os
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+        import torch
+        print(torch.cuda.is_available(), torch.cuda.device_count(), torch.ones(1).device)
+        torch.ones(1).cuda()
+        """
+    )
+    assert done.stdout == "False 0 cpu\n"
+    assert "No CUDA GPUs are available" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "count", "expected"),
+    [("", 2, []), ("0", 2, [0]), ("1,0", 2, [1, 0]), ("0,5,1", 2, [0]), ("-1", 2, []), ("0,0", 2, []),
+     ("GPU-8932f937,GPU-1", 2, [0, 1]), ("x", 2, [])],
+)  # fmt: skip
+def test_the_variable_is_read_as_cuda_reads_it(text, count, expected):
+    assert visible(text, count) == expected
+
+
+def test_ranks_train_together_with_nccl_on_the_cpu(program, tmp_path):
+    done = program(
+        """
+        import os, torch, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel as DDP
+
+        dist.init_process_group("nccl")
+        rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(rank)
+        assert dist.get_backend() == "nccl" and torch.cuda.device_count() == 2
+        torch.manual_seed(0)
+        model = DDP(torch.nn.Linear(4, 1).cuda(), device_ids=[rank])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        first = None
+        for _ in range(20):
+            x = torch.randn(16, 4, device="cuda")
+            assert x.device == torch.device("cuda", rank)
+            loss = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+            first = loss.item() if first is None else first
+            optimizer.zero_grad(); loss.backward(); optimizer.step()
+        total = torch.ones(1, device="cuda")
+        dist.all_reduce(total, op=dist.ReduceOp.AVG)
+        print("rank", rank, total.item(), loss.item() < first, flush=True)
+        dist.destroy_process_group()
+        """,
+        options=("--device", "cpu", "--nproc", "2", "--report", str(tmp_path / "r.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.split("\n")[:2]) == ["rank 0 1.0 True", "rank 1 1.0 True"]
+    assert json.loads((tmp_path / "r.json").read_text())["processes"] >= 2
+
+
+def test_a_rank_that_fails_gives_its_status(program):
+    done = program("import os, sys; sys.exit(5 if os.environ['RANK'] == '1' else 0)",
+                   options=("--device", "cpu", "--nproc", "2"))  # fmt: skip
+    assert done.returncode == 5
+
+
+def test_ctrl_c_ends_the_program_and_leaves_no_children(tmp_path):
+    file = tmp_path / "train.py"
+    file.write_text(
+        "import multiprocessing, time, torch\n"
+        "def child():\n    time.sleep(100)\n"
+        "if __name__ == '__main__':\n"
+        "    multiprocessing.get_context('fork').Process(target=child, daemon=True).start()\n"
+        "    print('ready', flush=True)\n    time.sleep(100)\n"
+    )
+    process = subprocess.Popen([HAL, "run", "--device", "cpu", str(file)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) == 1
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "KeyboardInterrupt" in errors
+    deadline = time.monotonic() + 20
+    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_nothing_is_left_in_the_temporary_folder(program, tmp_path):
+    program("import torch; torch.cuda.synchronize()", TMPDIR=str(tmp_path))
+    assert list(tmp_path.glob("hal-run-*")) == []
+
+
+def test_torchruns_options_are_those_that_torchrun_has():
+    from torch.distributed.run import get_args_parser
+
+    from hal.launch.ranks import OPTIONS
+
+    known = {option for action in get_args_parser()._actions for option in action.option_strings}
+    assert [name for name in OPTIONS if f"--{name}" not in known] == []

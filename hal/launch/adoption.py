@@ -96,7 +96,8 @@ class Adoption:
             replaced.setdefault(module, {})[attribute] = factories.maker(name, original, redirection)
         api.activate(redirection)
         tensors.install(redirection, self._patches)
-        for door in (surface.default_device, surface.amp, surface.distributed, surface.compiler):
+        doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler)
+        for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)
         modules.install(modules.StandIns(replaced), self._patches)

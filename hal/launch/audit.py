@@ -25,7 +25,7 @@ redirected: the call was answered by the device.
 belief: an answer by which the program may choose a branch, such as `torch.cuda.is_available()`.
 change: the result may differ from what CUDA computes, or something else was used in place of what was asked for.
 idle: the call does nothing on this device.
-fallback: an operator that the device lacks ran on the CPU.
+fallback: an operator that the device lacks ran another way: on the CPU, or in another dtype.
 refused: an error was raised.
 """
 

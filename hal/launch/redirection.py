@@ -201,6 +201,10 @@ class Redirection:
             self._said.add(api)
             log.warning("%s at %s does nothing on %s: %s", api, where(frame), self.device.info.id, note)
 
+    def fallback(self, api: str, note: str, nbytes: int) -> None:
+        """Note that an operator which the device lacks ran another way."""
+        self.audit.note("fallback", api, note, sys._getframe(1), nbytes)
+
     def refuse(self, api: str, why: str, hint: str = "") -> UnsupportedOperation:
         """Return the error that refuses a call, and note it. It is a RuntimeError, as torch's own would be."""
         frame = sys._getframe(1)

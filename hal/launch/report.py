@@ -21,7 +21,7 @@ SCHEMA = "hal.run/1"
 _HEADINGS = {
     "change": "changes of meaning",
     "idle": "calls without effect",
-    "fallback": "operators that ran on the CPU",
+    "fallback": "operators that ran another way",
     "refused": "refusals",
 }
 """Kinds that are told on the terminal, in the words for many of them."""

@@ -5,6 +5,7 @@ from hal.launch.surface import (
     accelerator,
     amp,
     compiler,
+    constructors,
     cuda_device,
     cuda_memory,
     cuda_random,
@@ -12,12 +13,14 @@ from hal.launch.surface import (
     cuda_types,
     default_device,
     distributed,
+    operators,
 )
 
 __all__ = [
     "accelerator",
     "amp",
     "compiler",
+    "constructors",
     "cuda_device",
     "cuda_memory",
     "cuda_random",
@@ -25,4 +28,5 @@ __all__ = [
     "cuda_types",
     "default_device",
     "distributed",
+    "operators",
 ]

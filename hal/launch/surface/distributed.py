@@ -3,68 +3,11 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
-from hal.launch import api as state
 from hal.launch.api import api
-from hal.launch.modules import when_loaded
-from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-
-
-def install(redirection: Redirection, patches: Patches) -> None:
-    """Translate what constructors of torch's distributed classes are given."""
-    for module, name, translate in (
-        ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": _type}),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _true}),
-        ("torch.nn.parallel.distributed", "DistributedDataParallel",
-         {"device_ids": _device_ids, "output_device": _output_device}),
-    ):  # fmt: skip
-        when_loaded(module, name, functools.partial(_translated, patches, translate))
-
-
-def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
-    """Replace a constructor by one that translates some of its arguments."""
-    original = owner.__init__
-    places = {name: index for index, name in enumerate(inspect.signature(original).parameters)}
-
-    @functools.wraps(original)
-    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
-        r = state._active
-        if r is not None:
-            changed = list(args)
-            for name, function in translate.items():
-                place = places[name] - 1  # without self
-                if name in kwargs:
-                    kwargs[name] = function(r, kwargs[name])
-                elif place < len(changed):
-                    changed[place] = function(r, changed[place])
-            args = tuple(changed)
-        original(self, *args, **kwargs)
-
-    del constructor.__wrapped__
-    patches.set(owner, "__init__", constructor)
-
-
-def _type(r: Redirection, device_type: Any) -> Any:
-    return r.type if device_type == "cuda" else device_type
-
-
-def _true(r: Redirection, device: Any) -> Any:
-    return r.translate(device)
-
-
-def _device_ids(r: Redirection, devices: Any) -> Any:
-    # torch wants none for modules on a CPU.
-    return devices if not devices or r.hosts is None else None
-
-
-def _output_device(r: Redirection, device: Any) -> Any:
-    return r.translate(device) if r.hosts is None else None
-
 
 # Names of libraries ------------------------------------------------------------------------------------------------
 
@@ -163,7 +106,7 @@ def init_device_mesh(r: Redirection, device_type: str, *args: Any, **kwargs: Any
     """A mesh of the true devices."""
     from torch.distributed.device_mesh import init_device_mesh as own
 
-    return own(_type(r, device_type), *args, **kwargs)
+    return own(r.type if device_type == "cuda" else device_type, *args, **kwargs)
 
 
 @api("torch.cuda.nccl.version", verdict="emulated", belief=True, note="2.21.5 on every device")

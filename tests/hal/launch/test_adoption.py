@@ -282,6 +282,16 @@ def test_the_compiler_sees_what_eager_code_sees(cuda):
     assert compiled(x).tolist() == branch(x).tolist() == [1, 1, 1]
 
 
+def test_an_operator_that_a_cpu_lacks_runs_another_way_and_is_counted(cuda):
+    experts = cuda.torch.tensor([0, 2, 2, 3, 2], dtype=torch.int32, device="cuda")
+    for counts in (cuda.torch.histc(experts, bins=4, min=0, max=3), experts.histc(bins=4, min=0, max=3)):
+        assert counts.tolist() == [1, 0, 3, 1]
+        assert counts.dtype == torch.int32
+    found = [entry for entry in cuda.adoption.entries() if entry.kind == "fallback"]
+    assert sum(entry.calls for entry in found) == 2
+    assert sum(entry.nbytes for entry in found) == 2 * 5 * 4
+
+
 # The end of it -------------------------------------------------------------------------------------------------------
 
 

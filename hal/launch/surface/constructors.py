@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classes of torch's that are given a device when they are made: torch's own classes stay, their arguments change."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from hal.launch import api as state
+from hal.launch.modules import when_loaded
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Translate what torch's constructors are given, of each class once somebody loads it."""
+    for module, name, translate in (
+        ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": _type}),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _true}),
+        ("torch.nn.parallel.distributed", "DistributedDataParallel",
+         {"device_ids": _device_ids, "output_device": _output_device}),
+        ("torch.utils.data.dataloader", "DataLoader", {"pin_memory": _pin_memory, "pin_memory_device": _type}),
+    ):  # fmt: skip
+        when_loaded(module, name, functools.partial(_translated, patches, translate))
+
+
+def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
+    """Replace a constructor by one that translates some of its arguments."""
+    original = owner.__init__
+    places = {name: index for index, name in enumerate(inspect.signature(original).parameters)}
+
+    @functools.wraps(original)
+    def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
+        r = state._active
+        if r is not None:
+            changed = list(args)
+            for name, function in translate.items():
+                place = places[name] - 1  # without self
+                if name in kwargs:
+                    kwargs[name] = function(r, kwargs[name])
+                elif place < len(changed):
+                    changed[place] = function(r, changed[place])
+            args = tuple(changed)
+        original(self, *args, **kwargs)
+
+    del constructor.__wrapped__
+    patches.set(owner, "__init__", constructor)
+
+
+def _type(r: Redirection, device_type: Any) -> Any:
+    return r.type if isinstance(device_type, str) and device_type.partition(":")[0] == "cuda" else device_type
+
+
+def _true(r: Redirection, device: Any) -> Any:
+    return r.translate(device)
+
+
+def _device_ids(r: Redirection, devices: Any) -> Any:
+    # torch wants none for modules on a CPU.
+    return devices if not devices or r.hosts is None else None
+
+
+def _output_device(r: Redirection, device: Any) -> Any:
+    return r.translate(device) if r.hosts is None else None
+
+
+def _pin_memory(r: Redirection, pin: Any) -> Any:
+    # On a CPU the device works on the host's memory: there is nothing to lock.
+    return pin if r.hosts is None else False

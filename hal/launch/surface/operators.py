@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators that CUDA has and a device lacks: they run another way, counted, with the bytes that went through.
+
+A program that believes in CUDA chooses them: transformers counts the tokens of its experts with `torch.histc` of
+integers, which torch has on CUDA and not on a CPU. Other devices' plug-ins bring their own way back to the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hal.launch import api as state
+from hal.launch.api import api
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+if TYPE_CHECKING:
+    import torch
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Replace the methods of tensors; the functions stand in the table."""
+    import torch
+
+    original = torch.Tensor.histc
+
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        r = state.active()
+        return original(self, *args, **kwargs) if r is None else _histc(r, original, self, *args, **kwargs)
+
+    patches.set(torch.Tensor, "histc", method)
+
+
+@api("torch.histc", note="integers are counted in float64, exactly, where the device counts no integers")
+def histc(r: Redirection, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Count integers, too."""
+    import torch
+
+    return _histc(r, torch.histc, input, *args, **kwargs)
+
+
+def _histc(
+    r: Redirection, original: Callable[..., torch.Tensor], input: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    import torch
+
+    if input.is_floating_point() or r.hosts is None:
+        return original(input, *args, **kwargs)
+    if not torch.compiler.is_compiling():
+        r.fallback("torch.histc", f"of {input.dtype}, in float64", input.nbytes)
+    # A float64 holds every count and every bin's edge that an integer tensor of this size can have.
+    return original(input.double(), *args, **kwargs).to(input.dtype)

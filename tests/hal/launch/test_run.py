@@ -223,7 +223,7 @@ def test_ranks_train_together_with_nccl_on_the_cpu(program, tmp_path):
         total = torch.ones(1, device="cuda")
         dist.all_reduce(total, op=dist.ReduceOp.AVG)
         # One write: with Python's unbuffered output, the pieces of two ranks would mix.
-        os.write(1, f"rank {rank} {total.item()} {loss.item() < first}\n".encode())
+        os.write(1, f"rank {rank} {total.item()} {loss.item() < first}\\n".encode())
         dist.destroy_process_group()
         """,
         options=("--device", "cpu", "--nproc", "2", "--report", str(tmp_path / "r.json")),

@@ -15,7 +15,7 @@ from hal.contract import Contract
 from hal_conformance import bundle
 from hal_conformance.grouping import Grouper, Grouping
 from hal_conformance.judging import result
-from hal_conformance.packed import distance
+from hal_conformance.packed import Packed, distance
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge
 from hal_conformance.results import Report, Result, judged_devices, suite_version, verdict_status
@@ -168,6 +168,7 @@ class Bench:
                 continue
             reference = sharing[0]
             a = entries[reference].outputs[output]
+            self._check(task, output, {index: entries[index].outputs[output] for index in sharing})
             differing = [i for i in sharing[1:] if entries[i].outputs[output].digest != a.digest]
             found.compared += 1
             found.equal += not differing
@@ -182,6 +183,19 @@ class Bench:
                     )
                 )  # fmt: skip
         return found
+
+    def _check(self, task: Task, output: str, packed: Mapping[int, Packed]) -> None:
+        """Raise Unreadable if a digest says something else than what is held beside it."""
+        first_of: dict[bytes, int] = {}
+        reference = next(iter(packed))
+        for index, own in packed.items():
+            for other in {first_of.setdefault(own.digest, index), reference} - {index}:
+                if own.contradicts(packed[other]):
+                    raise bundle.Unreadable(
+                        f"{self.labels[other]} and {self.labels[index]}: what they hold of {task.name} "
+                        f"{plain(output, 60)} is {'other' if own.digest == packed[other].digest else 'the same'} "
+                        "elements, and their digests say otherwise: one of the recordings was altered"
+                    )
 
 
 Work = list[tuple[int, "Task", dict[int, Entry]]]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TABLES = 4
 """Recordings of which each has a table; of more, those that are green have a line."""
 
+FACTS = 40
+"""Differences of the manifests that are shown; a manifest may have been forged to have any number."""
+
 
 def show(found: Comparison, out: Console) -> None:
     """Print a comparison."""
@@ -41,8 +44,13 @@ def show(found: Comparison, out: Console) -> None:
         _show_groups(found.grouping, out)
     judged, elements = (sum(r[key] for r in found.recordings) for key in ("elements_judged_here", "elements"))
     out.print(Text(f"judged here: {judged} of {elements} elements, those that are held; all of them by the recorders"))
-    green = not any(row.status.colour == "red" for row in report.results)
-    out.print(Text(verdict(report.results, 0, report.seconds), style="bold green" if green else "bold red"))
+    odd = found.grouping is not None and found.grouping.colour() == "red"
+    green = not odd and not any(row.status.colour == "red" for row in report.results)
+    text = verdict(report.results, 0, report.seconds)
+    if odd:
+        # Within every bound, and yet not the bits of its kind: the last line is about what the exit status is about.
+        text = text.replace("verdict: ", "verdict: ODD ONE OUT, and nothing says why; otherwise it ", 1)
+    out.print(Text(text, style="bold green" if green else "bold red"))
 
 
 def _show_facts(found: Comparison, out: Console) -> None:
@@ -50,11 +58,13 @@ def _show_facts(found: Comparison, out: Console) -> None:
         out.print(Text("manifests: no difference in device, contract, versions, environment or flags"))
         return
     out.print(Text("manifests differ:", style="bold"))
-    for fact in found.facts:
+    for fact in found.facts[:FACTS]:
         out.print(Text(f"  {fact.name}"))
         for subject, value in zip(found.report.subjects, fact.values, strict=True):
             shown = "(not there)" if value is None else plain(value)
             out.print(Text(f"    {plain(subject['id'], 60)}: {shown}", style="dim"))
+    if len(found.facts) > FACTS:
+        out.print(Text(f"  ... and {len(found.facts) - FACTS} more; --json has them all"))
 
 
 def _show_differences(found: Comparison, out: Console) -> None:

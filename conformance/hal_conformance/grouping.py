@@ -27,7 +27,15 @@ ALIASES: Mapping[str, str] = {
     "driver": "versions.driver", "device": "info.name", "name": "info.name", "host": "versions.host",
     "arch": "info.arch", "torch": "versions.torch",
 }  # fmt: skip
-IDENTITY = ("info.id", "info.index", "info.torch_device", "info.evidence", "versions.host", "environment.HOSTNAME")
+_WHICH = (
+    "HOSTNAME", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL",
+    "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES", "ASCEND_DEVICE_ID", "NVIDIA_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK", "RANK", "LOCAL_RANK", "GROUP_RANK", "HAL_DEVICE",
+)  # fmt: skip
+IDENTITY = (
+    "info.id", "info.index", "info.torch_device", "info.evidence", "versions.host",
+    *(f"environment.{name}" for name in _WHICH),
+)  # fmt: skip
 """Facts that say which card it is, and explain no number."""
 MISSING = "(not there)"
 

@@ -72,6 +72,21 @@ class Packed:
             return np.arange(self.size), self.values
         return self.grid.indices, self.values[: self.grid.size]
 
+    def content(self) -> tuple[object, ...]:
+        """Return everything that is held, to look up by: a digest alone may say something else than the rest."""
+        parts = (self.digest, codec.bits(self.values).tobytes(), self.worst.tobytes(), self.sums.tobytes())
+        return (self.tag, self.shape, *parts)
+
+    def contradicts(self, other: Packed) -> bool:
+        """Return whether another array's digest says "the same", and what is held does not, or the other way round.
+
+        An altered recording does that. Two honest ones do not: an element that differs shows in its row's checksum.
+        """
+        alike = (self.tag, self.shape) == (other.tag, other.shape) and np.array_equal(
+            codec.bits(self.held()[1]), codec.bits(other.held()[1])
+        )
+        return (self.digest == other.digest) != (alike and np.array_equal(self.sums, other.sums))
+
     def held_rows(self) -> I64:
         """Return the rows of the first axis of which an element is held, sorted."""
         rows = (self.shape or (1,))[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import json
 import subprocess
@@ -129,3 +130,51 @@ def test_comparing_imports_no_torch_and_neither_does_the_list_of_cases():
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def altered(recording, change):
+    """A recording in which one output holds something else than its digest says, as a forged file would."""
+    entry = recording.entries[0]
+    name, packed = next(iter(entry.outputs.items()))
+    outputs = {**entry.outputs, name: change(packed)}
+    entries = (dataclasses.replace(entry, outputs=outputs), *recording.entries[1:])
+    return dataclasses.replace(recording, entries=entries)
+
+
+@pytest.mark.parametrize("liar_first", [False, True])
+@pytest.mark.parametrize("what", ["values", "digest"])
+def test_a_recording_that_contradicts_its_digest_is_refused_in_either_order(what, liar_first):
+    honest = recordings.parse(recordings.make(), "honest")
+
+    def change(packed):
+        if what == "values":
+            values = packed.values.copy()
+            values.reshape(-1)[0] += 1
+            return dataclasses.replace(packed, values=values)
+        return dataclasses.replace(packed, digest=bytes(32))
+
+    liar = altered(recordings.parse(recordings.make(), "liar"), change)
+    pair = [liar, honest] if liar_first else [honest, liar]
+    with pytest.raises(Unreadable, match="one of the recordings was altered"):
+        compare(pair)
+
+
+def test_what_a_recording_holds_is_judged_whatever_its_digest_says():
+    def change(packed):
+        return dataclasses.replace(packed, values=packed.values + np.float32(7))
+
+    liar = altered(recordings.parse(recordings.make(), "liar"), change)
+    statuses = [row.status for row in compare([liar]).report.results]
+    assert statuses == [Status.FAIL_NUMERIC, Status.EXACT]
+
+
+def test_a_manifest_of_any_length_is_shown_in_part():
+    many = {f"KEY_{number}": "1" for number in range(5000)}
+    opened = copy.deepcopy(recordings.OPENED)
+    opened["environment"] = many
+    pair = [recordings.parse(recordings.make(), "a"), recordings.parse(recordings.make(opened=opened), "b")]
+    found = compare(pair)
+    text = shown(found)
+    assert len(text.splitlines()) < 250
+    assert "more; --json has them all" in text
+    assert len(found.facts) >= 5000

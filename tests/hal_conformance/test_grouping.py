@@ -113,6 +113,21 @@ def test_a_fact_that_only_the_odd_one_has_explains_it():
     assert "\x1b" not in shown(found)
 
 
+@pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "LOCAL_RANK"])
+def test_which_card_it_is_explains_nothing(variable):
+    cards = []
+    for number in range(4):
+        opened = copy.deepcopy(recordings.OPENED)
+        opened["environment"] = {variable: str(int(number == 2))}
+        change = recordings.one_ulp if number == 2 else lambda y: y
+        cards.append(recordings.parse(recordings.make(opened=opened, change=change), f"card-{number}"))
+    found = compare(cards, group_by="driver")
+    (odd,) = next(iter(found.grouping.groups.values())).odd.values()
+    assert odd.explained_by == []
+    assert found.exit_status() == 1
+    assert shown(found).splitlines()[-1].startswith("verdict: ODD ONE OUT")
+
+
 def test_groups_that_differ_are_told_and_nobody_in_them_is_odd():
     old = [card(number, "535") for number in range(2)]
     new = [card(number, "550", change=recordings.one_ulp) for number in range(2, 4)]

@@ -22,6 +22,7 @@ from hal_conformance import arrays as codec
 from hal_conformance import wire
 from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
+from hal_conformance.process_state import ProcessState
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
 
@@ -115,6 +116,7 @@ class _Worker:
             reason = getattr(error, "reason", None) or (str(error) if isinstance(error, HalError) else _last(error))
             self._send({"event": "failed", "kind": kind, "detail": plain(reason)})
             return False
+        self._state = ProcessState(self._device.torch_device.type)
         self._send({"event": "loading", "opened": opened})
         return self._load(config["impl"], config["folder"])
 
@@ -167,12 +169,18 @@ class _Worker:
         device = torch.empty(0, device=self._device.torch_device).device
         tensors = {name: codec.to_torch(array, device) for name, array in inputs.items()}
         given = dict(tensors)
-        returned = case.run(self._ops, given, params)
-        self._device.synchronize()
+        before = self._state.read()
+        try:
+            returned = case.run(self._ops, given, params)
+            self._device.synchronize()
+        finally:
+            moved = self._state.restore(before)
+        if moved:
+            raise Malformed(f"left {'; '.join(moved)}")
         outputs = _check(returned, device)
         for name, tensor in tensors.items():
-            after, before = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
-            if not np.array_equal(np.asarray(after), np.asarray(before)):
+            after, original = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
+            if not np.array_equal(np.asarray(after), np.asarray(original)):
                 raise Malformed(f"the implementation wrote into its input {name}")
         return outputs
 

@@ -43,7 +43,7 @@ class HeadCase(Base):
 
 @dataclass(frozen=True)
 class Normalised(HeadCase):
-    """NormHead in training, in evaluation, and in training again."""
+    """NormHead in training of x alone, in evaluation, in training of both, and in training of the weights alone."""
 
     through_norm: bool = True
 
@@ -52,7 +52,8 @@ class Normalised(HeadCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.
 
-        Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen.
+        Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen. Every
+        seventh column has a norm of some 1e-7, to which the epsilon is added.
         """
         s, rows = shape(p), self.ROWS[p.scale]
         size = make.normal(p.seed, "head/size", rows, 1)
@@ -60,6 +61,8 @@ class Normalised(HeadCase):
         weight = (make.normal(p.seed, "head/weight", rows, s.width) + size * direction) / 16.0
         weight[:: rows // 7] *= 8.0  # frequent tokens
         weight[:, 1] *= 2.0**-6
+        if p.dtype != "float16":  # which has no numbers so small
+            weight[:, 2::7] *= 2.0**-24
         sign = 1.0 - 2.0 * make.integers(p.seed, "head/sign", 0, 1, s.tokens, 1)
         x = make.activations(p.seed, "head/x", s.tokens, s.width) + sign * direction
         push = make.normal(p.seed, "head/dy", s.tokens, rows) + sign * size.T
@@ -72,26 +75,34 @@ class Normalised(HeadCase):
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         s, rows, each = shape(p), self.ROWS[p.scale], make.NUMPY_DTYPES[p.dtype].itemsize
-        return Footprint((s.width + s.tokens) * rows * each, (s.width + 3 * s.tokens) * rows * each)
+        return Footprint((s.width + s.tokens) * rows * each, (2 * s.width + 4 * s.tokens) * rows * each)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        x, weight = leaf(tensors["x_TD"]), leaf(tensors["weight_VD"])
-        first = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
-        between = ops.norm_head(x, weight, train=False, through_norm=self.through_norm)
-        again = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
-        again.backward(tensors["dy_TV"])
-        return observed(
-            {"train_TV": first, "eval_TV": between, "again_TV": again, "dx_TD": x.grad, "dweight_VD": weight.grad}
-        )
+        given = tensors["x_TD"], tensors["weight_VD"]
+        only_x, only_weight, x, weight = leaf(given[0]), leaf(given[1]), leaf(given[0]), leaf(given[1])
+
+        def head(x: torch.Tensor, weight: torch.Tensor, train: bool = True) -> Any:
+            return ops.norm_head(x, weight, train=train, through_norm=self.through_norm)
+
+        y = {"first": head(only_x, given[1]), "eval": head(x, weight, train=False), "again": head(x, weight)}
+        y["last"] = head(given[0], only_weight)
+        for name in ("first", "again", "last"):
+            y[name].backward(tensors["dy_TV"])
+        gradients = {
+            "dx_TD": x.grad, "dweight_VD": weight.grad,
+            "dx_alone_TD": only_x.grad, "dweight_alone_VD": only_weight.grad,
+        }  # fmt: skip
+        return observed({**{f"{name}_TV": logits for name, logits in y.items()}, **gradients})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         x, weight = inputs["x_TD"], inputs["weight_VD"]
         logits = ((len(x), len(weight)), p.dtype)
+        every = ("first_TV", "eval_TV", "again_TV", "last_TV")
         wrong = structure(outputs, {
-            "train_TV": logits, "eval_TV": logits, "again_TV": logits,
-            "dx_TD": (x.shape, p.dtype), "dweight_VD": (weight.shape, p.dtype),
+            **dict.fromkeys(every, logits), **dict.fromkeys(("dx_TD", "dx_alone_TD"), (x.shape, p.dtype)),
+            **dict.fromkeys(("dweight_VD", "dweight_alone_VD"), (weight.shape, p.dtype)),
         })  # fmt: skip
         if wrong is not None:
             return wrong
@@ -99,9 +110,11 @@ class Normalised(HeadCase):
         dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
         y = head.logits.bounded(p.dtype)
         # Logits of a token share the norms' errors; so do gradients of a column.
-        found = [judge(name, outputs[name], y, independent=len(x)) for name in ("train_TV", "eval_TV", "again_TV")]
-        found.append(judge("dx_TD", outputs["dx_TD"], dx.bounded(p.dtype), independent=len(x)))
-        found.append(judge("dweight_VD", outputs["dweight_VD"], dweight.bounded(p.dtype), independent=x.shape[1]))
+        found = [judge(name, outputs[name], y, independent=len(x)) for name in every]
+        of_x, of_weight = dx.bounded(p.dtype), dweight.bounded(p.dtype)
+        found += [judge(name, outputs[name], of_x, independent=len(x)) for name in ("dx_TD", "dx_alone_TD")]
+        trained = ("dweight_VD", "dweight_alone_VD")
+        found += [judge(name, outputs[name], of_weight, independent=x.shape[1]) for name in trained]
         return merge(found)
 
 
@@ -324,9 +337,10 @@ _OTHER = "The z-loss has another coefficient, 3e-4, and the ignored target is 0,
 NORMALISED = Normalised(
     "head.norm", "head", _HEAD,
     "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
-    "written into the weights, and both gradients, that of the weights through the norm. The upstream gradient pushes "
-    "along the weights, as a z-loss does. Bound: variances chained over the norm of each column, the stored weights "
-    "and the product (oracle.norm_head).",
+    "written into the weights, and both gradients, that of the weights through the norm; each of them, too, where the "
+    "other is frozen. Every seventh column's norm is about the epsilon of 1e-7 (not in float16), which is added, not a "
+    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. Bound: variances chained over the norm of each column, the stored weights and "
+    "the product (oracle.norm_head).",
 )  # fmt: skip
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,

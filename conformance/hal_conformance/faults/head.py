@@ -326,3 +326,57 @@ class WholeBlocksOfVocabularyDoNotTrain(OtherCall):
         if logits_TV.shape[1] % 1024 == 0:
             logits_TV = torch.cat((logits_TV[:, :-1], logits_TV[:, -1:].detach()), 1)
         return logits_TV, targets_T, ignored
+
+
+class OwnNorm(Head):
+    """NormHead with a norm that can be changed before it divides."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """Return what columns are divided by."""
+        raise NotImplementedError
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = torch.linalg.vector_norm(wide_VD if through_norm else wide_VD.detach(), dim=0, keepdim=True)
+        logits = F.linear(x_TD, (wide_VD / self.full(norm_D)).to(x_TD.dtype))
+        return logits if train else logits.detach()
+
+
+@fault()
+class HeadWithoutEpsilon(OwnNorm):
+    """Nothing is added to the norm of the head's columns."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D
+
+
+@fault("vLLM's NormHead")
+class HeadClampsItsNorm(OwnNorm):
+    """The norm of the head's columns is at least 1e-7, instead of 1e-7 more."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D.clamp(min=1e-7)
+
+
+@fault()
+class HeadOfAnotherEpsilon(OwnNorm):
+    """1e-6 is added to the norm of the head's columns."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D + 1e-6
+
+
+@fault()
+class HeadTrainsAllOrNothing(Head):
+    """The head has gradients of zero unless activations and weights are both trained."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        logits = super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+        if logits.requires_grad and not (x_TD.requires_grad and weight_VD.requires_grad):
+            logits.register_hook(torch.zeros_like)
+        return logits

@@ -339,8 +339,8 @@ NORMALISED = Normalised(
     "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
     "written into the weights, and both gradients, that of the weights through the norm; each of them, too, where the "
     "other is frozen. Every seventh column's norm is about the epsilon of 1e-7 (not in float16), which is added, not a "
-    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. Bound: variances chained over the norm of each column, the stored weights and "
-    "the product (oracle.norm_head).",
+    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. "
+    "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,

@@ -317,3 +317,12 @@ class PlainSgdKeepsTheFirst(SGD):
     def update(self, b: Tensor, d: Tensor, h: SGDHyper) -> Tensor:
         """See `SGD.update`."""
         return h.lr * (d if h.momentum == 0.0 else b)
+
+
+@fault()
+class StepMakesGradientsFinite(Adam):
+    """What is not finite in a gradient is replaced by zero or the largest number, as `nan_to_num` does it."""
+
+    def coupled(self, g: Tensor, p: Tensor, h: AdamHyper, decoupled: bool) -> Tensor:
+        """See `Adam.coupled`."""
+        return super().coupled(g.nan_to_num(), p, h, decoupled)

@@ -92,8 +92,9 @@ class TorchOptimizerOps(OptimizerOps):
         """See `OptimizerOps.sgd_step`."""
         _check("sgd_step", step, parameters, gradients, momentum)
         stepped = _copies(parameters)
-        # torch takes the gradient itself where there is no buffer yet.
-        buffers: list[Tensor | None] = [None for _ in momentum] if step == 1 else [*_copies(momentum)]
+        # torch takes the gradient itself where there is no buffer yet, and leaves one alone where there is no momentum.
+        fresh = step == 1 or hyper.momentum == 0.0
+        buffers: list[Tensor | None] = [None for _ in momentum] if fresh else [*_copies(momentum)]
         sgd(
             stepped,
             _wide(gradients),

@@ -117,3 +117,27 @@ def test_a_sliced_tensor_is_the_same_and_lies_amid_nan():
     assert part.stride(2) == 1
     around = torch.empty(0).set_(part.untyped_storage())
     assert around.isnan().sum() == around.numel() - tensor.numel()
+
+
+def test_every_count_from_0_to_257_occurs_at_every_seed_and_scale():
+    for scale, seed in (("tiny", 0), ("small", 1), ("full", 2**32 - 1)):
+        for name in ("experts.sweep", "experts.backward_sweep"):
+            case = by_name(name)
+            found = set()
+            for preset in case.presets():
+                inputs = case.inputs(Params(preset, "bfloat16", scale, seed))
+                assert inputs["counts_E"].sum() == len(inputs["x_RD"])
+                found |= set(inputs["counts_E"].tolist())
+            assert found >= {*range(258), 511, 512, 513}
+
+
+@pytest.mark.parametrize("count", [0, 1, 66, 96, 127, 128, 255, 256, 257, 513])
+def test_a_lost_row_of_one_count_is_seen(count):
+    for preset in by_name("experts.sweep").presets():
+        for name, output in (("experts.sweep", "y_RD"), ("experts.backward_sweep", "dx_RD")):
+            inputs, outputs, judge = observe(name, preset, "float32")
+            assert judge().status is Status.EXACT
+            for expert in np.flatnonzero(inputs["counts_E"] == count)[: count > 0]:
+                changed = outputs[output].copy()
+                changed[inputs["counts_E"][: expert + 1].sum() - 1] = 0
+                assert judge({output: changed}).status is Status.FAIL_NUMERIC

@@ -75,7 +75,10 @@ def test_an_error_of_the_moments_does_not_count_against_the_parameters():
 def test_a_contract_that_saturates_promises_nothing_of_infinite_gradients():
     from hal_conformance.case import Unpromised
 
-    for name in ("optimizer.nonfinite", "gradients.clip_nan", "gradients.clip_infinite"):
+    for name in (
+        "optimizer.nonfinite", "optimizer.adam_nonfinite", "optimizer.sgd_nonfinite", "gradients.clip_nan",
+        "gradients.clip_infinite", "gradients.accumulate_nonfinite",
+    ):  # fmt: skip
         with pytest.raises(Unpromised, match="infinities"):
             judge(CASES[name], Honest(), "float32", contract=Contract(nonfinite="saturate"))
 
@@ -206,6 +209,7 @@ def test_the_portable_implementation_is_torchs_own_optimiser():
         optimiser.step()
         ours, m, v = TorchOptimizerOps().adamw_step(ours, [g * step], m, v, step, AdamHyper(0.1, 0.8, 0.9, 1e-6, 0.2))
     assert torch.equal(ours[0], theirs.detach())
-    # SGD without momentum keeps what its momentum would have been.
-    made = TorchOptimizerOps().sgd_step([p], [g], [torch.zeros(7)], 1, SGDHyper(0.5, weight_decay=2.0))
-    assert torch.equal(made.momentum[0], g + 2.0 * p)
+    # SGD without momentum keeps what its momentum would have been, at every step.
+    for step in (1, 2):
+        made = TorchOptimizerOps().sgd_step([p], [g], [torch.zeros(7)], step, SGDHyper(0.5, weight_decay=2.0))
+        assert torch.equal(made.momentum[0], g + 2.0 * p)

@@ -16,7 +16,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import DTYPES, Params
 from hal_conformance.cases import attention, head, norm, rotary
 from hal_conformance.faults.attention import Composed
-from hal_conformance.faults.benign_attention import BlockedAttention
+from hal_conformance.faults.benign_attention import AbsorbedLatent, BlockedAttention
 from hal_conformance.faults.benign_head import FusedLoss
 from hal_conformance.faults.benign_norm import BlockedNorms
 from hal_conformance.faults.norm import NormGradientsInStorage
@@ -163,3 +163,31 @@ def test_attention_with_and_without_a_fused_kernel_agree_and_shapes_that_do_not_
         torch_training_ops.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 3]))
     with pytest.raises(ShapeError):
         torch_training_ops.rotary(torch.zeros(2, 1, 4), torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_what_latent_attention_projects_is_exact_in_storage_in_either_order(scale, dtype):
+    case = next(case for case in attention.CASES if case.name == "attention.latent_backward")
+    for seed in (0, 1, 2):
+        given = {
+            name: array.astype(np.float64)
+            for name, array in case.inputs(Params("ling-lite", dtype, scale, seed)).items()
+        }
+        for equation, names in (
+            ("sl,hdl->shd", ("latent_SL", "up_k_HdL")), ("sl,hel->she", ("latent_SL", "up_v_HeL")),
+            ("thd,hdl->thl", ("q_THd", "up_k_HdL")), ("the,hel->thl", ("dy_THe", "up_v_HeL")),
+        ):  # fmt: skip
+            made = np.einsum(equation, *(given[name] for name in names))
+            assert (make.store(made, dtype).astype(np.float64) == made).all()
+            assert np.abs(made).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_absorbed_order_of_latent_attention_stays_within_the_bounds_of_its_gradients(dtype):
+    cases = [case for case in attention.CASES if case.name.startswith("attention.latent_")]
+    for seed in range(5):
+        for case in cases:
+            verdict = judge(case, AbsorbedLatent(), Params("ling-lite", dtype, "tiny", seed))
+            assert verdict.status.colour == "green", verdict.detail
+            assert verdict.margin > 1 / 30

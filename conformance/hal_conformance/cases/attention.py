@@ -19,7 +19,7 @@ from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, sh
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
-from hal_conformance.oracle.attention import attention, attention_backward, latent_attention
+from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -256,6 +256,58 @@ class Latent(Forward):
         return merge([_judge("y_THe", outputs, want, p)])
 
 
+class LatentBackward(Latent):
+    """Multi-head latent attention and all of its gradients, where neither order of the projections rounds anything."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: quarters of small integers, projected by matrices with four ones or minus ones a row.
+
+        So a key or value is an integer of at most 8, and q up_k and dy up_v are quarters far below 2^8: exact in 16
+        bits. The rotated parts are as they occur.
+        """
+        s = self.sizes(p)
+        rotated, rank, value = s.width // 2, 2 * s.width, s.width - 8
+
+        def integers(name: str, most: int, *shape: int) -> Any:
+            return make.integers(p.seed, f"latent/exact/{name}", -most, most, *shape)
+
+        arrays = {
+            "q_THd": integers("q", 8, s.queries, s.heads, s.width) / 4.0,
+            "q_THR": make.normal(p.seed, "latent/qr", s.queries, s.heads, rotated),
+            "latent_SL": integers("latent", 2, s.keys, rank),
+            "k_SR": make.normal(p.seed, "latent/kr", s.keys, rotated),
+            "up_k_HdL": make.sparse(p.seed, "latent/exact/up_k", 4, 1, s.heads, s.width, rank),
+            "up_v_HeL": make.sparse(p.seed, "latent/exact/up_v", 4, 1, s.heads, value, rank),
+            "dy_THe": integers("dy", 8, s.queries, s.heads, value) / 4.0,
+        }
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        leaves = {name: leaf(tensors[name]) for name in LATENT}
+        y = ops.latent_attention(*leaves.values(), self.scale(p), causal=self.causal)
+        y.backward(tensors["dy_THe"])
+        return observed({"y_THe": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        shapes = {f"d{name}": (inputs[name].shape, p.dtype) for name in LATENT}
+        wrong = structure(outputs, {"y_THe": (inputs["dy_THe"].shape, p.dtype), **shapes})
+        if wrong is not None:
+            return wrong
+        rule, scale = arithmetic(contract, p.dtype), self.scale(p)
+        q, q_r, latent, k_r, up_k, up_v = (inputs[name] for name in LATENT)
+        y = latent_attention(q, q_r, latent, k_r, up_k, up_v, scale, self.causal, p.dtype, rule)
+        want = latent_backward(inputs, inputs["dy_THe"], scale, self.causal, p.dtype, rule)
+        found = [_judge("y_THe", outputs, y, p)]
+        for name, chained in want.items():
+            # Errors of a query, of a key, or of a head's projection are correlated.
+            independent = len(chained.value) * (chained.value.shape[1] if name.startswith("q") else 1)
+            bounded = chained.bounded(p.dtype)
+            found.append(judge(f"d{name}", outputs[f"d{name}"], bounded, independent=independent))
+        return merge(found)
+
+
 def _judge(name: str, outputs: Arrays, want: Chained, p: Params) -> Finding:
     """Judge an array [rows, heads, width]: as many errors are independent as there are rows of a head."""
     independent = want.value.shape[0] * want.value.shape[1]
@@ -308,6 +360,18 @@ CASES = (
         "DeepSeek's multi-head latent attention, forward: keys and values projected up from a latent, and one rotated "
         "key for all heads; the absorbed order of the projections is admitted, too. " + _BOUND,
         share=1,
+    ),
+    LatentBackward(
+        "attention.latent_backward", "attention", ("latent_attention",),
+        "Multi-head latent attention and the gradients of queries, latent, rotated key and both projections, the "
+        "queries being the last of S positions. Keys, values, q up_k and dy up_v are integers and quarters that 16 "
+        "bits hold exactly, so that both orders of the projections have the same errors. " + _BOUND,
+        before=7, share=1,
+    ),
+    LatentBackward(
+        "attention.latent_full", "attention", ("latent_attention",),
+        "As attention.latent_backward without a mask, 11 keys more than queries. " + _BOUND,
+        causal=False, before=11, share=1,
     ),
     Strided("attention.strided", CAUSAL),
 )  # fmt: skip

@@ -12,9 +12,9 @@ from hal.contract import Contract
 from hal.moe.ops import ExpertWeights
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised, arithmetic
+from hal_conformance.case import F64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import leaf, observed, shape, wide
+from hal_conformance.cases.base import keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -69,8 +69,8 @@ class Clip(GradientCase):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        if self.bad is not None and contract.nonfinite != "ieee":
-            raise Unpromised("the contract replaces infinities and NaN by finite values")
+        if self.bad is not None:
+            keeps_nonfinite(contract)
         expected = {"norm": ((), "float32"), **parameters.expected_structure({"g": p.dtype}, p)}
         wrong = structure(outputs, expected)
         if wrong is not None:
@@ -123,6 +123,25 @@ class Accumulate(GradientCase):
             expected = accumulate(parts, TOKENS).stored("float32")
             found.append(judge(f"sum of {name}", outputs[f"total/{name}"], expected))
         return merge(found)
+
+
+class AccumulateNonfinite(Accumulate):
+    """A NaN in the gradients of one micro-batch, and an infinity in those of another."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: in micro-batches that have tokens."""
+        arrays = super().inputs(p)
+        for name, bad in (("g2/dense", np.nan), ("g0/expert0", np.inf)):
+            changed = arrays[name].copy()
+            changed.reshape(-1)[make.integers(p.seed, f"accumulate/{name}/bad", 0, changed.size - 1, 1)] = bad
+            arrays[name] = changed
+        return arrays
+
+    @nonfinite
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
 
 
 class MicroBatches(GradientCase):
@@ -248,6 +267,11 @@ CASES = (
         "gradients.accumulate", "gradients", ("accumulate_gradients",),
         "Gradients of micro-batches with 7, 0, 64, 19 and 1 tokens, weighted by their tokens, added up in float32. A "
         "mean over micro-batches, or a sum in bfloat16, is another number. Bound: (k + 2) u sum |w g|.",
+    ),
+    AccumulateNonfinite(
+        "gradients.accumulate_nonfinite", "gradients", ("accumulate_gradients",),
+        "As gradients.accumulate with one NaN in one micro-batch and one infinity in another: their elements of the "
+        "sum are NaN and infinite, and no other. What is dropped would hide a broken micro-batch.",
     ),
     MicroBatches(
         "gradients.micro_batches", "gradients", ("experts", "accumulate_gradients"),

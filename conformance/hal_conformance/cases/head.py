@@ -14,8 +14,9 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
-from hal_conformance.case import I64, Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, leaf, observed, shape, wide
+from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
+from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.losses import UPSTREAM
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 IGNORED = -100
 """torch's own default, and everybody's."""
 
+PADDING = 0
+"""The other target that does not count in public code: a token of padding."""
+
 
 class HeadCase(Base):
     """A case that depends on sizes only."""
@@ -39,7 +43,7 @@ class HeadCase(Base):
 
 @dataclass(frozen=True)
 class Normalised(HeadCase):
-    """NormHead in training, in evaluation, and in training again."""
+    """NormHead in training of x alone, in evaluation, in training of both, and in training of the weights alone."""
 
     through_norm: bool = True
 
@@ -48,7 +52,8 @@ class Normalised(HeadCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.
 
-        Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen.
+        Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen. Every
+        seventh column has a norm of some 1e-7, to which the epsilon is added.
         """
         s, rows = shape(p), self.ROWS[p.scale]
         size = make.normal(p.seed, "head/size", rows, 1)
@@ -56,6 +61,8 @@ class Normalised(HeadCase):
         weight = (make.normal(p.seed, "head/weight", rows, s.width) + size * direction) / 16.0
         weight[:: rows // 7] *= 8.0  # frequent tokens
         weight[:, 1] *= 2.0**-6
+        if p.dtype != "float16":  # which has no numbers so small
+            weight[:, 2::7] *= 2.0**-24
         sign = 1.0 - 2.0 * make.integers(p.seed, "head/sign", 0, 1, s.tokens, 1)
         x = make.activations(p.seed, "head/x", s.tokens, s.width) + sign * direction
         push = make.normal(p.seed, "head/dy", s.tokens, rows) + sign * size.T
@@ -68,26 +75,34 @@ class Normalised(HeadCase):
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         s, rows, each = shape(p), self.ROWS[p.scale], make.NUMPY_DTYPES[p.dtype].itemsize
-        return Footprint((s.width + s.tokens) * rows * each, (s.width + 3 * s.tokens) * rows * each)
+        return Footprint((s.width + s.tokens) * rows * each, (2 * s.width + 4 * s.tokens) * rows * each)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        x, weight = leaf(tensors["x_TD"]), leaf(tensors["weight_VD"])
-        first = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
-        between = ops.norm_head(x, weight, train=False, through_norm=self.through_norm)
-        again = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
-        again.backward(tensors["dy_TV"])
-        return observed(
-            {"train_TV": first, "eval_TV": between, "again_TV": again, "dx_TD": x.grad, "dweight_VD": weight.grad}
-        )
+        given = tensors["x_TD"], tensors["weight_VD"]
+        only_x, only_weight, x, weight = leaf(given[0]), leaf(given[1]), leaf(given[0]), leaf(given[1])
+
+        def head(x: torch.Tensor, weight: torch.Tensor, train: bool = True) -> Any:
+            return ops.norm_head(x, weight, train=train, through_norm=self.through_norm)
+
+        y = {"first": head(only_x, given[1]), "eval": head(x, weight, train=False), "again": head(x, weight)}
+        y["last"] = head(given[0], only_weight)
+        for name in ("first", "again", "last"):
+            y[name].backward(tensors["dy_TV"])
+        gradients = {
+            "dx_TD": x.grad, "dweight_VD": weight.grad,
+            "dx_alone_TD": only_x.grad, "dweight_alone_VD": only_weight.grad,
+        }  # fmt: skip
+        return observed({**{f"{name}_TV": logits for name, logits in y.items()}, **gradients})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         x, weight = inputs["x_TD"], inputs["weight_VD"]
         logits = ((len(x), len(weight)), p.dtype)
+        every = ("first_TV", "eval_TV", "again_TV", "last_TV")
         wrong = structure(outputs, {
-            "train_TV": logits, "eval_TV": logits, "again_TV": logits,
-            "dx_TD": (x.shape, p.dtype), "dweight_VD": (weight.shape, p.dtype),
+            **dict.fromkeys(every, logits), **dict.fromkeys(("dx_TD", "dx_alone_TD"), (x.shape, p.dtype)),
+            **dict.fromkeys(("dweight_VD", "dweight_alone_VD"), (weight.shape, p.dtype)),
         })  # fmt: skip
         if wrong is not None:
             return wrong
@@ -95,17 +110,25 @@ class Normalised(HeadCase):
         dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
         y = head.logits.bounded(p.dtype)
         # Logits of a token share the norms' errors; so do gradients of a column.
-        found = [judge(name, outputs[name], y, independent=len(x)) for name in ("train_TV", "eval_TV", "again_TV")]
-        found.append(judge("dx_TD", outputs["dx_TD"], dx.bounded(p.dtype), independent=len(x)))
-        found.append(judge("dweight_VD", outputs["dweight_VD"], dweight.bounded(p.dtype), independent=x.shape[1]))
+        found = [judge(name, outputs[name], y, independent=len(x)) for name in every]
+        of_x, of_weight = dx.bounded(p.dtype), dweight.bounded(p.dtype)
+        found += [judge(name, outputs[name], of_x, independent=len(x)) for name in ("dx_TD", "dx_alone_TD")]
+        trained = ("dweight_VD", "dweight_alone_VD")
+        found += [judge(name, outputs[name], of_weight, independent=x.shape[1]) for name in trained]
         return merge(found)
 
 
 @dataclass(frozen=True)
 class CrossEntropy(HeadCase):
-    """The loss and the gradient of the logits."""
+    """The loss and the gradient of the logits.
+
+    Attributes:
+        z: coefficient of the z-loss.
+        ignored: the target that does not count.
+    """
 
     z: float = 0.0
+    ignored: int = IGNORED
 
     SIZES = {"tiny": (17, 8191), "small": (33, 65521), "full": (129, 126464)}  # noqa: RUF012  Ling-Lite's at full
 
@@ -120,9 +143,11 @@ class CrossEntropy(HeadCase):
         return Footprint(each, each)
 
     def targets(self, p: Params, tokens: int, vocabulary: int) -> I64:
-        """Return [T] targets, of which every fourth does not count."""
+        """Return [T] targets, of which every fourth does not count; the vocabulary's first and last are among them."""
         targets = make.integers(p.seed, "entropy/targets", 0, vocabulary - 1, tokens)
-        targets[2::4] = IGNORED
+        targets[4::16] = 0
+        targets[12::16] = vocabulary - 1
+        targets[2::4] = self.ignored
         return targets
 
     def inputs(self, p: Params) -> Arrays:
@@ -135,10 +160,11 @@ class CrossEntropy(HeadCase):
         x = make.normal(p.seed, "entropy/logits", tokens, vocabulary) * 3.0
         x[:, :: max(1, vocabulary // 64)] += 6.0
         targets = self.targets(p, tokens, vocabulary)
-        x[3] += 10000.0
-        x[5, targets[5]] = 30000.0
-        x[7] = -2.5
-        x[8, targets[8]] = 24.0
+        if tokens > 8:
+            x[3] += 10000.0
+            x[5, targets[5]] = 30000.0
+            x[7] = -2.5
+            x[8, targets[8]] = 24.0
         return {"logits_TV": make.store(x, p.dtype), "targets_T": targets}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -149,9 +175,14 @@ class CrossEntropy(HeadCase):
     def step(self, ops: Any, logits: torch.Tensor, targets: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
         """Return the loss and the gradient."""
         x = leaf(logits)
-        loss = ops.cross_entropy(x, targets, ignore_index=IGNORED, z_coefficient=self.z)
-        loss.backward()
+        loss = ops.cross_entropy(x, targets, ignore_index=self.ignored, z_coefficient=self.z)
+        loss.backward(loss.new_tensor(UPSTREAM))
         return loss, x.grad
+
+    def expected(self, logits: Array, targets: I64) -> tuple[Bounded, Bounded]:
+        """Return the loss, and the gradient before it is stored."""
+        loss, gradient = cross_entropy(logits, targets, self.ignored, self.z)
+        return loss, gradient.scaled(UPSTREAM)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -159,7 +190,7 @@ class CrossEntropy(HeadCase):
         wrong = structure(outputs, {"loss": ((), "float32"), "dlogits_TV": (x.shape, p.dtype)})
         if wrong is not None:
             return wrong
-        loss, gradient = cross_entropy(x, inputs["targets_T"], IGNORED, self.z)
+        loss, gradient = self.expected(x, inputs["targets_T"])
         return merge([judge("loss", outputs["loss"], loss), self.gradient("dlogits", outputs, gradient, p)])
 
     def gradient(self, name: str, outputs: Arrays, expected: Bounded, p: Params) -> Finding:
@@ -173,6 +204,41 @@ class WithZ(CrossEntropy):
     def size(self, p: Params) -> tuple[int, int]:
         """See `CrossEntropy.size`."""
         return self.SIZES[p.scale][0], 1021
+
+
+@dataclass(frozen=True)
+class Sized(CrossEntropy):
+    """Of sizes of its own at every scale."""
+
+    at: tuple[int, int] = (1, 1)
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return self.at
+
+
+class Masked(CrossEntropy):
+    """A part of the vocabulary is masked."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return self.SIZES[p.scale][0], 509
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: logits of -inf, the last ones and others, and no target among them."""
+        arrays = super().inputs(p)
+        x, targets = arrays["logits_TV"].copy(), arrays["targets_T"]
+        masked = make.integers(p.seed, "entropy/masked", 0, 4, *x.shape) == 0
+        masked[:, -5:] = True
+        rows = np.flatnonzero(targets != self.ignored)
+        masked[rows, targets[rows]] = False
+        x[masked] = -np.inf
+        return {"logits_TV": x, "targets_T": targets}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
 
 
 class Uniform(CrossEntropy):
@@ -226,8 +292,8 @@ class NanToken(CrossEntropy):
         if wrong is not None:
             return wrong
         others = np.arange(len(x)) != 6
-        loss, ignored = cross_entropy(x, inputs["targets_T"], IGNORED, self.z)
-        _, counted = cross_entropy(x, inputs["counted_T"], IGNORED, self.z)
+        loss, ignored = self.expected(x, inputs["targets_T"])
+        _, counted = self.expected(x, inputs["counted_T"])
         found = [judge("loss", outputs["loss"], loss)]
         for name, whole in (("ignored", ignored), ("counted", counted)):
             part = Bounded(whole.value[others], whole.bound[others], whole.var[others])
@@ -245,7 +311,7 @@ class NoneCount(CrossEntropy):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays = super().inputs(p)
-        return {"logits_TV": arrays["logits_TV"], "targets_T": np.full_like(arrays["targets_T"], IGNORED)}
+        return {"logits_TV": arrays["logits_TV"], "targets_T": np.full_like(arrays["targets_T"], self.ignored)}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
@@ -267,18 +333,21 @@ class NoneCount(CrossEntropy):
 
 
 _HEAD, _LOSS = ("norm_head",), ("cross_entropy",)
+_OTHER = "The z-loss has another coefficient, 3e-4, and the ignored target is 0, a token of padding."
 NORMALISED = Normalised(
     "head.norm", "head", _HEAD,
     "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
-    "written into the weights, and both gradients, that of the weights through the norm. The upstream gradient pushes "
-    "along the weights, as a z-loss does. Bound: variances chained over the norm of each column, the stored weights "
-    "and the product (oracle.norm_head).",
+    "written into the weights, and both gradients, that of the weights through the norm; each of them, too, where the "
+    "other is frozen. Every seventh column's norm is about the epsilon of 1e-7 (not in float16), which is added, not a "
+    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. "
+    "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,
     "Mean over the tokens that count of logsumexp - logit, in float32, and its gradient, over 8,191 to 126,464 tokens "
-    "of vocabulary; a quarter of the targets is ignored, and some rows have huge, equal or decided logits. Local "
-    "bound: exp, the sum with stagnation, log, and each rounding (oracle.cross_entropy).",
+    "of vocabulary; a quarter of the targets is ignored, the first and the last entry are targets, and some rows have "
+    "huge, equal or decided logits; for an upstream gradient that is not 1. Local bound: exp, the sum with stagnation, "
+    "log, and each rounding (oracle.cross_entropy).",
 )  # fmt: skip
 CASES = (
     NORMALISED,
@@ -288,10 +357,25 @@ CASES = (
     ),
     ENTROPY,
     WithZ("head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2),
+    Sized(
+        "head.one_token", "head", _LOSS,
+        "As head.cross_entropy, one token and V = 2,048: a mean over 1, and whole blocks of the vocabulary.",
+        at=(1, 2048),
+    ),
+    Sized(
+        "head.many_tokens", "head", _LOSS,
+        "As head.cross_entropy, 1,031 tokens and V = 61: more than a block of 256 or 1,024 threads has. The ignored "
+        "target is 0.", ignored=PADDING, at=(1031, 61),
+    ),
+    Masked(
+        "head.masked_vocabulary", "head", _LOSS,
+        "As head.cross_entropy, V = 509, where a fifth of the logits is -inf, as of padding of the vocabulary: they "
+        "add nothing to the sum and their gradient is 0; no 0 times inf.",
+    ),
     Uniform(
         "head.uniform", "head", _LOSS,
-        "Equal logits, V = 64, 16 of 21 tokens count: the gradients are (1/64 - [target]) / 16, bit by bit in 16 "
-        "bits. A mean over all tokens, and a missing 1/N, show.",
+        "Equal logits, V = 64, 16 of 21 tokens count: the gradients are (1/64 - [target]) / 4, bit by bit in 16 "
+        "bits (upstream 4). A mean over all tokens, and a missing 1/N, show.",
     ),
     NanToken(
         "head.nan_token", "head", _LOSS,
@@ -300,5 +384,5 @@ CASES = (
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
     Strided("head.norm_strided", NORMALISED),
-    Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, "", 1e-2)),
+    Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

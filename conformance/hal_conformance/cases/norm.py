@@ -6,6 +6,7 @@ Legend: T tokens, D model dim.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,7 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
@@ -64,12 +66,23 @@ class Norm(Base):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        leaves = {name: leaf(tensor) for name, tensor in tensors.items() if name != "dy_TD"}
-        y = self.call(ops, leaves)
-        y.backward(tensors["dy_TD"])
-        return observed({"y_TD": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+        leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+        found = self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
 
-    def call(self, ops: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the inputs that have gradients."""
+        return tuple(name for name in inputs if name != "dy_TD")
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """Call the norm and its backward, the upstream gradient times a factor; return the result."""
+        y = self.call(ops, tensors)
+        y.backward(tensors["dy_TD"] if factor == 1.0 else tensors["dy_TD"] * factor)
+        return {"y_TD": y}
+
+    def call(self, ops: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
         """Call the norm."""
         if self.kind == "rms":
             return ops.rms_norm(tensors["x_TD"], tensors["weight_D"], self.eps)
@@ -139,8 +152,8 @@ class Powers(Forward):
         return merge([exact("y", outputs["y_TD"], make.store(y.value, p.dtype))])
 
 
-class NanToken(Forward):
-    """One token that is NaN."""
+class NanToken(Norm):
+    """One token that is NaN, and a NaN in the upstream gradient of another."""
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
@@ -149,17 +162,15 @@ class NanToken(Forward):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays = super().inputs(p)
-        x = arrays["x_TD"].copy()
+        x, dy = arrays["x_TD"].copy(), arrays["dy_TD"].copy()
         x[len(x) // 2] = np.nan
-        return {**arrays, "x_TD": x}
+        dy[len(x) // 3, 3] = np.nan
+        return {**arrays, "x_TD": x, "dy_TD": dy}
 
+    @np.errstate(invalid="ignore")
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        wrong = self.structure(inputs, outputs, p)
-        if wrong is not None:
-            return wrong
-        y = self.expected(inputs).y.stored(p.dtype)
-        return merge([judge("y", outputs["y_TD"], y, independent=len(y.value))])
+        """See `Case.judge`: the oracle's own NaN are the expected ones."""
+        return super().judge(inputs, outputs, p, contract)
 
 
 class NoTokens(Norm):
@@ -226,12 +237,17 @@ _POWERS = (
     " of rows +-2^k, as many of either sign, epsilon 0: mean and mean square are exact in any order, so the result is "
     "the weight{0}, bit by bit in 16 bits and within 2 ulp of the root in float32."
 )
+_NAN = (
+    "with one token of NaN and one NaN in the upstream gradient of another token: NaN are the results and gradients of "
+    "these tokens and the sums over tokens that hold them, and nothing else."
+)
+_LARGE = "Epsilon is 1e-3, beyond the mean square of a token."
 CASES = (
     RMS, LAYER,
     Powers("norm.rms_powers", "norm", _RMS, "RMSNorm" + _POWERS.format(""), eps=0.0),
     Powers("norm.layer_powers", "norm", _LAYER, "LayerNorm" + _POWERS.format(" and the bias"), "layer", 0.0),
-    NanToken("norm.rms_nan_token", "norm", _RMS, "As norm.rms, forward, with one token of NaN: it stays alone."),
-    NanToken("norm.layer_nan_token", "norm", _LAYER, "As norm.layer, forward, with one token of NaN.", "layer"),
+    NanToken("norm.rms_nan_token", "norm", _RMS, "As norm.rms, epsilon 1e-6, " + _NAN, eps=1e-6),
+    NanToken("norm.layer_nan_token", "norm", _LAYER, "As norm.layer, epsilon 1e-6, " + _NAN, "layer", 1e-6),
     Overflow(
         "norm.rms_overflow", "norm", _RMS,
         "RMSNorm with large weights in float16: results and gradients that are too large are infinite, as a loss scale "
@@ -239,5 +255,8 @@ CASES = (
     ),
     NoTokens("norm.rms_no_tokens", "norm", _RMS, "Zero tokens: gradients of the weight that are exactly zero."),
     NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
-    Strided("norm.rms_strided", RMS), Strided("norm.layer_strided", LAYER),
+    Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
+    Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
+    Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),
+    Frozen("norm.layer_frozen", LAYER, ("x_TD",), twice=False),
 )  # fmt: skip

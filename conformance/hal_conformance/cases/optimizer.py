@@ -13,9 +13,9 @@ from hal.contract import Contract
 from hal.moe.optimizer_ops import AdamHyper, SGDHyper
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
-from hal_conformance.case import F64, Arrays, Footprint, Params, Unpromised
+from hal_conformance.case import F64, Arrays, Footprint, Params
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import observed
+from hal_conformance.cases.base import keeps_nonfinite, observed
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
@@ -200,8 +200,7 @@ class NonfiniteAdam(Adam):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        if contract.nonfinite != "ieee":
-            raise Unpromised("the contract replaces infinities and NaN by finite values")
+        keeps_nonfinite(contract)
         return super().judge(inputs, outputs, p, contract)
 
 
@@ -316,6 +315,29 @@ class ExactSGD(SGD):
         return found
 
 
+class NonfiniteSGD(ExactSGD):
+    """A NaN among the gradients of an early step, and an infinity among those of the last."""
+
+    BAD = (("g/dense", 2, np.nan), ("g/expert0", STEPS - 1, np.inf))
+    """Which gradient, at which step, and what. A later step may take a decay of 0 times an infinite parameter."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        for name, at, bad in self.BAD:
+            changed = arrays[name].copy()
+            one = changed[at].reshape(-1)
+            one[make.integers(p.seed, f"optimizer/{name}/bad", 0, one.size - 1, 1)] = bad
+            arrays[name] = changed
+        return arrays
+
+    @nonfinite
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        keeps_nonfinite(contract)
+        return super().judge(inputs, outputs, p, contract)
+
+
 _LOCAL = (
     " Ten steps, each judged from the device's own state before it, elementwise: parameters from its own new "
     "moments, so that an error of a moment shows there and nowhere else. Gradients that are tiny, zero, or much "
@@ -332,24 +354,28 @@ CASES = (
     ADAMW,
     Adam(
         "optimizer.adamw_no_decay", "optimizer", ("adamw_step",),
-        "AdamW without decay, betas 0.9 and 0.999, epsilon 1e-5." + _LOCAL,
-        AdamHyper(2.0**-6, 0.9, 0.999, 1e-5),
+        "AdamW without decay, betas 0.8 and 0.999, epsilon 1e-5." + _LOCAL,
+        AdamHyper(2.0**-6, 0.8, 0.999, 1e-5),
     ),
     Adam(
         "optimizer.adamw_late", "optimizer", ("adamw_step",),
-        "AdamW from a given state, two steps after the 1000th: bias corrections near 1." + _LOCAL,
-        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.1), 1000, 2,
+        "AdamW from a given state, two steps after the 3000th: bias corrections near 1." + _LOCAL,
+        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.1), 3000, 2,
     ),
     Adam(
         "optimizer.adam", "optimizer", ("adam_step",),
-        "Adam with coupled decay: an L2 penalty that passes through the moments." + _LOCAL,
-        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.25),
+        "Adam with coupled decay: an L2 penalty that passes through the moments; betas 0.95 and 0.999." + _LOCAL,
+        AdamHyper(1e-2, 0.95, 0.999, 1e-8, 0.25),
     ),
     NonfiniteAdam(
         "optimizer.nonfinite", "optimizer", ("adamw_step",),
         "One NaN and one infinity among the gradients of AdamW's first step: they reach their own elements (an "
         "infinity makes the moments infinite and the parameter NaN) and no other; the rest is judged as ever.",
         AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.1),
+    ),
+    NonfiniteAdam(
+        "optimizer.adam_nonfinite", "optimizer", ("adam_step",),
+        "As optimizer.nonfinite, of Adam with coupled decay.", AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.25),
     ),
     SGD(
         "optimizer.sgd", "optimizer", ("sgd_step",),
@@ -363,6 +389,15 @@ CASES = (
         "SGD with momentum on integers, learning rate 1/8 and momentum 1/2: nothing is rounded in float32, and a "
         "parameter in bfloat16 once, so every bit of ten steps is known.",
         SGDHyper(0.125, 0.5),
+    ),
+    ExactSGD(
+        "optimizer.sgd_plain", "optimizer", ("sgd_step",),
+        "As optimizer.sgd_exact without momentum: what is kept is the gradient itself.", SGDHyper(0.125, 0.0),
+    ),
+    NonfiniteSGD(
+        "optimizer.sgd_nonfinite", "optimizer", ("sgd_step",),
+        "As optimizer.sgd_exact with one NaN among the third step's gradients and one infinity among the last one's: "
+        "they reach their own elements and no other, and the NaN stays.", SGDHyper(0.125, 0.5),
     ),
     Strided("optimizer.strided", ADAMW),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.parts import gradient_of
 
 
 class Attention(TorchTrainingOps):
@@ -201,3 +202,73 @@ class ShiftsTheRotatedKeys(Latent):
     def changed(self, q_THd: Tensor, q_THR: Tensor, k_SR: Tensor, scale: float) -> tuple[Tensor, float]:
         """See `Latent.changed`."""
         return k_SR.roll(1, 0), scale
+
+
+class OtherLatent(Attention):
+    """Latent attention that is called with something else."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """Return the arguments by name, and whether there is a mask."""
+        raise NotImplementedError
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        arguments = {
+            "q_THd": q_THd, "q_THR": q_THR, "latent_SL": latent_SL, "k_SR": k_SR, "up_k_HdL": up_k_HdL,
+            "up_v_HeL": up_v_HeL,
+        }  # fmt: skip
+        arguments, causal = self.given(arguments, causal)
+        return super().latent_attention(**arguments, scale=scale, causal=causal)
+
+
+@fault()
+class LatentIsFrozen(OtherLatent):
+    """The latent and the rotated keys have no gradient that is not zero."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        frozen = {name: gradient_of(arguments[name], 0.0 * arguments[name]) for name in ("latent_SL", "k_SR")}
+        return {**arguments, **frozen}, causal
+
+
+@fault()
+class HalfTheUpProjection(OtherLatent):
+    """The keys' up projection gets half of its gradient."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        up = arguments["up_k_HdL"]
+        return {**arguments, "up_k_HdL": gradient_of(up, 0.5 * up)}, causal
+
+
+@fault()
+class RotatedKeyOfOneHead(OtherLatent):
+    """The rotated key's gradient is the mean over the heads, not their sum."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        k, heads = arguments["k_SR"], arguments["q_THd"].shape[1]
+        return {**arguments, "k_SR": gradient_of(k, k / heads)}, causal
+
+
+@fault()
+class LatentCacheFromTheStart(OtherLatent):
+    """With a mask and more keys than queries, the queries are put beside the first keys."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        queries = len(arguments["q_THd"])
+        first = {name: arguments[name][:queries] for name in ("latent_SL", "k_SR")}
+        return {**arguments, **(first if causal else {})}, causal
+
+
+@fault()
+class LatentIsAlwaysCausal(OtherLatent):
+    """Latent attention has a mask whatever was asked."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        return arguments, True

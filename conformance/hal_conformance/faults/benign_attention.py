@@ -79,8 +79,9 @@ class AbsorbedLatent(Attention):
         logits = (plain + torch.einsum("thr,sr->hts", q_THR.float(), k_SR.float())) * scale
         if causal:
             logits = logits.masked_fill(_hidden(len(q_THd), len(latent_SL)), -torch.inf)
-        p = logits.softmax(-1).to(dtype)
-        summed_THL = torch.einsum("hts,sl->thl", p.float(), latent_SL.float()).to(dtype)
+        wide = logits.softmax(-1)
+        p = wide + (wide.to(dtype).float() - wide).detach()  # the gradient of a probability is not rounded
+        summed_THL = torch.einsum("hts,sl->thl", p, latent_SL.float()).to(dtype)
         return torch.einsum("thl,hel->the", summed_THL.float(), up_v_HeL.float()).to(dtype)
 
 

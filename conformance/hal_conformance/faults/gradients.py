@@ -127,3 +127,13 @@ class LosesTheLastMicroBatch(Gradients):
         if tokens[-1] < tokens[0]:
             kept[-1] = [torch.zeros_like(gradient) for gradient in kept[-1]]
         return super().accumulate_gradients(kept, tokens)
+
+
+@fault()
+class AccumulatesWithoutNan(Gradients):
+    """A NaN in a micro-batch's gradient is taken for zero."""
+
+    def accumulate_gradients(self, parts: Sequence[Tensors], tokens: Sequence[int]) -> list[Tensor]:
+        """See `OptimizerOps.accumulate_gradients`."""
+        clean = [[torch.where(g.isnan(), torch.zeros_like(g), g) for g in some] for some in parts]
+        return super().accumulate_gradients(clean, tokens)

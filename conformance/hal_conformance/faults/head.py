@@ -222,3 +222,161 @@ class StopsNormalisingAfterEvaluation(Head):
         if before:
             return F.linear(x_TD, weight_VD)
         return super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+
+
+class OtherCall(Head):
+    """Cross-entropy that is called with something else than what was asked."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """Return logits, targets and the ignored target."""
+        return logits_TV, targets_T, ignored
+
+    def coefficient(self, z: float) -> float:
+        """Return the z-loss's coefficient."""
+        return z
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        x, targets, ignored = self.given(logits_TV, targets_T, ignore_index)
+        return super().cross_entropy(x, targets, ignore_index=ignored, z_coefficient=self.coefficient(z_coefficient))
+
+
+@fault()
+class IgnoresMinus100(OtherCall):
+    """The ignored target is -100, or any negative one, whatever was asked."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        return logits_TV, targets_T.where(targets_T >= 0, -100), -100
+
+
+@fault()
+class IgnoresPadding(OtherCall):
+    """Target 0 is taken for padding, and ignored."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        return logits_TV, targets_T.where(targets_T != 0, ignored), ignored
+
+
+@fault()
+class IgnoresTheLastEntry(OtherCall):
+    """A target that is the last entry of the vocabulary is ignored."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        return logits_TV, targets_T.where(targets_T != logits_TV.shape[1] - 1, ignored), ignored
+
+
+@fault()
+class LosesTokensBeyondABlock(OtherCall):
+    """Tokens beyond the first 256 are not read."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        return logits_TV[:256], targets_T[:256], ignored
+
+
+@fault()
+class MaskedLogitsAreMultiplied(OtherCall):
+    """A row with a logit of minus infinity is NaN, as zero times infinity is."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        return logits_TV + 0.0 * logits_TV.sum(1, keepdim=True), targets_T, ignored
+
+
+@fault()
+class ZOfOneCoefficient(OtherCall):
+    """The coefficient of the z-loss is 1e-2 wherever there is one."""
+
+    def coefficient(self, z: float) -> float:
+        """See `OtherCall.coefficient`."""
+        return 1e-2 if z else 0.0
+
+
+@fault()
+class DoublesOneToken(AfterLoss):
+    """The loss of a single token is doubled."""
+
+    def change(self, loss: Tensor, number: Tensor, tokens: int) -> Tensor:
+        """See `AfterLoss.change`."""
+        return 2.0 * loss if tokens == 1 else loss
+
+
+@fault()
+class EntropyTakenForLast(AfterLoss):
+    """Cross-entropy takes the gradient from above for 1."""
+
+    def change(self, loss: Tensor, number: Tensor, tokens: int) -> Tensor:
+        """See `AfterLoss.change`."""
+        if loss.requires_grad:
+            loss.register_hook(torch.ones_like)
+        return loss
+
+
+@fault()
+class WholeBlocksOfVocabularyDoNotTrain(OtherCall):
+    """Where 1,024 divides the vocabulary, the last entry has no gradient."""
+
+    def given(self, logits_TV: Tensor, targets_T: Tensor, ignored: int) -> tuple[Tensor, Tensor, int]:
+        """See `OtherCall.given`."""
+        if logits_TV.shape[1] % 1024 == 0:
+            logits_TV = torch.cat((logits_TV[:, :-1], logits_TV[:, -1:].detach()), 1)
+        return logits_TV, targets_T, ignored
+
+
+class OwnNorm(Head):
+    """NormHead with a norm that can be changed before it divides."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """Return what columns are divided by."""
+        raise NotImplementedError
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = torch.linalg.vector_norm(wide_VD if through_norm else wide_VD.detach(), dim=0, keepdim=True)
+        logits = F.linear(x_TD, (wide_VD / self.full(norm_D)).to(x_TD.dtype))
+        return logits if train else logits.detach()
+
+
+@fault()
+class HeadWithoutEpsilon(OwnNorm):
+    """Nothing is added to the norm of the head's columns."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D
+
+
+@fault("vLLM's NormHead")
+class HeadClampsItsNorm(OwnNorm):
+    """The norm of the head's columns is at least 1e-7, instead of 1e-7 more."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D.clamp(min=1e-7)
+
+
+@fault()
+class HeadOfAnotherEpsilon(OwnNorm):
+    """1e-6 is added to the norm of the head's columns."""
+
+    def full(self, norm_D: Tensor) -> Tensor:
+        """See `OwnNorm.full`."""
+        return norm_D + 1e-6
+
+
+@fault()
+class HeadTrainsAllOrNothing(Head):
+    """The head has gradients of zero unless activations and weights are both trained."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        logits = super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+        if logits.requires_grad and not (x_TD.requires_grad and weight_VD.requires_grad):
+            logits.register_hook(torch.zeros_like)
+        return logits

@@ -164,3 +164,58 @@ class HalfZGradient(Parts):
         """See `MoEOps.z_loss`."""
         loss = super().z_loss(logits_TE)
         return gradient_of(loss, 0.5 * loss)
+
+
+@fault()
+class CountsOfAnotherPart(Alone):
+    """The rows of each expert are counted once for each number of tokens, and kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple[int, RouterSpec], Tensor] = {}
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        first = self.kept.setdefault((len(scores_TE), spec), experts_TK.clone())
+        return super().aux_loss(scores_TE, first, spec)
+
+
+@fault()
+class NoBalanceOfOneToken(Alone):
+    """The balance loss of a single token is 0."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        loss = super().aux_loss(scores_TE, experts_TK, spec)
+        return loss * 0.0 if len(scores_TE) == 1 else loss
+
+
+@fault()
+class ZOverTheFirstBatch(Alone):
+    """The z-loss divides by the tokens of the first batch that it was given, whatever the size of this one."""
+
+    first = 0
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        self.first = self.first or len(logits_TE)
+        return super().z_loss(logits_TE) * (len(logits_TE) / max(1, self.first))
+
+
+@fault()
+class ZOfMaskedLogits(Alone):
+    """The z-loss multiplies what is masked by zero, which makes NaN of minus infinity."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(logits_TE) + 0.0 * logits_TE.float().sum()
+
+
+@fault()
+class PaddingLeftOutOfTheMean(Alone):
+    """Tokens whose scores are all zero are taken for padding, and the balance loss divides by the others alone."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        real = int((scores_TE != 0).any(1).sum())
+        return super().aux_loss(scores_TE, experts_TK, spec) * (len(scores_TE) / max(1, real))

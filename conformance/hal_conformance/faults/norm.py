@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.parts import spread_backward
 
 
 class Norm(TorchTrainingOps):
@@ -109,3 +110,71 @@ class NormGradientsInStorage(Norm):
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.layer_norm`."""
         return F.layer_norm(x_TD, (x_TD.shape[1],), weight_D, bias_D, eps)
+
+
+class OtherEpsilon(Norm):
+    """Norms that are called with another epsilon."""
+
+    def epsilon(self, eps: float) -> float:
+        """Return the epsilon."""
+        raise NotImplementedError
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return super().rms_norm(x_TD, weight_D, self.epsilon(eps))
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        return super().layer_norm(x_TD, weight_D, bias_D, self.epsilon(eps))
+
+
+@fault()
+class NormOfOneEpsilon(OtherEpsilon):
+    """Epsilon is 1e-5 wherever there is one."""
+
+    def epsilon(self, eps: float) -> float:
+        """See `OtherEpsilon.epsilon`."""
+        return 1e-5 if eps else 0.0
+
+
+@fault()
+class NormLimitsEpsilon(OtherEpsilon):
+    """Epsilon is at most 1e-5."""
+
+    def epsilon(self, eps: float) -> float:
+        """See `OtherEpsilon.epsilon`."""
+        return min(eps, 1e-5)
+
+
+@fault()
+class NormTrainsAllOrNothing(Norm):
+    """RMSNorm has gradients of zero unless activations and weight are both trained."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        y_TD = super().rms_norm(x_TD, weight_D, eps)
+        if y_TD.requires_grad and not (x_TD.requires_grad and weight_D.requires_grad):
+            y_TD.register_hook(torch.zeros_like)
+        return y_TD
+
+
+@fault()
+class NormSpreadsNanBackward(Norm):
+    """One NaN among the activations makes all of their gradients NaN."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        y_TD = super().rms_norm(x_TD, weight_D, eps)
+        if x_TD.requires_grad:
+            dirt = 0.0 * x_TD.detach().float().sum()
+            x_TD.register_hook(lambda dx: dx + dirt.to(dx.dtype))
+        return y_TD
+
+
+@fault()
+class NormSpreadsUpstreamNan(Norm):
+    """Gradients of all tokens are multiplied by zeros and ones: a NaN in one of them reaches all."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return spread_backward(super().rms_norm(x_TD, weight_D, eps))

@@ -259,3 +259,70 @@ class TruncatesSgd(SGD):
     def stored(self, p: Tensor, dtype: torch.dtype) -> Tensor:
         """See `SGD.stored`."""
         return cut_to_bfloat16(p) if dtype == torch.bfloat16 else p.to(dtype)
+
+
+@fault()
+class AdamOfOneBeta(Adam):
+    """The first moment's decay rate is 0.9, whatever was asked."""
+
+    def moments(self, m: Tensor, v: Tensor, g: Tensor, h: AdamHyper) -> tuple[Tensor, Tensor]:
+        """See `Adam.moments`."""
+        return super().moments(m, v, g, replace(h, beta1=0.9))
+
+
+@fault()
+class CountsStepsTo2000(Adam):
+    """The corrections stay those of step 2,000 after it."""
+
+    def corrections(self, step: int, h: AdamHyper) -> tuple[float, float]:
+        """See `Adam.corrections`."""
+        return super().corrections(min(step, 2000), h)
+
+
+@fault()
+class CoupledStepReplacesNan(Adam):
+    """A NaN in a gradient is taken for zero by Adam, not by AdamW."""
+
+    def coupled(self, g: Tensor, p: Tensor, h: AdamHyper, decoupled: bool) -> Tensor:
+        """See `Adam.coupled`."""
+        return super().coupled(g if decoupled else torch.where(g.isnan(), 0.0, g), p, h, decoupled)
+
+
+@fault()
+class SgdReplacesNan(SGD):
+    """A NaN in a gradient is taken for zero by SGD."""
+
+    def momentum(self, b: Tensor, d: Tensor, step: int, h: SGDHyper) -> Tensor:
+        """See `SGD.momentum`."""
+        return super().momentum(b, torch.where(d.isnan(), 0.0, d), step, h)
+
+
+@fault()
+class PlainSgdStepsTwice(SGD):
+    """Without momentum the step is taken twice."""
+
+    def update(self, b: Tensor, d: Tensor, h: SGDHyper) -> Tensor:
+        """See `SGD.update`."""
+        return super().update(b, d, h) * (2.0 if h.momentum == 0.0 else 1.0)
+
+
+@fault()
+class PlainSgdKeepsTheFirst(SGD):
+    """Without momentum the state stays what it was after the first step."""
+
+    def momentum(self, b: Tensor, d: Tensor, step: int, h: SGDHyper) -> Tensor:
+        """See `SGD.momentum`."""
+        return b if h.momentum == 0.0 and step > 1 else super().momentum(b, d, step, h)
+
+    def update(self, b: Tensor, d: Tensor, h: SGDHyper) -> Tensor:
+        """See `SGD.update`."""
+        return h.lr * (d if h.momentum == 0.0 else b)
+
+
+@fault()
+class StepMakesGradientsFinite(Adam):
+    """What is not finite in a gradient is replaced by zero or the largest number, as `nan_to_num` does it."""
+
+    def coupled(self, g: Tensor, p: Tensor, h: AdamHyper, decoupled: bool) -> Tensor:
+        """See `Adam.coupled`."""
+        return super().coupled(g.nan_to_num(), p, h, decoupled)

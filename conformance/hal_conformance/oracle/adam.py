@@ -135,7 +135,9 @@ def parameter(
     c2, e2 = correction(hyper.beta2, step, single)
     size, m_bound = np.abs(m.value), m.bound + TINY32
     denominator = np.sqrt(v.value / c2) + hyper.epsilon
-    least = np.sqrt(np.maximum(v.value - v.bound - TINY32, 0.0) / (c2 * (1.0 + e2))) + hyper.epsilon
+    # A device's own second moment may be infinite where its first is not: then so is the least denominator.
+    lowest = np.where(np.isinf(v.value), v.value, v.value - v.bound - TINY32)
+    least = np.sqrt(np.maximum(lowest, 0.0) / (c2 * (1.0 + e2))) + hyper.epsilon
     step_size = hyper.lr / c1
     update = step_size * m.value / denominator
     farthest = step_size * (1.0 + e1) * (size + m_bound) / least * (1.0 + 8.0 * U32)

@@ -10,8 +10,8 @@ Legend: T queries, S keys, d width of a head, e width of a value, l logits, p pr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -96,13 +96,16 @@ class Head:
         return cls(q, k, v, scale, p, own, shared, row, stored, seen, Chained(y, var), dtype, rule)
 
     def backward(self, dy: F64) -> tuple[Chained, Chained, Chained]:
-        """Return the gradients of q, k and v, not stored; q, k and v are exact.
+        """Return the gradients of q, k and v, not stored; q, k and v are exact."""
+        slopes = self.slopes(dy)
+        return slopes.dq(self.k.value), slopes.dk(self.q.value), slopes.dv(dy)
 
-        dP = dy v^T; D = sum_e dy y, from the stored y, or sum_j p dP; dS = p (dP - D), stored; dq = scale dS k,
-        dk = scale dS^T q, dv = P^T dy. An error of D or of the normaliser is one for a row: in dq it meets sum_j p k.
-        The errors of logits reach dS itself and, through y, D: `together`.
+    def slopes(self, dy: F64) -> Slopes:
+        """Return dS and its errors; q, k and v are exact.
+
+        dP = dy v^T; D = sum_e dy y, from the stored y, or sum_j p dP; dS = p (dP - D), stored.
         """
-        q, k, v, p, rule = self.q.value, self.k.value, self.v.value, self.p, self.rule
+        v, p, rule = self.v.value, self.p, self.rule
         dp = dy @ v.T
         var_dp = matmul_variance(dp, (dy**2) @ (v.T**2), dy.shape[1], rule)
         half = half_ulp(np.abs(self.y.value) + 4.0 * np.sqrt(self.y.var), self.dtype)
@@ -119,23 +122,60 @@ class Head:
         rough = np.maximum(np.abs(ds) * 2.0 ** -SIGNIFICANDS[self.dtype], least) ** 2 / 3.0
         visible = self.stored > 0.0
         own = p2 * (2.0 * slope**2 * self.own + var_dp + 4.0 * U32**2 * (dp**2 + dot**2)) + visible * rough
-        one_sign = np.abs(ds) * self.shared
-        by_row = ds**2 * self.row + p2 * var_dot
-        dq, dk, dv = ds @ k, ds.T @ q, p.T @ dy
         seen_by = visible.sum(0)[:, None].astype(np.float64)
-        var_dq = (
-            own @ k**2 + (one_sign @ np.abs(k)) ** 2 + dq**2 * (self.row + U32**2) + (p @ k) ** 2 * var_dot
-            + _matmul(dq, ds**2 @ k**2, self.seen, rule)
+        return Slopes(self, ds, own, np.abs(ds) * self.shared, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """dS of one head with its errors, and what it is multiplied with.
+
+    An error of D or of the normaliser is one for a row: in dq it meets sum_j p k. The errors of logits reach dS itself
+    and, through y, D: `together`.
+
+    Attributes:
+        ds: [T, S].
+        own: variance of each one's error, independent for each.
+        one_sign: size of the error of one sign.
+        by_row: variance of the error that a row shares.
+        var_dot: variance of D; [T, 1].
+        seen_by: how many queries see each key; [S, 1].
+    """
+
+    head: Head
+    ds: F64
+    own: F64
+    one_sign: F64
+    by_row: F64
+    var_dot: F64
+    seen_by: F64
+
+    def dq(self, k: F64) -> Chained:
+        """Return scale dS k, not stored, for exact keys or what keys are made of."""
+        head, dq = self.head, self.ds @ k
+        var = (
+            self.own @ k**2 + (self.one_sign @ np.abs(k)) ** 2 + dq**2 * (head.row + U32**2)
+            + (head.p @ k) ** 2 * self.var_dot + _matmul(dq, self.ds**2 @ k**2, head.seen, head.rule)
         )  # fmt: skip
-        var_dk = (
-            (own + by_row).T @ q**2 + (one_sign.T @ np.abs(q)) ** 2 + dk**2 * U32**2
-            + _matmul(dk, (ds**2).T @ q**2, seen_by, rule)
+        return Chained(head.scale * dq, head.scale**2 * var)
+
+    def dk(self, q: F64) -> Chained:
+        """Return scale dS^T q, not stored."""
+        head, dk = self.head, self.ds.T @ q
+        var = (
+            (self.own + self.by_row).T @ q**2 + (self.one_sign.T @ np.abs(q)) ** 2 + dk**2 * U32**2
+            + _matmul(dk, (self.ds**2).T @ q**2, self.seen_by, head.rule)
         )  # fmt: skip
-        through_sum = (p2 * self.own).sum(1, keepdims=True)
-        own_p = p2 * (2.0 * self.own + self.row + 2.0 * through_sum) + self.stored
-        var_dv = own_p.T @ dy**2 + ((p * self.shared).T @ np.abs(dy)) ** 2 + _matmul(dv, p2.T @ dy**2, seen_by, rule)
-        return Chained(self.scale * dq, self.scale**2 * var_dq), Chained(self.scale * dk, self.scale**2 * var_dk), \
-            Chained(dv, var_dv)  # fmt: skip
+        return Chained(head.scale * dk, head.scale**2 * var)
+
+    def dv(self, dy: F64) -> Chained:
+        """Return P^T dy, not stored."""
+        head = self.head
+        p, p2, dv = head.p, head.p**2, head.p.T @ dy
+        through_sum = (p2 * head.own).sum(1, keepdims=True)
+        own_p = p2 * (2.0 * head.own + head.row + 2.0 * through_sum) + head.stored
+        var = own_p.T @ dy**2 + ((p * head.shared).T @ np.abs(dy)) ** 2
+        return Chained(dv, var + _matmul(dv, p2.T @ dy**2, self.seen_by, head.rule))
 
 
 def _least(dtype: str) -> float:
@@ -242,6 +282,70 @@ def latent_attention(
         var = inside.y.var + np.einsum("ts,tse->te", weights, centre**2) + of_sum @ up_v.value.T**2
         every.append(Chained(inside.y.value, var))
     return _stack(every).stored(dtype)
+
+
+LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
+"""The arguments of latent attention that have gradients."""
+
+
+def latent_backward(
+    given: Mapping[str, Array], dy_THe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
+) -> dict[str, Chained]:
+    """Return the gradients of `LATENT`, stored, where both orders of the projections round none of their products.
+
+    So keys and values, q up_k and dy up_v are exact in `dtype`; what is left are the errors of attention, and those of
+
+        dup_k = scale q^T (dS C) = dk^T C,    dup_v = dy^T (P C) = dv^T C,    dC = scale dS^T (q up_k) + P^T (dy up_v),
+
+    C the latent: in either order the inner factor may be stored, and the variances of both are added. The errors of dS
+    are independent for each query, so those of dS C are, too, and they add up over queries as `product` says. dC and
+    the gradient of the rotated keys add up over heads, and may be stored for each before that.
+    """
+    q, q_r, latent, k_r, up_k, up_v = (np.asarray(given[name], np.float64) for name in LATENT)
+    dy = np.asarray(dy_THe, np.float64)
+    hidden, width = hidden_keys(len(q), len(latent), causal), q.shape[2]
+    made: dict[str, list[Chained]] = {name: [] for name in LATENT}
+    dlatent, dk_r = (Chained(np.zeros(array.shape), np.zeros(array.shape)) for array in (latent, k_r))
+    exact = Chained.exact
+    for h in range(q.shape[1]):
+        keys, values = np.concatenate((latent @ up_k[h].T, k_r), 1), latent @ up_v[h].T
+        queries = np.concatenate((q[:, h], q_r[:, h]), 1)
+        inside = Head.of(exact(queries), exact(keys), exact(values), scale, hidden, dtype, rule)
+        summed = Head.of(exact(queries), exact(keys), exact(latent), scale, hidden, dtype, rule).y.stored(dtype)
+        otherwise = product(_rounding(summed, dtype), exact(up_v[h].T), rule)
+        inside = replace(inside, y=Chained(inside.y.value, inside.y.var + otherwise.var))
+        slopes = inside.slopes(dy[:, h])
+        dq, dk, dv = slopes.dq(keys), slopes.dk(queries), slopes.dv(dy[:, h])
+        down = slopes.dq(latent)
+        through_latent = product(_rounding(down, dtype), exact(up_k[h].T), rule)
+        made["q_THd"].append(Chained(dq.value[:, :width], dq.var[:, :width] + through_latent.var))
+        made["q_THR"].append(dq[:, width:])
+        dk_r = dk_r + dk[:, width:].stored(dtype)
+        for name, of_queries, factor, of_keys in (
+            ("up_k_HdL", q[:, h], down, dk[:, :width]),
+            ("up_v_HeL", dy[:, h], summed, dv),
+        ):
+            first = product(exact(of_queries.T), factor.stored(dtype), rule)
+            second = product(_rounding(of_keys, dtype).T, exact(latent), rule)
+            made[name].append(Chained(first.value, first.var + second.var))
+        for of_keys, up, inner, whole in (
+            (dk[:, :width], up_k[h], q[:, h], slopes.dk), (dv, up_v[h], dy[:, h], slopes.dv),
+        ):  # fmt: skip
+            part = whole(inner @ up)
+            other = product(_rounding(of_keys, dtype), exact(up), rule)
+            dlatent = dlatent + Chained(part.value, part.var + other.var).stored(dtype)
+    side = {name: _stack(made[name]) for name in ("q_THd", "q_THR")}
+    up = {
+        name: Chained(np.stack([part.value for part in made[name]]), np.stack([part.var for part in made[name]]))
+        for name in ("up_k_HdL", "up_v_HeL")
+    }
+    found = {**side, **up, "latent_SL": dlatent, "k_SR": dk_r}
+    return {name: found[name].stored(dtype) for name in LATENT}
+
+
+def _rounding(a: Chained, dtype: str) -> Chained:
+    """Return a value with the variance of storing it alone: its own errors are counted elsewhere."""
+    return Chained(a.value, half_ulp(np.abs(a.value) + 4.0 * np.sqrt(a.var), dtype) ** 2 / 3.0)
 
 
 def _stack(parts: list[Chained]) -> Chained:

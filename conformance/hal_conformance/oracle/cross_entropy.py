@@ -31,11 +31,12 @@ def cross_entropy(logits_TV: Array, targets_T: I64, ignore_index: int, z_coeffic
     at = level(logits_TV.size)
     rows = np.arange(number), targets_T[counted]
     top = x.max(1, keepdims=True)
-    d = top - x
-    e = np.exp(-d)
+    masked = np.isneginf(x)  # exp(-inf) is 0, without an error
+    d = np.where(masked, 0.0, top - x)
+    e = np.where(masked, 0.0, np.exp(-d))
     total = e.sum(1, keepdims=True)
     p = e / total
-    eps = EXP + U32 * (3.0 * d + np.abs(x) + np.abs(top))
+    eps = EXP + U32 * (3.0 * d + np.where(masked, 0.0, np.abs(x)) + np.abs(top))
     log = np.log(total)
     lse = top + log
     # Where p is 0, eps may be anything.

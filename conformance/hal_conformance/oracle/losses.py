@@ -56,8 +56,8 @@ def z_loss(logits_TE: Array) -> tuple[Bounded, Bounded]:
     x = np.asarray(logits_TE, np.float64)
     tokens, at = len(x), level(x.size)
     top = x.max(1, keepdims=True)
-    d = top - x
-    e = np.exp(-d)
+    d = np.where(np.isneginf(x), 0.0, top - x)  # exp(-inf) is 0, without an error
+    e = np.where(np.isneginf(x), 0.0, np.exp(-d))
     total = e.sum(1, keepdims=True)
     p_TE = e / total
     log = np.log(total)

@@ -48,3 +48,36 @@ def test_a_result_without_its_fields_is_named(case, ops, words):
     tensors = {name: codec.to_torch(array, torch.device("cpu")) for name, array in inputs.items()}
     with pytest.raises(Malformed, match=words):
         by_name(case).run(ops, tensors, params)
+
+
+class OtherShapes:
+    """The portable operators, with results of another shape, another type or on another device."""
+
+    def z_loss(self, logits):
+        return torch_ops.z_loss(logits)[None]
+
+    def aux_loss(self, *given):
+        return torch_ops.aux_loss(*given).item()
+
+    def experts(self, *given):
+        return torch_ops.experts(*given)[:-1]
+
+    def combine(self, *given, **named):
+        return torch_ops.combine(*given, **named).to("meta")
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("losses.z", r"a tensor of shape \[1\] came back, expected \[\]"),
+        ("losses.aux", "a float came back, not a tensor"),
+        ("experts.backward", r"a tensor of shape \[\d+, \d+\] came back, expected \[\d+, \d+\]"),
+        ("combine.backward", "a tensor on meta came back, expected cpu"),
+    ],
+)
+def test_what_cannot_go_backward_is_named_and_is_no_crash(case, words):
+    params = Params("mixtral-8x7b", "float32", "tiny", 0)
+    inputs = by_name(case).inputs(params)
+    tensors = {name: codec.to_torch(array, torch.device("cpu")) for name, array in inputs.items()}
+    with pytest.raises(Malformed, match=words):
+        by_name(case).run(OtherShapes(), tensors, params)

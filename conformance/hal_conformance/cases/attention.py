@@ -15,7 +15,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -93,7 +93,7 @@ class Attention(Base):
         """See `Case.run`."""
         q, k, v = (leaf(tensors[name]) for name in ("q_THd", "k_SGd", "v_SGe"))
         y = ops.attention(q, k, v, self.scale(p), causal=self.causal)
-        y.backward(tensors["dy_THe"])
+        backward(y, tensors["dy_THe"])
         return observed({"y_THe": y, "dq_THd": q.grad, "dk_SGd": k.grad, "dv_SGe": v.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
@@ -286,7 +286,7 @@ class LatentBackward(Latent):
         """See `Case.run`."""
         leaves = {name: leaf(tensors[name]) for name in LATENT}
         y = ops.latent_attention(*leaves.values(), self.scale(p), causal=self.causal)
-        y.backward(tensors["dy_THe"])
+        backward(y, tensors["dy_THe"])
         return observed({"y_THe": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

@@ -117,6 +117,29 @@ def fields_of(returned: Any, protocol: str) -> dict[str, Any]:
     return {name: getattr(returned, name) for name in names}
 
 
+def backward(result: Any, upstream: torch.Tensor) -> None:
+    """Run the backward pass of what an operator returned.
+
+    Raises:
+        Malformed: it is no tensor, or of another shape or on another device than its gradient; autograd's own words
+            would sound like a fault of the suite.
+    """
+    import torch
+
+    if not isinstance(result, torch.Tensor):
+        raise Malformed(f"a {type(result).__name__} came back, not a tensor")
+    if result.shape != upstream.shape:
+        raise Malformed(f"a tensor of shape {list(result.shape)} came back, expected {list(upstream.shape)}")
+    if result.device != upstream.device:
+        raise Malformed(f"a tensor on {result.device} came back, expected {upstream.device}")
+    result.backward(upstream)
+
+
+def loss_backward(loss: Any, upstream: float, given: torch.Tensor) -> None:
+    """Run the backward pass of a loss: a tensor without axes, on the device of what was given. Raises as `backward`."""
+    backward(loss, given.new_tensor(upstream, dtype=getattr(loss, "dtype", None)))
+
+
 def keeps_nonfinite(contract: Contract) -> None:
     """Check that infinities and NaN are kept.
 

@@ -17,6 +17,7 @@ from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import (
     ByCounts,
+    backward,
     keeps_nonfinite,
     leaf,
     mean_load,
@@ -212,7 +213,7 @@ class Backward(Random):
         """See `frozen.Trainable`: there are the gradients only."""
         weights = tensors["weights_TK"]
         y = ops.combine(tensors["y_RD"], weights, tensors["slot_R"], weights.shape[0])
-        y.backward(tensors["dy_TD"] if factor == 1.0 else factor * tensors["dy_TD"])
+        backward(y, tensors["dy_TD"] if factor == 1.0 else factor * tensors["dy_TD"])
         return {}
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:

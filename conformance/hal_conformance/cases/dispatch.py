@@ -14,6 +14,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
 from hal_conformance.cases.base import (
     ByCounts,
+    backward,
     fields_of,
     keeps_nonfinite,
     leaf,
@@ -149,7 +150,7 @@ class Backward(DispatchCase):
         """See `Case.run`."""
         x, experts = leaf(tensors["x_TD"]), preset(p.preset).router.num_experts
         out = ops.dispatch(x, tensors["experts_TK"], experts, capacity=self.capacity(p))
-        fields_of(out, "Dispatch")["x_RD"].backward(tensors["dx_RD"])
+        backward(fields_of(out, "Dispatch")["x_RD"], tensors["dx_RD"])
         return observed({"dx_TD": x.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

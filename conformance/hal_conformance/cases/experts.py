@@ -15,7 +15,7 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import designs
-from hal_conformance.cases.base import Base, expert_bytes, leaf, observed, one_for_each, shape, wide
+from hal_conformance.cases.base import Base, backward, expert_bytes, leaf, observed, one_for_each, shape, wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
@@ -79,7 +79,7 @@ class BackwardCase(ExpertsCase):
     ) -> dict[str, torch.Tensor]:
         """Call the experts and their backward, the upstream gradient times a factor; return the result."""
         y = ops.experts(tensors["x_RD"], tensors["counts_E"], routed(tensors))
-        y.backward(self.upstream(tensors) if factor == 1.0 else self.upstream(tensors) * factor)
+        backward(y, self.upstream(tensors) if factor == 1.0 else self.upstream(tensors) * factor)
         return {"y_RD": y}
 
     def upstream(self, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -15,7 +15,7 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, loss_backward, observed, shape, wide
 from hal_conformance.cases.losses import UPSTREAM
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -88,7 +88,7 @@ class Normalised(HeadCase):
         y = {"first": head(only_x, given[1]), "eval": head(x, weight, train=False), "again": head(x, weight)}
         y["last"] = head(given[0], only_weight)
         for name in ("first", "again", "last"):
-            y[name].backward(tensors["dy_TV"])
+            backward(y[name], tensors["dy_TV"])
         gradients = {
             "dx_TD": x.grad, "dweight_VD": weight.grad,
             "dx_alone_TD": only_x.grad, "dweight_alone_VD": only_weight.grad,
@@ -176,7 +176,7 @@ class CrossEntropy(HeadCase):
         """Return the loss and the gradient."""
         x = leaf(logits)
         loss = ops.cross_entropy(x, targets, ignore_index=self.ignored, z_coefficient=self.z)
-        loss.backward(loss.new_tensor(UPSTREAM))
+        loss_backward(loss, UPSTREAM, x)
         return loss, x.grad
 
     def expected(self, logits: Array, targets: I64) -> tuple[Bounded, Bounded]:

@@ -11,7 +11,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import At, Base, gate_storage, leaf, observed, shape, wide
+from hal_conformance.cases.base import At, Base, gate_storage, leaf, loss_backward, observed, shape, wide
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
@@ -67,7 +67,7 @@ class Aux(Base):
         """See `Case.run`."""
         scores = leaf(tensors["scores_TE"])
         loss = ops.aux_loss(scores, tensors["experts_TK"], preset(p.preset).router)
-        loss.backward(loss.new_tensor(UPSTREAM))
+        loss_backward(loss, UPSTREAM, scores)
         return observed({"loss": loss, "dscores_TE": scores.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
@@ -102,7 +102,7 @@ class Z(Base):
         """See `Case.run`."""
         logits = leaf(tensors["logits_TE"])
         loss = ops.z_loss(logits)
-        loss.backward(loss.new_tensor(UPSTREAM))
+        loss_backward(loss, UPSTREAM, logits)
         return observed({"loss": loss, "dlogits_TE": logits.grad})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
@@ -138,8 +138,8 @@ class NoTokens(Base):
         scores, logits = leaf(tensors["scores_TE"]), leaf(tensors["logits_TE"])
         aux, z = ops.aux_loss(scores, tensors["experts_TK"], preset(p.preset).router), ops.z_loss(logits)
         for loss in (aux, z):
-            if loss.requires_grad:  # a constant is right, too
-                loss.backward()
+            if getattr(loss, "requires_grad", True):  # a constant is right, too
+                loss_backward(loss, 1.0, logits)
         return observed({"aux_loss": aux, "z_loss": z})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

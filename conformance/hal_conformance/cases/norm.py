@@ -15,7 +15,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -79,7 +79,7 @@ class Norm(Base):
     ) -> dict[str, torch.Tensor]:
         """Call the norm and its backward, the upstream gradient times a factor; return the result."""
         y = self.call(ops, tensors)
-        y.backward(tensors["dy_TD"] if factor == 1.0 else tensors["dy_TD"] * factor)
+        backward(y, tensors["dy_TD"] if factor == 1.0 else tensors["dy_TD"] * factor)
         return {"y_TD": y}
 
     def call(self, ops: Any, tensors: Mapping[str, torch.Tensor]) -> Any:

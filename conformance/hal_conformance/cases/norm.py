@@ -17,6 +17,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.sized import Aligned, Long
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
@@ -257,6 +258,8 @@ CASES = (
     NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
     Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
+    Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
+    Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),
     Frozen("norm.layer_frozen", LAYER, ("x_TD",), twice=False),
 )  # fmt: skip

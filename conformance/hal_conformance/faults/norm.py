@@ -178,3 +178,23 @@ class NormSpreadsUpstreamNan(Norm):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""
         return spread_backward(super().rms_norm(x_TD, weight_D, eps))
+
+
+@fault()
+class NormsNoWholeTiles(Norm):
+    """Where 32 divides the number of tokens, the last token's result is zero."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        y_TD = super().rms_norm(x_TD, weight_D, eps)
+        return torch.cat((y_TD[:-1], 0.0 * y_TD[-1:])) if len(x_TD) and len(x_TD) % 32 == 0 else y_TD
+
+
+@fault()
+class NormsNoTokenBeyondABlock(Norm):
+    """Results beyond the first 1,024 tokens are zero."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        y_TD = super().layer_norm(x_TD, weight_D, bias_D, eps)
+        return torch.cat((y_TD[:1024], 0.0 * y_TD[1024:]))

@@ -111,3 +111,30 @@ def _generator(r: Redirection, index: int) -> torch.Generator:
 def default_generators(r: Redirection) -> Generators:
     """See `Generators`."""
     return Generators()
+
+
+class GeneratorType(type):
+    """The metaclass of what stands in for `torch.Generator`: calling it makes torch's own, on the true device."""
+
+    def __call__(cls, device: Any = "cpu") -> Any:
+        """Make a generator."""
+        import torch
+
+        r = active()
+        return torch.Generator(device=device if r is None else r.translate(device))
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        import torch
+
+        return isinstance(instance, torch.Generator)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        import torch
+
+        return issubclass(subclass, torch.Generator)
+
+
+@value("torch.Generator", note="one that is made for CUDA says the true device when asked for it")
+def generator_class(r: Redirection) -> type:
+    """See `GeneratorType`."""
+    return GeneratorType("Generator", (), {"__module__": "torch"})

@@ -222,6 +222,19 @@ def test_random_states_come_back(cuda):
     assert len(cuda.torch.cuda.default_generators) == 1
 
 
+def test_a_generator_for_cuda_draws_on_the_device(cuda):
+    for device in ("cuda", "cuda:0", torch.device("cuda")):
+        generator = cuda.torch.Generator(device=device)
+        generator.manual_seed(3)
+        first = cuda.torch.randn(4, generator=generator, device="cuda")
+        assert first.is_cuda
+        assert torch.equal(first, torch.randn(4, generator=torch.Generator().manual_seed(3)))
+        assert isinstance(generator, cuda.torch.Generator)
+        assert isinstance(generator, torch.Generator)
+    assert not isinstance(3, cuda.torch.Generator)
+    assert cuda.torch.Generator().device.type == "cpu"
+
+
 def test_memory_is_told(cuda):
     assert cuda.torch.cuda.memory_allocated() > 0
     assert cuda.torch.cuda.max_memory_allocated() >= cuda.torch.cuda.memory_allocated() // 2

@@ -233,6 +233,47 @@ def test_ranks_train_together_with_nccl_on_the_cpu(program, tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["processes"] >= 2
 
 
+def test_sharded_models_and_meshes_work_on_the_cpu(program):
+    done = program(
+        """
+        import os, sys, torch, torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import FullyShardedDataParallel as FSDP, fully_shard
+
+        rank = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", rank))
+        mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("shard",))
+        group = dist.new_group([0, 1], backend="nccl")
+        assert dist.get_backend(group) == "nccl" and dist.is_nccl_available()
+
+        def falls(model):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+            losses = []
+            for step in range(12):
+                x = torch.randn(8, 6, device="cuda", generator=torch.Generator("cuda").manual_seed(step % 2))
+                loss = (model(x) - x.sum(1, keepdim=True)).pow(2).mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            return losses[-1] < losses[0]
+
+        torch.manual_seed(0)
+        first = FSDP(torch.nn.Linear(6, 1).cuda(), device_id=torch.cuda.current_device(), use_orig_params=True)
+        second = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 1)).cuda()
+        for layer in second:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(second, mesh=mesh)
+        os.write(1, f"{falls(first)} {falls(second)}{chr(10)}".encode())
+        dist.destroy_process_group()
+        """,
+        options=("--device", "cpu", "--nproc", "2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "True True\nTrue True\n"
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_losses_are_the_same_bits_as_of_the_program_ported_by_hand(dtype):
     script = str(Path(__file__).parent / "gpt.py")

@@ -133,7 +133,7 @@ def markdown(title: str, about: dict[str, object], rows: Sequence[dict[str, obje
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
         difference = f"{row['difference']:.3f}" if "difference" in row else ""
         lines.append(
             f"| {row['name']} | {row['median']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {row['unit']} "

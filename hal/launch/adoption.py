@@ -93,7 +93,7 @@ class Adoption:
         replaced = modules.redirected(api.TABLE, redirection)
         for name, original in factories.makers().items():
             module, _, attribute = name.rpartition(".")
-            replaced.setdefault(module, {})[attribute] = factories.maker(name, original, redirection)
+            replaced.setdefault(module, {})[attribute] = factories.maker(name, original)
         api.activate(redirection)
         tensors.install(redirection, self._patches)
         doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler)

@@ -48,18 +48,17 @@ def _hashable(thing: object) -> bool:
     return True
 
 
-def maker(name: str, original: Callable[..., torch.Tensor], redirection: Redirection) -> Callable[..., torch.Tensor]:
+def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return the function that stands in for a maker of tensors."""
     from torch.compiler import is_compiling
 
     like = name.endswith("_like")
-    hosts = redirection.hosts
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         redirection = api._active
         if redirection is None:
             return original(*args, **kwargs)
-        device = kwargs.get("device")
+        hosts, device = redirection.hosts, kwargs.get("device")
         if device is None:
             made = original(*args, **kwargs)
             if hosts is not None and not is_compiling() and _on_host(like, args, redirection):

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `hal run` costs: a training step against its twin that was ported by hand, and the start of a program.
+
+python benchmarks/launch.py [--rounds N]
+
+Both programs are one text, run with "cuda" while a CPU is adopted and with "cpu" by itself, in turn in one process,
+each with a model and an optimiser of its own. A second twin shows what the measurement itself is worth.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from harness import Subject, command, main
+
+import hal
+
+STEPS = 40
+"""Steps of one sample: half a second."""
+
+PROGRAM = """
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+torch.manual_seed(0)
+torch.cuda.manual_seed_all(0)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = (part.view(b, t, 4, d // 4).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, t, d)
+        x = x + self.out(y)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(65, 64), nn.Embedding(64, 64)
+        self.blocks, self.head = nn.Sequential(Block(64), Block(64)), nn.Linear(64, 65)
+
+    def forward(self, tokens, targets):
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        logits = self.head(self.blocks(self.tokens(tokens) + self.places(places)))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+model = Model().to(device)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+
+
+def step():
+    data = torch.randint(65, (8, 65))
+    x, y = data[:, :-1].to(device, non_blocking=True), data[:, 1:].to(device, non_blocking=True)
+    with torch.autocast(device_type=device, dtype=torch.bfloat16):
+        loss = model(x, y)
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+"""
+
+
+def program(device: str, fused: bool) -> Callable[[], object]:
+    """Return the function `step` of a program of its own, as its `__main__` would have it."""
+    names = {"__name__": "program", "device": device, "fused": fused}
+    exec(compile(PROGRAM, "program.py", "exec"), names)
+    return names["step"]  # type: ignore[return-value]
+
+
+def milliseconds(step: Callable[[], object]) -> float:
+    """Return what a step takes, the mean of `STEPS`."""
+    step()
+    start = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    return (time.perf_counter() - start) / STEPS * 1e3
+
+
+def redirected(fused: bool) -> Callable[[], float]:
+    """Return the measurement of the program for CUDA, while a CPU is adopted."""
+    with hal.adopt("cpu"):
+        step = program("cuda", fused)
+
+    def run() -> float:
+        with hal.adopt("cpu"):
+            return milliseconds(step)
+
+    return run
+
+
+def ported(fused: bool) -> Callable[[], float]:
+    """Return the measurement of the program that was ported by hand."""
+    step = program("cpu", fused)
+    return lambda: milliseconds(step)
+
+
+if __name__ == "__main__":
+    steps = []
+    for fused in (False, True):
+        kind = "fused AdamW" if fused else "AdamW"
+        twin = f"{kind}: ported by hand"
+        steps += [
+            Subject(twin, ported(fused)),
+            Subject(f"{kind}: a second twin", ported(fused), twin, "1: what the measurement is worth"),
+            Subject(f"{kind}: redirected", redirected(fused), twin, "at most 1.02"),
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "imports.py"
+        script.write_text("import torch\n")
+        python, hal_command = sys.executable, str(Path(sys.executable).parent / "hal")
+        start = [
+            Subject("python, import torch", command(python, str(script))),
+            Subject("hal run, import torch", command(hal_command, "run", "--device", "cpu", str(script)),
+                    "python, import torch", "at most 0.15 s more"),
+        ]  # fmt: skip
+        main("launch", "What hal run costs", [("ms", steps), ("s", start)])

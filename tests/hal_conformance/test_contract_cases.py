@@ -17,7 +17,9 @@ from hal_conformance.cases import by_name
 from hal_conformance.cases.stores import POINTS, output
 from hal_conformance.verdicts import Status
 
-PRODUCTS, SPECIAL, TIES, STORES = (by_name(f"contract.{name}") for name in ("products", "special", "ties", "stores"))
+PRODUCTS, SPECIAL, TIES, STORES = (
+    by_name(f"contract.{name}") for name in ("products", "special", "ties", "stores")
+)
 
 
 def at(dtype, seed=0):

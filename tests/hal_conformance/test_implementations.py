@@ -234,6 +234,19 @@ CAUGHT_BY = {
     "second_best_by_value": ("router.tie_order", "FAIL-DISCRETE"),
     "rows_need_trained_weights": ("combine.frozen", "FAIL-NUMERIC"),
     "weights_need_trained_rows": ("combine.frozen", "FAIL-NUMERIC"),
+    "no_balance_of_one_token": ("losses.aux_parts", "FAIL-NUMERIC"),
+    "counts_of_another_part": ("losses.aux_parts", "FAIL-NUMERIC"),
+    "padding_left_out_of_the_mean": ("losses.aux_padding", "FAIL-NUMERIC"),
+    "z_of_masked_logits": ("losses.z_padding", "FAIL-NONFINITE"),
+    "z_over_the_first_batch": ("losses.z_parts", "FAIL-NUMERIC"),
+    "loses_within_the_second_tile": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_of96": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_of255": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_of257": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_one_less_than_tiles": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_one_less_than_large_tiles": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_of_whole_large_tiles": ("experts.sweep", "FAIL-NUMERIC"),
+    "loses_a_gradient_of255": ("experts.backward_sweep", "FAIL-NUMERIC"),
     "tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
     "gate_needs_trained_tokens": ("router.frozen", "FAIL-NUMERIC"),
 }
@@ -316,6 +329,8 @@ RELEVANT = {
     "router.close_scores": ("logits_TE", "experts_TK"),
     "experts.activation": ("y_RD", "dw1_EFD", "dw3_EFD"),
     "gradients.clip_nan": (),  # everything is NaN
+    "norm.rms_nan_token": ("y_TD", "dx_TD"),  # each of the weight's gradients is a sum over the token that is NaN
+    "norm.layer_nan_token": ("y_TD", "dx_TD", "dbias_D"),
     "layer.nan_backward": ("y_TD", "dx_TD", "dw1_EFD", "dw3_EFD", "dw2_EDF", "dshared_w2_DS"),  # the rest is NaN
     "layer.degenerate": ("logits_TE", "scores_TE", "experts_TK", "weights_TK", "y_TD"),  # both losses are NaN
 }

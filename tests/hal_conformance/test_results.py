@@ -78,9 +78,7 @@ def test_what_is_not_finite_is_null_in_json_and_named_in_the_detail(margin):
 
 
 def test_hostile_text_stays_text_in_every_form():
-    made = report(
-        row(Status.CRASH, HOSTILE), row(Status.UNSUPPORTED, HOSTILE), not_run=[NotRun(HOSTILE, "broken", HOSTILE, True)]
-    )
+    made = report(row(Status.CRASH, HOSTILE), row(Status.UNSUPPORTED, HOSTILE), not_run=[NotRun(HOSTILE, "broken", HOSTILE, True)])
     made.required_missing.append(HOSTILE)
     tree = ET.fromstring(junit(made))
     assert tree.find(".//failure").attrib["message"].startswith("CRASH: ]]>&<b>|x|")

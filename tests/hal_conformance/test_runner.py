@@ -203,9 +203,7 @@ def test_a_named_device_that_is_absent_makes_the_run_exit_3_and_the_others_still
 
 def test_an_implementation_that_cannot_be_imported_is_wrong_usage():
     with pytest.raises(ConfigError, match="no_such_module"):
-        suite.run(
-            [Subject("fake:0", "no_such_module:x")], [], SELECTION, catalogue=FAKE, opener="fake_cases:open_device"
-        )
+        suite.run([Subject("fake:0", "no_such_module:x")], [], SELECTION, catalogue=FAKE, opener="fake_cases:open_device")
 
 
 def test_a_judge_that_raises_is_invalid():

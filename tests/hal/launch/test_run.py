@@ -299,8 +299,11 @@ def test_ctrl_c_ends_the_program_and_leaves_no_children(tmp_path):
         "    multiprocessing.get_context('fork').Process(target=child, daemon=True).start()\n"
         "    print('ready', flush=True)\n    time.sleep(100)\n"
     )
-    process = subprocess.Popen([HAL, "run", "--device", "cpu", str(file)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    # A test run in the background ignores interrupts, and its children would inherit that.
+    process = subprocess.Popen(
+        [HAL, "run", "--device", "cpu", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stdout.readline() == "ready\n"
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) == 1

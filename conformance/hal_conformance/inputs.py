@@ -253,3 +253,18 @@ STEEP = 6.0
 def steep(experts: int, first: int = 0) -> F64:
     """Return [E, 1, 1] factors of the gate projections: 1, or `STEEP` for every third expert."""
     return np.where((first + np.arange(experts)) % 3 == 2, STEEP, 1.0)[:, None, None]
+
+
+def with_one(array: Array, bad: float, seed: int, stream: str, at: int | None = None) -> Array:
+    """Return a copy of an array in which one element is `bad`.
+
+    Args:
+        array: contiguous.
+        bad: NaN or an infinity.
+        seed, stream: they choose the element.
+        at: index on the first axis among whose elements it is; None: among all.
+    """
+    changed: Array = array.copy()
+    flat = (changed if at is None else changed[at]).reshape(-1)
+    flat[integers(seed, stream, 0, flat.size - 1, 1)] = bad
+    return changed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, final
 from hal.errors import ConfigError
 from hal.launch import api
 from hal.launch.audit import Entry
-from hal.launch.patches import Patches, undone_on_error
+from hal.launch.patches import Patches
 
 if TYPE_CHECKING:
     from hal.device import Device
@@ -79,9 +79,12 @@ class Adoption:
         self.redirection: Redirection | None = None
         self._patches = Patches()
         self._patches.on_undo(first.close)
-        with undone_on_error(self._patches):
+        try:
             if first.torch_device.type != "cuda":
                 self.redirection = self._redirect(_all_of(name, first, self._patches), strict)
+        except BaseException:
+            self._patches.undo()
+            raise
 
     def _redirect(self, devices: list[Device], strict: bool) -> Redirection:
         from hal.launch import modules, surface

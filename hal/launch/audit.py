@@ -16,7 +16,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Literal
 
-from hal.launch.caller import outside
+from hal.launch.caller import inside, outside
 
 Kind = Literal["redirected", "belief", "change", "idle", "fallback", "refused"]
 """What an entry of the report is about.
@@ -74,6 +74,11 @@ class Audit:
     def count(self, api: str, frame: FrameType, belief: bool = False) -> None:
         """Count one call of an API from a frame; threads that call the same line at once may lose one."""
         self._calls[api, belief, frame.f_code, frame.f_lasti] += 1
+
+    def count_outside(self, api: str, frame: FrameType) -> None:
+        """Count a call as `count` does, unless it is torch's own or ours."""
+        if not inside(frame):
+            self.count(api, frame)
 
     def note(self, kind: Kind, api: str, note: str, frame: FrameType | None, nbytes: int = 0) -> bool:
         """Note something that is not as on CUDA, under the nearest frame of the program.

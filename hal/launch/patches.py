@@ -17,7 +17,7 @@ class Patches:
     """A list of replaced attributes, and of other things to undo, undone in reverse."""
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], None]] = []
+        self._stack = contextlib.ExitStack()
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute of a module or a class.
@@ -36,32 +36,12 @@ class Patches:
                 setattr(owner, name, had)
 
         setattr(owner, name, value)
-        self._undo.append(undo)
+        self._stack.callback(undo)
 
     def on_undo(self, action: Callable[[], None]) -> None:
         """Call `action` when everything that was replaced after this is back."""
-        self._undo.append(action)
+        self._stack.callback(action)
 
     def undo(self) -> None:
-        """Put everything back. One failure does not keep the rest from it; the first is raised at the end.
-
-        Calling it again does nothing.
-        """
-        first: BaseException | None = None
-        while self._undo:
-            try:
-                self._undo.pop()()
-            except Exception as error:  # noqa: BLE001
-                first = first or error
-        if first is not None:
-            raise first
-
-
-@contextlib.contextmanager
-def undone_on_error(patches: Patches) -> Any:
-    """Undo `patches` if the block raises."""
-    try:
-        yield
-    except BaseException:
-        patches.undo()
-        raise
+        """Put everything back; a failure does not keep the rest from it. Calling it again does nothing."""
+        self._stack.close()

@@ -159,6 +159,11 @@ class Redirection:
         index = self.index(device)
         return device if index is None else self.targets[index]
 
+    def translate_type(self, device_type: Any) -> Any:
+        """Return the true type of device for "cuda" or "cuda:0"; anything else as it is."""
+        is_cuda = isinstance(device_type, str) and device_type.partition(":")[0] == "cuda"
+        return self.type if is_cuda else device_type
+
     def is_host(self, device: Any) -> bool:
         """Return whether the program names the host, as `"cpu"` or a torch.device of that type."""
         if isinstance(device, str):

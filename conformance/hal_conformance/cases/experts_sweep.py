@@ -49,44 +49,41 @@ def repeated(design: Callable[[designs.Size], Arrays], p: Params) -> Arrays:
     return {**arrays, "counts_E": of, **{name: a[rows] for name, a in arrays.items() if name.endswith("_RD")}}
 
 
-class Sweep(Integers):
+class Swept:
+    """What both directions share; comes before the case that it sweeps."""
+
+    @staticmethod
+    def design(size: designs.Size) -> Arrays:
+        """Return the inputs of the case that is swept, for other counts."""
+        raise NotImplementedError
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return (MANY, FEW)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: which rows a kernel reads does not depend on which of the 16-bit dtypes they have."""
+        return ("float32", "bfloat16")
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return repeated(self.design, p)
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return Footprint()
+
+
+class Sweep(Swept, Integers):
     """Every count, forward."""
 
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return (MANY, FEW)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`: which rows a kernel reads does not depend on which of the 16-bit dtypes they have."""
-        return ("float32", "bfloat16")
-
-    def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
-        return repeated(designs.integers, p)
-
-    def footprint(self, p: Params) -> Footprint:
-        """See `Case.footprint`."""
-        return Footprint()
+    design = staticmethod(designs.integers)
 
 
-class BackwardSweep(BackwardIntegers):
+class BackwardSweep(Swept, BackwardIntegers):
     """Every count, forward and backward."""
 
-    def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`."""
-        return (MANY, FEW)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`: which rows a kernel reads does not depend on which of the 16-bit dtypes they have."""
-        return ("float32", "bfloat16")
-
-    def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
-        return repeated(designs.backward_integers, p)
-
-    def footprint(self, p: Params) -> Footprint:
-        """See `Case.footprint`."""
-        return Footprint()
+    design = staticmethod(designs.backward_integers)
 
 
 _COUNTS = (

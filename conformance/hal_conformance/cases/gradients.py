@@ -132,9 +132,7 @@ class AccumulateNonfinite(Accumulate):
         """See `Case.inputs`: in micro-batches that have tokens."""
         arrays = super().inputs(p)
         for name, bad in (("g2/dense", np.nan), ("g0/expert0", np.inf)):
-            changed = arrays[name].copy()
-            changed.reshape(-1)[make.integers(p.seed, f"accumulate/{name}/bad", 0, changed.size - 1, 1)] = bad
-            arrays[name] = changed
+            arrays[name] = make.with_one(arrays[name], bad, p.seed, f"accumulate/{name}/bad")
         return arrays
 
     @nonfinite

@@ -192,9 +192,7 @@ class NonfiniteAdam(Adam):
         """See `Case.inputs`."""
         arrays = super().inputs(p)
         for name, bad in (("g/dense", np.nan), ("g/expert0", np.inf)):
-            changed = arrays[name].copy()
-            changed.reshape(-1)[make.integers(p.seed, f"optimizer/{name}/bad", 0, changed[0].size - 1, 1)] = bad
-            arrays[name] = changed
+            arrays[name] = make.with_one(arrays[name], bad, p.seed, f"optimizer/{name}/bad", at=0)
         return arrays
 
     @nonfinite
@@ -325,10 +323,7 @@ class NonfiniteSGD(ExactSGD):
         """See `Case.inputs`."""
         arrays = super().inputs(p)
         for name, at, bad in self.BAD:
-            changed = arrays[name].copy()
-            one = changed[at].reshape(-1)
-            one[make.integers(p.seed, f"optimizer/{name}/bad", 0, one.size - 1, 1)] = bad
-            arrays[name] = changed
+            arrays[name] = make.with_one(arrays[name], bad, p.seed, f"optimizer/{name}/bad", at=at)
         return arrays
 
     @nonfinite

@@ -33,16 +33,10 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     def scaler(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
         r = state._active
-        if r is not None and isinstance(device, str) and device.partition(":")[0] == "cuda":
-            device = r.type
-        scaler_init(self, device, *args, **kwargs)
+        scaler_init(self, device if r is None else r.translate_type(device), *args, **kwargs)
 
     patches.set(autocast, "__init__", autocast_)
     patches.set(GradScaler, "__init__", scaler)
-
-
-def _type(r: Redirection, device_type: Any) -> Any:
-    return r.type if device_type == "cuda" else device_type
 
 
 @api("torch.amp.custom_fwd")
@@ -50,7 +44,7 @@ def custom_fwd(r: Redirection, fwd: Any = None, *, device_type: str, cast_inputs
     """For the device."""
     from torch.amp import custom_fwd as own
 
-    return own(fwd, device_type=_type(r, device_type), cast_inputs=cast_inputs)
+    return own(fwd, device_type=r.translate_type(device_type), cast_inputs=cast_inputs)
 
 
 @api("torch.cuda.amp.custom_fwd")
@@ -64,7 +58,7 @@ def custom_bwd(r: Redirection, bwd: Any = None, *, device_type: str) -> Any:
     """For the device."""
     from torch.amp import custom_bwd as own
 
-    return own(bwd, device_type=_type(r, device_type))
+    return own(bwd, device_type=r.translate_type(device_type))
 
 
 @api("torch.cuda.amp.custom_bwd")
@@ -78,7 +72,7 @@ def is_autocast_enabled(r: Redirection, device_type: str = "cuda") -> bool:
     """For the device."""
     import torch
 
-    return torch.is_autocast_enabled(_type(r, device_type))
+    return torch.is_autocast_enabled(r.translate_type(device_type))
 
 
 @api("torch.set_autocast_enabled")
@@ -87,7 +81,7 @@ def set_autocast_enabled(r: Redirection, *args: Any) -> None:
     import torch
 
     device_type, enabled = args if len(args) == 2 else ("cuda", *args)
-    torch.set_autocast_enabled(_type(r, device_type), enabled)
+    torch.set_autocast_enabled(r.translate_type(device_type), enabled)
 
 
 @api("torch.get_autocast_dtype")
@@ -95,7 +89,7 @@ def get_autocast_dtype(r: Redirection, device_type: str) -> Any:
     """The dtype in force on the device inside autocast, and CUDA's default outside."""
     import torch
 
-    true = _type(r, device_type)
+    true = r.translate_type(device_type)
     return torch.get_autocast_dtype(true if torch.is_autocast_enabled(true) else device_type)
 
 
@@ -126,4 +120,4 @@ def is_autocast_available(r: Redirection, device_type: str) -> bool:
     """For the device."""
     import torch
 
-    return torch.amp.is_autocast_available(_type(r, device_type))
+    return torch.amp.is_autocast_available(r.translate_type(device_type))

@@ -17,11 +17,13 @@ from hal.launch.redirection import Redirection
 def install(redirection: Redirection, patches: Patches) -> None:
     """Translate what torch's constructors are given, of each class once somebody loads it."""
     for module, name, translate in (
-        ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": _type}),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _true}),
+        ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": Redirection.translate_type}),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
+         {"device_id": Redirection.translate}),
         ("torch.nn.parallel.distributed", "DistributedDataParallel",
          {"device_ids": _device_ids, "output_device": _output_device}),
-        ("torch.utils.data.dataloader", "DataLoader", {"pin_memory": _pin_memory, "pin_memory_device": _type}),
+        ("torch.utils.data.dataloader", "DataLoader",
+         {"pin_memory": _pin_memory, "pin_memory_device": Redirection.translate_type}),
     ):  # fmt: skip
         when_loaded(module, name, functools.partial(_translated, patches, translate))
 
@@ -47,14 +49,6 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
 
     del constructor.__wrapped__
     patches.set(owner, "__init__", constructor)
-
-
-def _type(r: Redirection, device_type: Any) -> Any:
-    return r.type if isinstance(device_type, str) and device_type.partition(":")[0] == "cuda" else device_type
-
-
-def _true(r: Redirection, device: Any) -> Any:
-    return r.translate(device)
 
 
 def _device_ids(r: Redirection, devices: Any) -> Any:

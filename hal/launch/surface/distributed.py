@@ -39,14 +39,18 @@ def _asked(r: Redirection) -> MutableMapping[Any, str]:
     return r.groups
 
 
+def _bind(r: Redirection, arguments: dict[str, Any]) -> None:
+    """Translate the device that a group is bound to, where there is an index: a CPU has none, and gloo needs none."""
+    if arguments.get("device_id") is not None:
+        arguments["device_id"] = r.translate(arguments["device_id"]) if r.hosts is None else None
+
+
 @api("torch.distributed.init_process_group", "torch.distributed.distributed_c10d.init_process_group")
 def init_process_group(r: Redirection, backend: Any = None, *args: Any, **kwargs: Any) -> None:
     """With the device's own library in NCCL's place."""
     import torch.distributed as dist
 
-    if kwargs.get("device_id") is not None:
-        # Only where an index exists: a CPU has none, and gloo needs no device.
-        kwargs["device_id"] = r.translate(kwargs["device_id"]) if r.hosts is None else None
+    _bind(r, kwargs)
     dist.init_process_group(_backend(r, backend), *args, **kwargs)
     if isinstance(backend, str):
         _asked(r)[dist.group.WORLD] = backend.lower()
@@ -58,8 +62,7 @@ def new_group(r: Redirection, ranks: Any = None, timeout: Any = None, backend: A
     """With the device's own library in NCCL's place."""
     import torch.distributed as dist
 
-    if kwargs.get("device_id") is not None:
-        kwargs["device_id"] = r.translate(kwargs["device_id"]) if r.hosts is None else None
+    _bind(r, kwargs)
     group = dist.new_group(ranks, timeout, _backend(r, backend), *args, **kwargs)
     asked = backend if isinstance(backend, str) else _asked(r).get(dist.group.WORLD)
     if asked is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
@@ -106,7 +109,7 @@ def init_device_mesh(r: Redirection, device_type: str, *args: Any, **kwargs: Any
     """A mesh of the true devices."""
     from torch.distributed.device_mesh import init_device_mesh as own
 
-    return own(r.type if device_type == "cuda" else device_type, *args, **kwargs)
+    return own(r.translate_type(device_type), *args, **kwargs)
 
 
 @api("torch.cuda.nccl.version", verdict="emulated", belief=True, note="2.21.5 on every device")

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 LIKE = ("empty_like", "ones_like", "zeros_like", "full_like", "rand_like", "randn_like", "randint_like")
-OTHERS = ("from_numpy", "frombuffer", "from_file", "from_dlpack", "normal", "sparse_coo_tensor", "Tensor")
-"""Makers that have no device argument, or one that torch's list leaves out."""
 
 
 def makers() -> dict[str, Callable[..., Any]]:

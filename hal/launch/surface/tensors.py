@@ -82,16 +82,17 @@ def _true_device() -> Callable[[torch.Tensor], torch.device]:
 
 
 def _get_device(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    true_device, hosts = _true_device(), redirection.hosts
+
     def get_device(self: torch.Tensor) -> int:
         frame = sys._getframe(1)
         if api._active is None or inside(frame):
             answer: int = original(self)
             return answer
-        device = self.device if redirection.hosts is None or self in redirection.hosts else None
-        if device is not None and device.type == "cpu":
+        if hosts is not None and self in hosts:
             return -1
         redirection.audit.count(name, frame, belief=True)
-        index = redirection.present(_true_device()(self)).index
+        index = redirection.present(true_device(self)).index
         return -1 if index is None else index
 
     return get_device
@@ -105,7 +106,8 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
 
     kinds = (str, torch.device, int)
     hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
-    tensor, count = torch.Tensor, redirection.audit.count
+    tensor, count_outside = torch.Tensor, redirection.audit.count_outside
+    true_device = _true_device()
     from torch.compiler import is_compiling
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -127,9 +129,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
                 return original(self, *args, **kwargs)
             return _side(self, original(self, *args, **kwargs), True)
         if not is_compiling():
-            frame = sys._getframe(1)
-            if not inside(frame):
-                count(name, frame)
+            count_outside(name, sys._getframe(1))
         if positional:
             args = (true, *args[1:])
         else:
@@ -140,10 +140,10 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
     def _side(source: torch.Tensor, moved: torch.Tensor, host: bool) -> torch.Tensor:
         """Copy if the tensor crosses between host and device, as CUDA would, and remember where it is now."""
         assert hosts is not None
-        if _true_device()(moved).type != redirection.type:
+        if true_device(moved).type != redirection.type:
             return moved
         if moved is source and (source in hosts) != host:
-            moved = original(source, _true_device()(source), copy=True)
+            moved = original(source, true_device(source), copy=True)
         if host:
             return hosts.add(moved)
         hosts.discard(moved)
@@ -160,9 +160,7 @@ def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., A
         if r is None:
             return original(self, device, non_blocking, **kwargs)  # type: ignore[no-any-return]
         if not is_compiling():
-            frame = sys._getframe(1)
-            if not inside(frame):
-                r.audit.count(name, frame)
+            r.audit.count_outside(name, sys._getframe(1))
         index = r.index(device)
         if index is None:
             raise RuntimeError(f"Invalid device, must be cuda device: {device}")
@@ -172,22 +170,20 @@ def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., A
 
 
 def _cpu(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    import torch
     from torch.compiler import is_compiling
+
+    to, true_device = torch._C.TensorBase.to, _true_device()
 
     def cpu(self: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         r = api._active
         if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
             return original(self, **kwargs)  # type: ignore[no-any-return]
-        if _true_device()(self).type != r.type:
-            return original(self, **kwargs)  # type: ignore[no-any-return]
-        if self in r.hosts:
+        if true_device(self).type != r.type or self in r.hosts:
             return original(self, **kwargs)  # type: ignore[no-any-return]
         # On CUDA this is a copy, which does not follow what the program does with the tensor on the device.
         return r.hosts.add(to(self, "cpu", copy=True, **kwargs))
 
-    import torch
-
-    to = torch._C.TensorBase.to
     return cpu
 
 
@@ -196,9 +192,7 @@ def _pin_memory(name: str, original: Any, redirection: Redirection) -> Callable[
         r = api._active
         if r is None:
             return original(self, device)  # type: ignore[no-any-return]
-        frame = sys._getframe(1)
-        if not inside(frame):
-            r.audit.count(name, frame)
+        r.audit.count_outside(name, sys._getframe(1))
         # On a CPU the device works on the host's memory: there is nothing to lock.
         return r.device.memory.pin(self) if r.hosts is None else self
 
@@ -221,9 +215,7 @@ def _record_stream(name: str, original: Any, redirection: Redirection) -> Callab
         if r is None:
             original(self, stream)
             return
-        frame = sys._getframe(1)
-        if not inside(frame):
-            r.audit.count(name, frame)
+        r.audit.count_outside(name, sys._getframe(1))
         # Without streams memory is free when its tensor is.
         if r.hosts is None:
             original(self, stream)
@@ -241,8 +233,8 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
             return original(self, *args, **kwargs)  # type: ignore[no-any-return]
         if device is not None:
             kwargs["device"] = r.translate(device)
-            if kwargs["device"] is not device and not is_compiling() and not inside(sys._getframe(1)):
-                r.audit.count(name, sys._getframe(1))
+            if kwargs["device"] is not device and not is_compiling():
+                r.audit.count_outside(name, sys._getframe(1))
         made: torch.Tensor = original(self, *args, **kwargs)
         if r.hosts is None or is_compiling():
             return made
@@ -253,6 +245,10 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
 
 
 def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from hal.launch.surface.cuda_types import CudaTensorType
+
+    true_device = _true_device()
+
     def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         r = api._active
         frame = sys._getframe(1)
@@ -261,7 +257,7 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
         on_host = r.hosts is not None and self in r.hosts
         if dtype is None:
             plain = original(self)
-            if on_host or _true_device()(self).type != r.type:
+            if on_host or true_device(self).type != r.type:
                 return plain
             r.audit.count(name, frame, belief=True)
             return "torch.cuda." + plain.rpartition(".")[2]
@@ -269,8 +265,6 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
         if wanted is not None and wanted.startswith("torch.cuda."):
             r.audit.count(name, frame)
             return original(self.to("cuda"), wanted.replace("torch.cuda.", "torch.", 1), non_blocking, **kwargs)
-        from hal.launch.surface.cuda_types import CudaTensorType
-
         if isinstance(dtype, CudaTensorType):
             r.audit.count(name, frame)
             return self.to("cuda", dtype.torch_dtype)
@@ -311,9 +305,7 @@ def _install_modules(redirection: Redirection, patches: Patches) -> None:
         if true is asked:
             moved = original_to(self, *args, **kwargs)
             return place(moved, True) if r.is_host(asked) else moved
-        frame = sys._getframe(1)
-        if not inside(frame):
-            r.audit.count("torch.nn.Module.to", frame)
+        r.audit.count_outside("torch.nn.Module.to", sys._getframe(1))
         if args:
             args = (true, *args[1:])
         else:
@@ -324,9 +316,7 @@ def _install_modules(redirection: Redirection, patches: Patches) -> None:
         r = api._active
         if r is None:
             return original_cuda(self, device)
-        frame = sys._getframe(1)
-        if not inside(frame):
-            r.audit.count("torch.nn.Module.cuda", frame)
+        r.audit.count_outside("torch.nn.Module.cuda", sys._getframe(1))
         return to(self, f"cuda:{r.current if device is None else r.index(device)}")
 
     def cpu(self: Any) -> Any:

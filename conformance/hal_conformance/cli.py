@@ -342,6 +342,10 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
         comparison_table.show(found, console())
     for label in found.unjudged():
         click.echo(f"hal conformance: {plain(label)}: nothing of it could be judged", err=True)
+    if lies := found.contradictions():
+        d, more = lies[0], f" (and {len(lies) - 1} more)" if len(lies) > 1 else ""
+        what = f"{plain(d.case)} {d.dtype} {d.output} has one digest in both, and not the same elements or checksums"
+        click.echo(f"hal conformance: {plain(d.a)} or {plain(d.b)} contradicts itself: {what}{more}", err=True)
     for label in found.odd():
         click.echo(
             f"hal conformance: {plain(label)} is not like the others of its group, and nothing says why", err=True

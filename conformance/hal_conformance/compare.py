@@ -45,6 +45,7 @@ class Difference:
         worst: largest absolute difference of these; None where shapes differ or one is not finite.
         bounds: the difference is at most this many of the case's bounds (the sum of both margins, since each
             is within its margin of the oracle); None where the case uses no bound.
+        contradiction: whether the digests are equal all the same, so that one of the two was altered.
     """
 
     case: str
@@ -56,6 +57,7 @@ class Difference:
     worst: float | None
     bounds: float | None
     detail: str = ""
+    contradiction: bool = False
 
 
 @dataclass
@@ -90,13 +92,18 @@ class Comparison:
         groups = () if self.grouping is None else self.grouping.groups.values()
         return [odd.recording for group in groups for odd in group.odd.values() if not odd.explained_by]
 
+    def contradictions(self) -> list[Difference]:
+        """Return the outputs of which two recordings have one digest, and not the same elements or checksums."""
+        return [difference for difference in self.differences if difference.contradiction]
+
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 if every recording was judged and nothing is red (nor amber, if strict), otherwise 1.
 
-        A recording of a dead device must not hide behind that of a good one, and an odd card not in a crowd.
+        A recording of a dead device must not hide behind that of a good one, an odd card not in a crowd, and an altered
+        file not behind the digest of a good one.
         """
         colour = "green" if self.grouping is None else self.grouping.colour()
-        if self.unjudged() or colour == "red" or (strict and colour == "amber"):
+        if self.unjudged() or self.contradictions() or colour == "red" or (strict and colour == "amber"):
             return 1
         return verdict_status(self.report.results, strict=strict)
 
@@ -168,7 +175,7 @@ class Bench:
                 continue
             reference = sharing[0]
             a = entries[reference].outputs[output]
-            differing = [i for i in sharing[1:] if entries[i].outputs[output].digest != a.digest]
+            differing = [i for i in sharing[1:] if not entries[i].outputs[output].bit_equal(a)]
             found.compared += 1
             found.equal += not differing
             for index in differing:
@@ -178,7 +185,7 @@ class Bench:
                 found.differences.append(
                     Difference(
                         task.name, task.params.dtype, plain(output, 60), self.labels[reference], self.labels[index],
-                        share, worst, bounds, detail,
+                        share, worst, bounds, detail, entries[index].outputs[output].contradicts(a),
                     )
                 )  # fmt: skip
         return found

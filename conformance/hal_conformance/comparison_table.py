@@ -70,13 +70,14 @@ def _show_differences(found: Comparison, out: Console) -> None:
 
 
 def _line(difference: Difference) -> Text:
-    share = f"{100 * difference.share:.3g} % of the elements"
-    worst = "" if difference.worst is None else f", at most {difference.worst:.3g} apart"
-    bounds = "" if difference.bounds is None else f", within {difference.bounds:.3g} bounds"
-    remark = f", {plain(difference.detail)}" if difference.detail else ""
+    parts = [f"{100 * difference.share:.3g} % of the elements" if difference.share else ""]
+    if difference.share and difference.worst is not None:
+        parts.append(f"at most {difference.worst:.3g} apart")
+    parts.append("" if difference.bounds is None else f"within {difference.bounds:.3g} bounds")
+    parts.append(plain(difference.detail))
     text = Text(f"{'differs':<16}", style="yellow")
     text.append(f"{plain(difference.case)} {difference.dtype} {difference.output}", style="")
-    return text.append(f"\n                {share}{worst}{bounds}{remark} ({plain(difference.b, 60)})", style="dim")
+    return text.append(f"\n                {', '.join(filter(None, parts))} ({plain(difference.b, 60)})", style="dim")
 
 
 def _show_groups(grouping: Grouping, out: Console) -> None:

@@ -59,7 +59,7 @@ class Group:
         value: of the fact.
         recordings: their labels.
         compared: tasks that at least two of them have.
-        alike: those of which all digests are equal.
+        alike: those of which all digests are equal, and everything else that every recording holds.
         open: those without a majority: not deterministic, or two that differ.
         odd: by index of the recording.
     """
@@ -158,7 +158,7 @@ class Grouper:
         if len(leaders) > 1:
             self.found.compared += 1
             first, *others = leaders.values()
-            differing = [index for index in others if _digests(having[index]) != _digests(having[first])]
+            differing = [index for index in others if _bits(having[index]) != _bits(having[first])]
             self.found.alike += not differing
             if differing and not self.found.first:
                 what = _difference(having[first], having[differing[0]])
@@ -166,7 +166,7 @@ class Grouper:
 
     def _within(self, task: str, group: Group, members: Mapping[int, Entry]) -> int | None:
         """Compare the members of a group; return one that most of them agree with, if there is one."""
-        digests = {index: _digests(entry) for index, entry in members.items()}
+        digests = {index: _bits(entry) for index, entry in members.items()}
         common, votes = Counter(digests.values()).most_common(1)[0]
         leader = next(index for index, own in digests.items() if own == common)
         if len(members) < 2:
@@ -199,8 +199,8 @@ class Grouper:
         return found
 
 
-def _digests(entry: Entry) -> tuple[tuple[str, bytes], ...]:
-    return tuple(sorted((name, packed.digest) for name, packed in entry.outputs.items()))
+def _bits(entry: Entry) -> tuple[tuple[str, bytes], ...]:
+    return tuple(sorted((name, packed.shared_fingerprint()) for name, packed in entry.outputs.items()))
 
 
 def _difference(a: Entry, b: Entry) -> str:
@@ -209,6 +209,6 @@ def _difference(a: Entry, b: Entry) -> str:
         other = b.outputs.get(name)
         if other is None:
             return f"no output {plain(name, 60)}"
-        if other.digest != packed.digest:
+        if not packed.bit_equal(other):
             return f"{plain(name, 60)}, {distance(packed, other)[2] or 'other bits'}"
     return "other outputs"

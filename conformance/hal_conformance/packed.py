@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,12 @@ import numpy.typing as npt
 from hal_conformance import absent, sampling
 from hal_conformance import arrays as codec
 from hal_conformance.case import I64, Array
-from hal_conformance.checksums import block_rows, checksums
+from hal_conformance.checksums import block_rows, checksum, checksums
 
 _NARROW = ("uint8", "int16", "int32")
 NONE = np.zeros(0, np.int64)
+CONTRADICTION = "the digests are equal, so one of the recordings contradicts itself"
+_NOT_FINITE = "not finite in one of them"
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,66 @@ class Packed:
             return whole
         whole = np.array(whole)
         flat = whole.reshape(-1)
-        flat[np.concatenate([self.grid.indices, self.worst])] = self.values
+        flat[self.indices()] = self.values
         whole.flags.writeable = False
         return whole
 
+    def indices(self) -> I64:
+        """Return the flat index of each of `values`; of a worst element that was also sampled there are two."""
+        return np.arange(self.size) if self.grid is None else np.concatenate([self.grid.indices, self.worst])
+
+    def fingerprint(self) -> bytes:
+        """Return a digest of everything that is held: whoever judges has seen the same only if this is the same."""
+        return self._fingerprint(self.worst, self.values)
+
+    def shared_fingerprint(self) -> bytes:
+        """Return the same without the worst elements, which two recorders may choose differently."""
+        return self._fingerprint(NONE, self.held()[1])
+
+    def _fingerprint(self, worst: I64, values: Array) -> bytes:
+        head = f"{self.tag} {self.shape} {self.finite} {len(worst)} {len(values)}\n"
+        running = hashlib.sha256(head.encode() + self.digest)
+        for part in (worst, values, self.sums):
+            running.update(codec.to_buffer(part))
+        return running.digest()
+
+    def bit_equal(self, other: Packed) -> bool:
+        """Tell whether two arrays are the same to the last bit: the digests, and everything that both hold."""
+        return self.digest == other.digest and not self.contradicts(other)
+
+    def contradicts(self, other: Packed) -> bool:
+        """Tell whether the two cannot be of one array although their digests are equal: one of them is a lie."""
+        if self.digest != other.digest:
+            return False
+        if (self.tag, self.shape, self.finite) != (other.tag, other.shape, other.finite):
+            return True
+        both_sampled = self.grid is not None and other.grid is not None
+        left, right = common(self, other)
+        return not codec.same_bits(left, right) or (both_sampled and not np.array_equal(self.sums, other.sums))
+
+    def contradiction(self) -> str:
+        """Return what is held that cannot all be true of one array, or nothing."""
+        indices = self.indices()
+        held, first = (indices, None) if self.grid is None else np.unique(indices, return_index=True)
+        values = self.values if first is None else self.values[first]
+        if len(held) < len(indices) and not codec.same_bits(values[np.searchsorted(held, indices)], self.values):
+            return "one of the elements has two values"
+        if len(held) == self.size and codec.digest(values.reshape(self.shape)) != self.digest.hex():
+            return "the elements do not have its digest"
+        if self.grid is not None and (self.grid.columns is None or len(self.grid.columns) == self.grid.width):
+            # Whole rows are held, and where these make up a block its checksum follows.
+            together, rows = block_rows(self.shape), self.grid.rows
+            width, sampled = self.grid.width, self.values[: self.grid.size]
+            for block in np.unique(rows // together):
+                inside = np.flatnonzero(rows // together == block)
+                if len(inside) < min(together, self.shape[0] - block * together):
+                    continue
+                if checksum(sampled[inside[0] * width : (inside[-1] + 1) * width]) != self.sums[block]:
+                    return f"row {block * together} does not have its checksum"
+        return ""
+
     def held(self) -> tuple[I64, Array]:
-        """Return flat indices and values of what both of two recordings hold if shape, dtype and seed are the same."""
+        """Return flat indices and values of what every recording of this output holds: all, or the grid."""
         if self.grid is None:
             return np.arange(self.size), self.values
         return self.grid.indices, self.values[: self.grid.size]
@@ -127,24 +184,39 @@ def narrow(values: Array) -> Array:
     return values
 
 
+def common(a: Packed, b: Packed) -> tuple[Array, Array]:
+    """Return the values that both of two arrays of one dtype and shape hold, in the same order."""
+    if a.grid is None and b.grid is None:
+        return a.values, b.values
+    ours, theirs = a.indices(), b.indices()
+    if np.array_equal(ours, theirs):
+        return a.values, b.values
+    _, left, right = np.intersect1d(ours, theirs, return_indices=True)
+    return a.values[left], b.values[right]
+
+
 def distance(a: Packed, b: Packed) -> tuple[float, float | None, str]:
     """Return the share of elements that differ in a bit, the largest absolute difference, and a remark.
 
-    Of sampled outputs the share is that of what was sampled, and the remark says which rows differ in the whole.
+    Of sampled outputs the share is that of what both hold, and the remark says which rows differ in the whole. It also
+    says where digests and elements do not fit each other.
     """
     if (a.tag, a.shape) != (b.tag, b.shape):
-        return 1.0, None, f"{a.tag}{list(a.shape)} against {b.tag}{list(b.shape)}"
-    (_, left), (_, right) = a.held(), b.held()
+        remark = f"{a.tag}{list(a.shape)} against {b.tag}{list(b.shape)}"
+        return 1.0, None, "; ".join(filter(None, (remark, CONTRADICTION if a.contradicts(b) else "")))
+    left, right = common(a, b)
     changed = codec.bits(left) != codec.bits(right)
     with np.errstate(all="ignore"):
         gap = np.abs(_wide(left) - _wide(right))[changed]
     worst = float(np.max(gap, initial=0.0))
     share = float(np.count_nonzero(changed)) / max(1, changed.size)
     rows, of = a.differing_rows(b)
-    remark = f"rows {rows} of {of}" if rows and of > 1 else ""
-    if not math.isfinite(worst):
-        return share, None, "; ".join(filter(None, (remark, "not finite in one of them")))
-    return share, worst, remark
+    remarks = [f"rows {rows} of {of}" if rows and of > 1 else "", "" if math.isfinite(worst) else _NOT_FINITE]
+    if a.contradicts(b):
+        remarks.append(CONTRADICTION)
+    elif a.digest != b.digest and not share:
+        remarks.append("the digests differ where no element does that both hold")
+    return share, worst if math.isfinite(worst) else None, "; ".join(filter(None, remarks))
 
 
 def _wide(array: Array) -> npt.NDArray[Any]:

@@ -65,8 +65,9 @@ class Rejudge:
         if self._too_large:
             detail = f"{entry.claim.detail} (the recorder's verdict; here it {self._too_large})"
             return replace(entry.claim, detail=detail.strip())
-        digests = tuple((name, packed.digest) for name, packed in entry.outputs.items())
-        key = (digests, tuple(entry.hashes.items()), repr(contract))
+        # What is held, and not the digest alone: a file whose elements are not those of its digest is judged by itself.
+        held = tuple((name, packed.fingerprint()) for name, packed in entry.outputs.items())
+        key = (held, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
             with partial(self._experts(entry.outputs)) as coverage:
                 outputs = {name: packed.array(self._limit) for name, packed in entry.outputs.items()}

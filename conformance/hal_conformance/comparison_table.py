@@ -20,8 +20,8 @@ TABLES = 4
 """Recordings of which each has a table; of more, those that are green have a line."""
 
 
-def show(found: Comparison, out: Console) -> None:
-    """Print a comparison."""
+def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
+    """Print a comparison; the last line says what the exit status says."""
     report = found.report
     if len(report.subjects) > 1:
         _show_facts(found, out)
@@ -41,8 +41,10 @@ def show(found: Comparison, out: Console) -> None:
         _show_groups(found.grouping, out)
     judged, elements = (sum(r[key] for r in found.recordings) for key in ("elements_judged_here", "elements"))
     out.print(Text(f"judged here: {judged} of {elements} elements, those that are held; all of them by the recorders"))
-    green = not any(row.status.colour == "red" for row in report.results)
-    out.print(Text(verdict(report.results, 0, report.seconds), style="bold green" if green else "bold red"))
+    amber = found.grouping is not None and found.grouping.colour() == "amber"
+    faults = [plain(fault) for fault in found.faults(strict=strict)]
+    line = verdict(report.results, 0, report.seconds, faults=faults, amber=amber)
+    out.print(Text(line, style="bold red" if found.exit_status(strict=strict) else "bold green"))
 
 
 def _show_facts(found: Comparison, out: Console) -> None:

@@ -82,6 +82,7 @@ def test_a_recording_of_which_nothing_was_judged_does_not_hide_behind_another():
     dead = recordings.make(edit=recordings.unsupported)
     found = compare([recordings.parse(recordings.make(), "good"), recordings.parse(dead, "dead")])
     assert found.unjudged() == ["fake:0@dead"]
+    assert "verdict: FAILS: nothing of fake:0@dead could be judged" in shown(found)
     assert found.exit_status() == 1
     assert compare([recordings.parse(recordings.make(), "good")]).exit_status() == 0
 

@@ -90,6 +90,8 @@ def test_a_digest_alone_makes_no_two_outputs_bit_equal(lie, rows, tmp_path):
         assert found.equal == found.compared - len(found.differences)
         assert found.exit_status() == 1
         assert " 0 % of the elements" not in shown(found)
+        # Where no result is red, the last line says why it fails all the same.
+        assert (" contradicts itself (fuzzed.case[a] y_TD)" in shown(found).splitlines()[-1]) == bool(rows)
 
 
 def test_a_contradiction_between_two_is_one_line_on_stderr(tmp_path, monkeypatch):

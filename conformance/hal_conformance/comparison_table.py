@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from hal_conformance.grouping import is_identity
 from hal_conformance.table import MAX_ROWS, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
-    from hal_conformance.compare import Comparison, Difference
+    from hal_conformance.compare import Comparison, Difference, Fact
     from hal_conformance.grouping import Group, Grouping
 
 TABLES = 4
 """Recordings of which each has a table; of more, those that are green have a line."""
+FACTS, VALUES = 40, 12
+"""Facts in which manifests differ that are printed, and values of each: nobody reads more, and a forged one may have
+any number."""
+_BY_IMPORTANCE = ("impl", "info", "contract", "changes", "versions", "flags", "kernels", "environment")
 
 
 def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
@@ -52,11 +57,26 @@ def _show_facts(found: Comparison, out: Console) -> None:
         out.print(Text("manifests: no difference in device, contract, versions, environment or flags"))
         return
     out.print(Text("manifests differ:", style="bold"))
-    for fact in found.facts:
+    facts = sorted(found.facts, key=_importance)
+    for fact in facts[:FACTS]:
         out.print(Text(f"  {fact.name}"))
+        having: dict[str, list[str]] = {}
         for subject, value in zip(found.report.subjects, fact.values, strict=True):
-            shown = "(not there)" if value is None else plain(value)
-            out.print(Text(f"    {plain(subject['id'], 60)}: {shown}", style="dim"))
+            having.setdefault("(not there)" if value is None else plain(value), []).append(plain(subject["id"], 60))
+        for value, those in list(having.items())[:VALUES]:
+            who = ", ".join(those) if len(those) <= 2 else f"{those[0]} and {len(those) - 1} others"
+            out.print(Text(f"    {who}: {value}", style="dim"))
+        if len(having) > VALUES:
+            out.print(Text(f"    and {len(having) - VALUES} more values", style="dim"))
+    if len(facts) > FACTS:
+        out.print(Text(f"  and {len(facts) - FACTS} more; --json has them all"))
+
+
+def _importance(fact: Fact) -> tuple[bool, int]:
+    """Return where a fact stands among others: what explains numbers first, which card it is last."""
+    part = fact.name.split(".")[0]
+    order = _BY_IMPORTANCE.index(part) if part in _BY_IMPORTANCE else len(_BY_IMPORTANCE)
+    return is_identity(fact.name), order
 
 
 def _show_differences(found: Comparison, out: Console) -> None:

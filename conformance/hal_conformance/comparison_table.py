@@ -49,7 +49,8 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
     amber = found.grouping is not None and found.grouping.colour() == "amber"
     faults = [plain(fault) for fault in found.faults(strict=strict)]
     line = verdict(report.results, 0, report.seconds, faults=faults, amber=amber)
-    out.print(Text(line, style="bold red" if found.exit_status(strict=strict) else "bold green"))
+    style = "bold red" if found.exit_status(strict=strict) else "bold green"
+    out.print(Text(line, style=style), soft_wrap=True)  # one line, however long a label is
 
 
 def _show_facts(found: Comparison, out: Console) -> None:

@@ -38,9 +38,9 @@ def card(number, driver="550.54", change=lambda y: y, environment=None, **versio
     return recordings.parse(recordings.make(opened=opened, change=change), f"card-{number}")
 
 
-def shown(found, **options):
+def shown(found, width=160, **options):
     stream = io.StringIO()
-    comparison_table.show(found, Console(file=stream, width=160, markup=False, highlight=False), **options)
+    comparison_table.show(found, Console(file=stream, width=width, markup=False, highlight=False), **options)
     return stream.getvalue()
 
 
@@ -165,7 +165,7 @@ def test_the_last_line_says_what_the_exit_status_says(cards, status, strictly, s
     assert all(row.status is Status.PASS for row in found.report.results)
     expected = strictly if strict else status
     assert found.exit_status(strict=strict) == expected
-    last = shown(found, strict=strict).rstrip().splitlines()[-1]
+    last = shown(found, 40, strict=strict).rstrip().splitlines()[-1]
     assert last.startswith("verdict: FAILS: " if expected else "verdict: agrees "), last
     if status:
         assert "fake:2@card-2 is not like the others of its group, and nothing says why" in last

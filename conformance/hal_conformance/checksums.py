@@ -40,10 +40,20 @@ def checksums(array: Array) -> npt.NDArray[np.uint32]:
     starts = range(0, flat.size, step) if step else ()
     found = np.zeros(count(array.shape), np.uint64)
     for at, start in enumerate(starts):
-        part = flat[start : start + step]
-        found[at] = (part.astype(np.uint64) * _weights(step)[: part.size]).sum(dtype=np.uint64)
+        found[at] = _sum(flat[start : start + step], step)
     upper: npt.NDArray[np.uint32] = (found >> np.uint64(32)).astype(np.uint32)
     return upper
+
+
+def checksum(block: Array) -> int:
+    """Return the number of the rows that share one."""
+    flat = np.ascontiguousarray(block).view(f"u{block.itemsize}").reshape(-1)
+    return int(_sum(flat, flat.size)) >> 32
+
+
+def _sum(bits: Array, step: int) -> np.uint64:
+    found: np.uint64 = (bits.astype(np.uint64) * _weights(step)[: bits.size]).sum(dtype=np.uint64)
+    return found
 
 
 @functools.lru_cache(maxsize=8)

@@ -339,7 +339,7 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
     except Unreadable as error:
         _fail(str(error), 2)
     if not _write({json_file: lambda: to_json(found.as_json())}):
-        comparison_table.show(found, console())
+        comparison_table.show(found, console(), strict=strict)
     for label in found.unjudged():
         click.echo(f"hal conformance: {plain(label)}: nothing of it could be judged", err=True)
     for label in found.odd():

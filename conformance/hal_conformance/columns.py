@@ -104,6 +104,7 @@ class Reader:
             raise Unreadable("its digests have another shape than [n, 32]")
         if any(column.ndim != 1 for column in (self._sums, self._worst)):
             raise Unreadable("one of its columns has more than one axis")
+        self._by_digest: dict[bytes, Packed] = {}
         self._at: dict[str, int] = dict.fromkeys([*self._values, CHECKSUMS, WORST], 0)
 
     def read(self, lines: Any) -> list[Packed]:
@@ -149,8 +150,11 @@ class Reader:
         if finite and real and not codec.all_finite(values):
             raise Unreadable(f"the output {plain(name, 60)} is said to be finite, and an element of it is not")
         made = Packed(tag, tuple(shape), digest, finite, grid, worst, values, sums)
-        if grid is None and codec.digest(made.array(size)) != digest.hex():
-            raise Unreadable(f"the elements of {plain(name, 60)} do not have its digest")
+        if reason := made.contradiction():
+            raise Unreadable(f"the recording contradicts itself: of the output {plain(name, 60)} {reason}")
+        if made.contradicts(twin := self._by_digest.setdefault(digest, made)):
+            what = f"{plain(name, 60)} {list(shape)} has the digest of another output, {list(twin.shape)}"
+            raise Unreadable(f"the recording contradicts itself: {what}, and differs from it")
         return made
 
     def _take(self, column: str, values: Array | None, count: int) -> Array:

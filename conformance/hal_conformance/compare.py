@@ -90,6 +90,14 @@ class Comparison:
         groups = () if self.grouping is None else self.grouping.groups.values()
         return [odd.recording for group in groups for odd in group.odd.values() if not odd.explained_by]
 
+    def faults(self, *, strict: bool = False) -> list[str]:
+        """Return what makes the exit status 1 beside red results, in words."""
+        found = [f"{label} is not like the others of its group, and nothing says why" for label in self.odd()]
+        found += [f"nothing of {label} could be judged" for label in self.unjudged()]
+        if not found and strict and self.exit_status(strict=True) > self.exit_status():
+            found.append("every bound holds, and --strict allows nothing amber")
+        return found
+
     def exit_status(self, *, strict: bool = False) -> int:
         """Return 0 if every recording was judged and nothing is red (nor amber, if strict), otherwise 1.
 

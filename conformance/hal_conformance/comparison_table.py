@@ -8,23 +8,25 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from hal_conformance.grouping import is_identity
 from hal_conformance.table import MAX_ROWS, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
-    from hal_conformance.compare import Comparison, Difference
+    from hal_conformance.compare import Comparison, Difference, Fact
     from hal_conformance.grouping import Group, Grouping
 
 TABLES = 4
 """Recordings of which each has a table; of more, those that are green have a line."""
+FACTS, VALUES = 40, 12
+"""Facts in which manifests differ that are printed, and values of each: nobody reads more, and a forged one may have
+any number."""
+_BY_IMPORTANCE = ("impl", "info", "contract", "changes", "versions", "flags", "kernels", "environment")
 
-FACTS = 40
-"""Differences of the manifests that are shown; a manifest may have been forged to have any number."""
 
-
-def show(found: Comparison, out: Console) -> None:
-    """Print a comparison."""
+def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
+    """Print a comparison; the last line says what the exit status says."""
     report = found.report
     if len(report.subjects) > 1:
         _show_facts(found, out)
@@ -44,13 +46,11 @@ def show(found: Comparison, out: Console) -> None:
         _show_groups(found.grouping, out)
     judged, elements = (sum(r[key] for r in found.recordings) for key in ("elements_judged_here", "elements"))
     out.print(Text(f"judged here: {judged} of {elements} elements, those that are held; all of them by the recorders"))
-    odd = found.grouping is not None and found.grouping.colour() == "red"
-    green = not odd and not any(row.status.colour == "red" for row in report.results)
-    text = verdict(report.results, 0, report.seconds)
-    if odd:
-        # Within every bound, and yet not the bits of its kind: the last line is about what the exit status is about.
-        text = text.replace("verdict: ", "verdict: ODD ONE OUT, and nothing says why; otherwise it ", 1)
-    out.print(Text(text, style="bold green" if green else "bold red"))
+    amber = found.grouping is not None and found.grouping.colour() == "amber"
+    faults = [plain(fault) for fault in found.faults(strict=strict)]
+    line = verdict(report.results, 0, report.seconds, faults=faults, amber=amber)
+    style = "bold red" if found.exit_status(strict=strict) else "bold green"
+    out.print(Text(line, style=style), soft_wrap=True)  # one line, however long a label is
 
 
 def _show_facts(found: Comparison, out: Console) -> None:
@@ -58,13 +58,26 @@ def _show_facts(found: Comparison, out: Console) -> None:
         out.print(Text("manifests: no difference in device, contract, versions, environment or flags"))
         return
     out.print(Text("manifests differ:", style="bold"))
-    for fact in found.facts[:FACTS]:
+    facts = sorted(found.facts, key=_importance)
+    for fact in facts[:FACTS]:
         out.print(Text(f"  {fact.name}"))
+        having: dict[str, list[str]] = {}
         for subject, value in zip(found.report.subjects, fact.values, strict=True):
-            shown = "(not there)" if value is None else plain(value)
-            out.print(Text(f"    {plain(subject['id'], 60)}: {shown}", style="dim"))
-    if len(found.facts) > FACTS:
-        out.print(Text(f"  ... and {len(found.facts) - FACTS} more; --json has them all"))
+            having.setdefault("(not there)" if value is None else plain(value), []).append(plain(subject["id"], 60))
+        for value, those in list(having.items())[:VALUES]:
+            who = ", ".join(those) if len(those) <= 2 else f"{those[0]} and {len(those) - 1} others"
+            out.print(Text(f"    {who}: {value}", style="dim"))
+        if len(having) > VALUES:
+            out.print(Text(f"    and {len(having) - VALUES} more values", style="dim"))
+    if len(facts) > FACTS:
+        out.print(Text(f"  and {len(facts) - FACTS} more; --json has them all"))
+
+
+def _importance(fact: Fact) -> tuple[bool, int]:
+    """Return where a fact stands among others: what explains numbers first, which card it is last."""
+    part = fact.name.split(".")[0]
+    order = _BY_IMPORTANCE.index(part) if part in _BY_IMPORTANCE else len(_BY_IMPORTANCE)
+    return is_identity(fact.name), order
 
 
 def _show_differences(found: Comparison, out: Console) -> None:
@@ -80,13 +93,14 @@ def _show_differences(found: Comparison, out: Console) -> None:
 
 
 def _line(difference: Difference) -> Text:
-    share = f"{100 * difference.share:.3g} % of the elements"
-    worst = "" if difference.worst is None else f", at most {difference.worst:.3g} apart"
-    bounds = "" if difference.bounds is None else f", within {difference.bounds:.3g} bounds"
-    remark = f", {plain(difference.detail)}" if difference.detail else ""
+    parts = [f"{100 * difference.share:.3g} % of the elements" if difference.share else ""]
+    if difference.share and difference.worst is not None:
+        parts.append(f"at most {difference.worst:.3g} apart")
+    parts.append("" if difference.bounds is None else f"within {difference.bounds:.3g} bounds")
+    parts.append(plain(difference.detail))
     text = Text(f"{'differs':<16}", style="yellow")
     text.append(f"{plain(difference.case)} {difference.dtype} {difference.output}", style="")
-    return text.append(f"\n                {share}{worst}{bounds}{remark} ({plain(difference.b, 60)})", style="dim")
+    return text.append(f"\n                {', '.join(filter(None, parts))} ({plain(difference.b, 60)})", style="dim")
 
 
 def _show_groups(grouping: Grouping, out: Console) -> None:

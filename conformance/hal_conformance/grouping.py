@@ -5,8 +5,9 @@ A task that is deterministic gives one digest a card. So within a group of recor
 device's name, a host) more than half have the same digests of all outputs, or the task is not deterministic there.
 The others of the group are named. Two that differ are shown, and nobody is named: either may be the odd one.
 
-An odd one is red if nothing in its manifest explains it: the device's index, its memory and the host are who it is,
-and anything else that it has to itself (a version, a flag, a variable) is more likely the reason than a broken card.
+An odd one is red if nothing in its manifest explains it: the device's index, its memory, the host and the variables
+that choose a card are who it is, and anything else that it has to itself (a version, a flag, a variable) is more likely
+the reason than a broken card.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ ALIASES: Mapping[str, str] = {
     "driver": "versions.driver", "device": "info.name", "name": "info.name", "host": "versions.host",
     "arch": "info.arch", "torch": "versions.torch",
 }  # fmt: skip
-_WHICH = (
-    "HOSTNAME", "CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL",
-    "ASCEND_RT_VISIBLE_DEVICES", "ASCEND_VISIBLE_DEVICES", "ASCEND_DEVICE_ID", "NVIDIA_VISIBLE_DEVICES",
-    "ZE_AFFINITY_MASK", "RANK", "LOCAL_RANK", "GROUP_RANK", "HAL_DEVICE",
+_CHOOSES = (
+    "HOSTNAME", "HAL_DEVICE", "GPU_DEVICE_ORDINAL", "CUDA_DEVICE", "CUDA_DEVICE_ORDER", "HIP_DEVICE", "DEVICE_ID",
+    "ASCEND_DEVICE_ID", "RANK_ID", "RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "MASTER_ADDR",
+    "MASTER_PORT", "NCCL_HOSTID", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR",
 )  # fmt: skip
-IDENTITY = (
-    "info.id", "info.index", "info.torch_device", "info.evidence", "versions.host",
-    *(f"environment.{name}" for name in _WHICH),
+"""Variables by which a launcher or a person gives a process its card."""
+IDENTITY = frozenset(
+    {
+        "info.id", "info.index", "info.torch_device", "info.total_memory", "info.evidence", "versions.host",
+        *(f"environment.{name}" for name in _CHOOSES),
+    }
 )  # fmt: skip
-"""Facts that say which card it is, and explain no number."""
+"""Facts that say which card it is, and explain no number; see `is_identity`."""
 MISSING = "(not there)"
 
 
@@ -67,7 +71,7 @@ class Group:
         value: of the fact.
         recordings: their labels.
         compared: tasks that at least two of them have.
-        alike: those of which all digests are equal.
+        alike: those of which all digests are equal, and everything else that every recording holds.
         open: those without a majority: not deterministic, or two that differ.
         odd: by index of the recording.
     """
@@ -202,9 +206,14 @@ class Grouper:
         for name in dict.fromkeys(fact for other in members for fact in self._facts[other]):
             values = {self._facts[other].get(name, MISSING) for other in members if other != index}
             own = self._facts[index].get(name, MISSING)
-            if name not in IDENTITY and own not in values and len(values) == 1:
+            if not is_identity(name) and own not in values and len(values) == 1:
                 found.append(f"{plain(name, 60)} is {plain(own, 60)}, elsewhere {plain(values.pop(), 60)}")
         return found
+
+
+def is_identity(fact: str) -> bool:
+    """Tell whether a fact only says which card of several it is, as `CUDA_VISIBLE_DEVICES` and its like do."""
+    return fact in IDENTITY or (fact.startswith("environment.") and fact.endswith(("_VISIBLE_DEVICES", "_RANK")))
 
 
 def _digests(entry: Entry) -> tuple[tuple[str, bytes], ...]:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hal_conformance import absent, sampling
 from hal_conformance import arrays as codec
 from hal_conformance.case import I64, Array
-from hal_conformance.checksums import block_rows, checksums
+from hal_conformance.checksums import block_rows, checksum, checksums
 
 _NARROW = ("uint8", "int16", "int32")
 NONE = np.zeros(0, np.int64)
@@ -62,30 +62,55 @@ class Packed:
             return whole
         whole = np.array(whole)
         flat = whole.reshape(-1)
-        flat[np.concatenate([self.grid.indices, self.worst])] = self.values
+        flat[self.indices()] = self.values
         whole.flags.writeable = False
         return whole
 
-    def held(self) -> tuple[I64, Array]:
-        """Return flat indices and values of what both of two recordings hold if shape, dtype and seed are the same."""
-        if self.grid is None:
-            return np.arange(self.size), self.values
-        return self.grid.indices, self.values[: self.grid.size]
+    def indices(self) -> I64:
+        """Return the flat index of each of `values`; of a worst element that was also sampled there are two."""
+        return np.arange(self.size) if self.grid is None else np.concatenate([self.grid.indices, self.worst])
 
     def content(self) -> tuple[object, ...]:
         """Return everything that is held, to look up by: a digest alone may say something else than the rest."""
         parts = (self.digest, codec.bits(self.values).tobytes(), self.worst.tobytes(), self.sums.tobytes())
-        return (self.tag, self.shape, *parts)
+        return (self.tag, self.shape, self.finite, *parts)
 
     def contradicts(self, other: Packed) -> bool:
-        """Return whether another array's digest says "the same", and what is held does not, or the other way round.
+        """Tell whether another array's digest says "the same", and what both hold does not, or the other way round.
 
         An altered recording does that. Two honest ones do not: an element that differs shows in its row's checksum.
         """
-        alike = (self.tag, self.shape) == (other.tag, other.shape) and np.array_equal(
-            codec.bits(self.held()[1]), codec.bits(other.held()[1])
-        )
-        return (self.digest == other.digest) != (alike and np.array_equal(self.sums, other.sums))
+        alike = (self.tag, self.shape, self.finite) == (other.tag, other.shape, other.finite)
+        if alike:
+            alike = codec.same_bits(*common(self, other)) and np.array_equal(self.sums, other.sums)
+        return (self.digest == other.digest) != alike
+
+    def contradiction(self) -> str:
+        """Return what is held that cannot all be true of one array, or nothing."""
+        indices = self.indices()
+        held, first = (indices, None) if self.grid is None else np.unique(indices, return_index=True)
+        values = self.values if first is None else self.values[first]
+        if len(held) < len(indices) and not codec.same_bits(values[np.searchsorted(held, indices)], self.values):
+            return "one of the elements has two values"
+        if len(held) == self.size and codec.digest(values.reshape(self.shape)) != self.digest.hex():
+            return "the elements do not have its digest"
+        if self.grid is not None and (self.grid.columns is None or len(self.grid.columns) == self.grid.width):
+            # Whole rows are held, and where these make up a block its checksum follows.
+            together, rows = block_rows(self.shape), self.grid.rows
+            width, sampled = self.grid.width, self.values[: self.grid.size]
+            for block in np.unique(rows // together):
+                inside = np.flatnonzero(rows // together == block)
+                if len(inside) < min(together, self.shape[0] - block * together):
+                    continue
+                if checksum(sampled[inside[0] * width : (inside[-1] + 1) * width]) != self.sums[block]:
+                    return f"row {block * together} does not have its checksum"
+        return ""
+
+    def held(self) -> tuple[I64, Array]:
+        """Return flat indices and values of what every recording of this output holds: all, or the grid."""
+        if self.grid is None:
+            return np.arange(self.size), self.values
+        return self.grid.indices, self.values[: self.grid.size]
 
     def held_rows(self) -> I64:
         """Return the rows of the first axis of which an element is held, sorted."""
@@ -142,14 +167,25 @@ def narrow(values: Array) -> Array:
     return values
 
 
+def common(a: Packed, b: Packed) -> tuple[Array, Array]:
+    """Return the values that both of two arrays of one dtype and shape hold, in the same order."""
+    if a.grid is None and b.grid is None:
+        return a.values, b.values
+    ours, theirs = a.indices(), b.indices()
+    if np.array_equal(ours, theirs):
+        return a.values, b.values
+    _, left, right = np.intersect1d(ours, theirs, return_indices=True)
+    return a.values[left], b.values[right]
+
+
 def distance(a: Packed, b: Packed) -> tuple[float, float | None, str]:
     """Return the share of elements that differ in a bit, the largest absolute difference, and a remark.
 
-    Of sampled outputs the share is that of what was sampled, and the remark says which rows differ in the whole.
+    Of sampled outputs the share is that of what both hold, and the remark says which rows differ in the whole.
     """
     if (a.tag, a.shape) != (b.tag, b.shape):
         return 1.0, None, f"{a.tag}{list(a.shape)} against {b.tag}{list(b.shape)}"
-    (_, left), (_, right) = a.held(), b.held()
+    left, right = common(a, b)
     changed = codec.bits(left) != codec.bits(right)
     with np.errstate(all="ignore"):
         gap = np.abs(_wide(left) - _wide(right))[changed]

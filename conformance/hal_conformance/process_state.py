@@ -1,30 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Switches of the whole process that an implementation may leave in another position, and the cases after it meet.
+"""What an implementation could leave changed in the process: switches of torch and numpy, under which later cases run.
 
-They are read before a case runs and compared afterwards. A switch that was left moved is a verdict of its own, for the
-case that moved it, and is put back: the others are judged under what they were promised. What a read costs matters,
-since it is paid twice a case: all of them together take some sixty microseconds.
+An operator may set what it likes while it computes. What it leaves set changes the results of whatever comes after it,
+in a training as in this suite, and there the fault would show in another operator's name.
+
+The random generators are no part of it: who draws moves them. Neither are replaced functions (`Tensor.softmax = mine`):
+there is no end to what would have to be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
+import torch
+
+from hal.fp32_switch import has_fp32_switches, own_value
+from hal_conformance.text import plain
+
+SHOWN = 3
+"""Of what was left changed; the rest is counted."""
+
+_C: Any = torch._C
+_NO_SWITCHES = frozenset(
+    {
+        "_get_tracing_state", "_get_value_trace", "_get_graph_exec_group", "_get_tensor_metadata", "_get_thread_name",
+        "_get_dispatch_mode", "_get_torch_function_state", "_get_warnAlways", "_get_qengine",
+    }
+)  # fmt: skip
+"""What torch can get and set that is no setting: a tracer's state, a thread's name; or none of numbers."""
+_OF_THEIR_OWN = frozenset({"_get_deterministic_algorithms"})
+"""Switches whose setter takes more than the value that is read."""
+_TINY = 1e-310
+_guards: list[Any] = []
+"""Inference modes that were ended for somebody who left one; each lasts as long as its object."""
 
 
 @dataclass(frozen=True)
-class Switch:
-    """One of them.
+class Kind:
+    """One thing that can be left changed.
 
     Attributes:
-        name: for people.
-        read: returns its position, comparable by `==`.
-        write: puts it into a position.
-        told: whether leaving it moved is a fault. The number of threads changes no more than an order of sums, and
-            an implementation may want another one: it is put back without a word.
+        name: for the reader.
+        read: returns it; what it raises counts as a value.
+        write: sets it to what `read` returned before. What it raises is ignored: the process is then not restored.
+        told: whether leaving it changed is a fault. The number of threads changes no more than an order of sums, and an
+            implementation may want another one: it is put back without a word.
     """
 
     name: str
@@ -34,76 +60,212 @@ class Switch:
 
 
 class ProcessState:
-    """The switches of this process, for a device of one type.
+    """The state at the moment of construction, to which it can be put back.
 
     Args:
-        device_type: torch's name for it, for its autocast.
+        device_type: of the tensors, such as `cuda`, for autocast and the current stream.
     """
 
     def __init__(self, device_type: str) -> None:
-        self._switches = [*_numpy(), *_torch(device_type)]
+        self._kinds = tuple(kinds(device_type))
+        self._reads = tuple(kind.read for kind in self._kinds)
+        self._values = self._now()
 
-    def read(self) -> tuple[Any, ...]:
-        """Return the position of every switch."""
-        return tuple(switch.read() for switch in self._switches)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of everything that is compared."""
+        return tuple(kind.name for kind in self._kinds)
 
-    def restore(self, before: tuple[Any, ...]) -> list[str]:
-        """Put every switch back to where it was; return those that should not have moved, each with its position."""
-        moved = []
-        for switch, old in zip(self._switches, before, strict=True):
-            now = switch.read()
-            if now != old:
-                switch.write(old)
-                if switch.told:
-                    moved.append(f"{switch.name} at {now}")
-        return moved
+    def put_back(self) -> tuple[str, bool]:
+        """Put back whatever is not as it was.
+
+        Returns:
+            What was left changed, as a phrase, empty if nothing was; and whether everything is as it was now. If it is
+            not, this process can be trusted with no further case.
+        """
+        now = self._now()
+        if now == self._values:
+            return "", True
+        phrases = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for at, kind in enumerate(self._kinds):
+                if now[at] != self._values[at] and kind.told:
+                    phrases.append(f"{kind.name} at {plain(now[at], 60)}")
+                if _read(kind.read) != self._values[at]:  # one that was put back may have moved another
+                    _try(kind.write, self._values[at])
+        more = f" and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
+        said = f"left {', '.join(phrases[:SHOWN])}{more}" if phrases else ""
+        return said, self._now() == self._values
+
+    def _now(self) -> list[Any]:
+        try:
+            return [read() for read in self._reads]
+        except Exception:  # noqa: BLE001  two switches contradict each other, or there is none
+            return [_read(read) for read in self._reads]
 
 
-def _numpy() -> list[Switch]:
-    return [Switch("numpy's handling of floating-point errors", np.geterr, lambda old: np.seterr(**old))]
+def kinds(device_type: str) -> Iterator[Kind]:
+    """Yield what is compared, in the order in which it is to be put back: what moves others comes before them."""
+    yield Kind("numpy's reactions to floating-point errors", np.geterr, lambda value: np.seterr(**value))
+    yield Kind("numpy's handler of floating-point errors", np.geterrcall, np.seterrcall)
+    yield Kind("the flushing of denormals", lambda: _TINY * 0.5 == 0, torch.set_flush_denormal)
+    yield Kind("torch's number of threads", torch.get_num_threads, torch.set_num_threads, told=False)
+    yield Kind("torch's default dtype", torch.get_default_dtype, torch.set_default_dtype)
+    yield Kind("torch's default device", _default_device, torch.set_default_device)
+    yield Kind("torch's function modes", _C._len_torch_function_stack, _pop_function_modes)
+    yield Kind("torch's dispatch modes", _C._len_torch_dispatch_stack, _pop_dispatch_modes)
+    yield Kind("torch's inference mode", torch.is_inference_mode_enabled, _set_inference_mode)
+    yield Kind("torch's gradient mode", torch.is_grad_enabled, torch.set_grad_enabled)
+    yield Kind(
+        "torch's anomaly detection",
+        lambda: (torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()),
+        lambda value: torch.set_anomaly_enabled(*value),
+    )
+    yield Kind("autograd's multithreading", _C._is_multithreading_enabled, torch.autograd.set_multithreading_enabled)
+    hooks = _C._autograd
+    if hasattr(hooks, "_top_saved_tensors_default_hooks"):  # torch 2.7 has it
+        yield Kind("hooks of saved tensors", lambda: hooks._top_saved_tensors_default_hooks(False), _pop_hooks)
+    for of in dict.fromkeys(("cpu", device_type)):
+        if _C._is_autocast_available(of):
+            yield Kind(f"autocast on {of}", *_autocast(of))
+    yield Kind("the nesting of autocast", _nesting, _set_nesting)
+    yield Kind("the cache of autocast", torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled)
+    yield Kind(
+        "deterministic algorithms",
+        lambda: (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()),
+        lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1]),
+    )
+    einsum: dict[str, Any] = vars(vars(torch.backends.opt_einsum)["m"])  # its attributes are slow to read
+    yield Kind(
+        "torch.backends.opt_einsum",
+        lambda: (einsum["enabled"], einsum["strategy"]),
+        lambda value: einsum.update(enabled=value[0], strategy=value[1]),
+    )
+    yield from _switches()
+    if has_fp32_switches():
+        # "all" before its operations, which may inherit it.
+        for operation, library in product(("all", "matmul", "conv", "rnn"), ("generic", "cuda", "mkldnn")):
+            if (library, operation) == ("generic", "all") or library != "generic":
+                yield _fp32(library, operation)
+    if device_type != "cpu" and hasattr(torch, "accelerator"):
+        accelerator: Any = torch.accelerator
+        for name, get, put in (("device", "current_device_index", "set_device_index"),
+                               ("stream", "current_stream", "set_stream")):  # fmt: skip
+            if not isinstance(_read(getattr(accelerator, get)), Unread):
+                yield Kind(f"the current {name}", getattr(accelerator, get), getattr(accelerator, put))
 
 
-def _torch(device_type: str) -> list[Switch]:
-    import torch
+@dataclass(frozen=True)
+class Unread:
+    """In place of a value: what reading it raised."""
 
-    tiny = torch.tensor(2.0**-1070, dtype=torch.float64)  # torch tells no other way whether it flushes these
-    mkldnn: Any = torch.backends.mkldnn
-    found = [
-        Switch("gradient mode", torch.is_grad_enabled, torch.set_grad_enabled),
-        Switch("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
-        Switch(
-            "the default device",
-            lambda: str(torch.get_default_device()),
-            lambda old: torch.set_default_device(None if old == "cpu" else old),
-        ),
-        Switch("the number of threads", torch.get_num_threads, torch.set_num_threads, told=False),
-        Switch(
-            "deterministic algorithms",
-            lambda: (
-                torch.are_deterministic_algorithms_enabled(),
-                torch.is_deterministic_algorithms_warn_only_enabled(),
-            ),
-            lambda old: torch.use_deterministic_algorithms(old[0], warn_only=old[1]),
-        ),
-        Switch("flushing of subnormals", lambda: bool((tiny * 1) == 0), torch.set_flush_denormal),
-        Switch("mkldnn", lambda: mkldnn.enabled, lambda old: mkldnn.set_flags(old)),
-    ]
-    found += [
-        Switch(
-            f"autocast on {kind}",
-            lambda kind=kind: torch.is_autocast_enabled(kind),  # type: ignore[misc]
-            lambda old, kind=kind: torch.set_autocast_enabled(kind, old),  # type: ignore[misc]
-        )
-        for kind in dict.fromkeys(("cpu", device_type))
-    ]
-    for module, name in ((mkldnn, "mkldnn"), (torch.backends.cuda, "cuda")):
-        matmul = getattr(module, "matmul", None)
-        if hasattr(matmul, "fp32_precision"):  # since torch 2.9; reading the old one after setting these raises
-            found.append(
-                Switch(
-                    f"float32 precision of {name}'s matrix products",
-                    lambda matmul=matmul: matmul.fp32_precision,  # type: ignore[misc]
-                    lambda old, matmul=matmul: setattr(matmul, "fp32_precision", old),  # type: ignore[misc]
-                )
-            )
-    return found
+    kind: str
+
+    def __str__(self) -> str:
+        return f"what cannot be read ({self.kind})"
+
+
+def _read(read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except Exception as error:  # noqa: BLE001  see above
+        return Unread(type(error).__name__)
+
+
+def _try(write: Callable[[Any], object], value: Any) -> None:
+    with contextlib.suppress(Exception):  # whoever calls looks whether it helped
+        write(value)
+
+
+def _switches() -> Iterator[Kind]:
+    """Yield whatever torch can both get and set without a further argument: every vendor's, and the next release's."""
+    for name in dir(_C):
+        if not name.startswith("_get_") or name in _NO_SWITCHES | _OF_THEIR_OWN:
+            continue
+        setter = name.replace("_get_", "_set_", 1)
+        if name.endswith("_sdp_enabled"):
+            setter = f"_set_sdp_use_{name.removeprefix('_get_').removesuffix('_sdp_enabled')}"
+        write = getattr(_C, setter, None)
+        read = getattr(_C, name)
+        # The first reading tells whether it wants an argument.
+        if write is None or isinstance(value := _read(read), Unread):
+            continue
+        if hasattr(value, "__members__"):  # equality of pybind11's enums takes 5 microseconds, that of integers none
+            read, write = _numbered(read), _from_number(write, type(value))
+        elif isinstance(value, tuple):
+            write = _spread(write)
+        yield Kind(f"torch's {name.removeprefix('_get_')}", read, write)
+
+
+def _numbered(read: Callable[[], Any]) -> Callable[[], Any]:
+    return lambda: int(read())
+
+
+def _from_number(write: Callable[[Any], object], kind: type) -> Callable[[Any], object]:
+    return lambda value: write(kind(value))
+
+
+def _spread(write: Callable[..., object]) -> Callable[[Any], object]:
+    return lambda values: write(*values)
+
+
+def _fp32(library: str, operation: str) -> Kind:
+    own = own_value(library, operation)
+    getter, setter = _C._get_fp32_precision_getter, _C._set_fp32_precision_setter
+    # Read is the value in force, and written the node's own, which may be to inherit.
+    return Kind(
+        f"the fp32_precision of {library} {operation}",
+        lambda: getter(library, operation),
+        lambda _: setter(library, operation, own),
+    )
+
+
+def _default_device() -> Any:
+    context = getattr(getattr(torch, "_GLOBAL_DEVICE_CONTEXT", None), "device_context", None)
+    return None if context is None else context.device
+
+
+def _pop_function_modes(depth: int) -> None:
+    while _C._len_torch_function_stack() > depth:
+        _C._pop_torch_function_stack()
+
+
+def _pop_dispatch_modes(depth: int) -> None:
+    from torch.utils._python_dispatch import _pop_mode
+
+    while _C._len_torch_dispatch_stack() > depth:
+        _pop_mode()
+
+
+def _pop_hooks(pair: Any) -> None:
+    while (top := _C._autograd._top_saved_tensors_default_hooks(False)) is not None and top != pair:
+        _C._autograd._pop_saved_tensors_default_hooks()
+
+
+def _set_inference_mode(value: bool) -> None:
+    guard = _C._InferenceMode(value)
+    guard.__enter__()
+    _guards.append(guard)
+
+
+def _autocast(device_type: str) -> tuple[Callable[[], Any], Callable[[Any], object]]:
+    def read() -> tuple[bool, torch.dtype]:
+        return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def write(value: tuple[bool, torch.dtype]) -> None:
+        torch.set_autocast_enabled(device_type, value[0])
+        torch.set_autocast_dtype(device_type, value[1])
+
+    return read, write
+
+
+def _nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def _set_nesting(depth: int) -> None:
+    while _nesting() > depth:
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()

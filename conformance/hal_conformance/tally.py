@@ -54,8 +54,18 @@ def notable(rows: Iterable[Result]) -> list[Result]:
     return sorted(found, key=lambda row: {"red": 0, "amber": 1, "neutral": 2}[row.status.colour])
 
 
-def verdict(rows: Sequence[Result], missing: int, seconds: float) -> str:
-    """Return the sentence under the table: how much was judged, what came out, and what that means."""
+def verdict(
+    rows: Sequence[Result], missing: int, seconds: float, *, faults: Sequence[str] = (), amber: bool = False
+) -> str:
+    """Return the sentence under the table: how much was judged, what came out, and what that means.
+
+    Args:
+        rows: the results.
+        missing: how many named or required devices gave none.
+        seconds: that it took.
+        faults: what fails beside the results, in words.
+        amber: whether something beside the results needs a look.
+    """
     colours = {c: sum(row.status.colour == c for row in rows) for c in ("green", "amber", "red", "neutral")}
     counted = ", ".join(f"{n} {'not judged' if c == 'neutral' else c}" for c, n in colours.items() if n)
     judged = len(rows) - colours["neutral"]
@@ -63,7 +73,9 @@ def verdict(rows: Sequence[Result], missing: int, seconds: float) -> str:
         meaning = "NOTHING WAS JUDGED"
     elif colours["red"]:
         meaning = "DOES NOT AGREE with the float64 oracle"
-    elif colours["amber"]:
+    elif faults:
+        meaning = f"FAILS: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+    elif colours["amber"] or amber:
         meaning = "agrees within every bound; look at what is amber"
     else:
         meaning = "agrees with the float64 oracle within every derived bound"

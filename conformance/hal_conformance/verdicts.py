@@ -27,7 +27,7 @@ class Status(str, Enum):
     FAIL_NUMERIC = "FAIL-NUMERIC"  # outside a bound
     FAIL_DISCRETE = "FAIL-DISCRETE"  # a wrong expert, count, row or order
     FAIL_NONFINITE = "FAIL-NONFINITE"  # NaN or infinity where the oracle has a number, or the reverse
-    FAIL_STRUCTURE = "FAIL-STRUCTURE"  # wrong keys, shapes or dtypes
+    FAIL_STRUCTURE = "FAIL-STRUCTURE"  # wrong keys, shapes or dtypes, an input written into, a process left changed
     HANG = "HANG"
     CRASH = "CRASH"
     INVALID = "INVALID"  # not comparable, or not a status that this suite knows

@@ -22,12 +22,12 @@ from hal_conformance import arrays as codec
 from hal_conformance import wire
 from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
-from hal_conformance.process_state import ProcessState
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
     from hal_conformance.case import Arrays, Case, Footprint
+    from hal_conformance.process_state import ProcessState
 
 MAX_OUTPUT = 4 << 30
 """Bytes of outputs that one case may return; a wrong shape must not fill the memory of two processes."""
@@ -64,7 +64,9 @@ class _Worker:
         threading.Thread(target=self._listen, args=(commands,), daemon=True).start()
         self._device: Any = None
         self._ops: Any = None
-        self._threads = 0
+        self._first: ProcessState | None = None  # before any implementation was loaded
+        self._state: ProcessState | None = None  # as the one that is loaded wants it
+        self._left, self._restored = "", True
 
     def _listen(self, commands: IO[bytes]) -> None:
         """Queue what the parent sends. When the parent is gone, so is this process, even amid a case."""
@@ -116,7 +118,6 @@ class _Worker:
             reason = getattr(error, "reason", None) or (str(error) if isinstance(error, HalError) else _last(error))
             self._send({"event": "failed", "kind": kind, "detail": plain(reason)})
             return False
-        self._state = ProcessState(self._device.torch_device.type)
         self._send({"event": "loading", "opened": opened})
         return self._load(config["impl"], config["folder"])
 
@@ -125,11 +126,14 @@ class _Worker:
         import torch
 
         from hal_conformance import subject
+        from hal_conformance.process_state import ProcessState
 
         try:
-            self._threads = self._threads or torch.get_num_threads()
-            torch.set_num_threads(self._threads)  # an implementation before this one may have changed it
+            device_type = torch.device(self._device.torch_device).type
+            self._first = self._first or ProcessState(device_type)
+            self._first.put_back()  # an implementation before this one may have changed it while it was loaded
             self._ops = subject.load_implementation(impl, folder)
+            self._state = ProcessState(device_type)
         except BaseException as error:  # noqa: BLE001  importing an implementation may raise anything
             self._send({"event": "failed", "kind": "implementation", "detail": plain(_last(error))})
             return False
@@ -139,6 +143,7 @@ class _Worker:
     def _answer(self, number: int, case: Case, params: Params) -> tuple[dict[str, Any], Arrays]:
         answer: dict[str, Any] = {"event": "observed", "id": number, "status": None, "detail": "", "healthy": True}
         outputs: Arrays = {}
+        self._left, self._restored = "", True
         started = time.perf_counter()
         try:
             if reason := self._unsupported(case, params.dtype):
@@ -152,6 +157,12 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001  this is where foreign code ends up
             answer.update(self._excuse(error))
         answer["seconds"] = time.perf_counter() - started
+        answer["healthy"] = answer["healthy"] and self._restored
+        if self._left:
+            detail = "; ".join(filter(None, (answer["detail"], self._left)))
+            answer["detail"] = plain(detail)
+            if answer["status"] != Status.CRASH.value:
+                answer["status"], outputs = Status.FAIL_STRUCTURE.value, {}
         return answer, outputs
 
     def _unsupported(self, case: Case, dtype: str) -> str:
@@ -169,18 +180,16 @@ class _Worker:
         device = torch.empty(0, device=self._device.torch_device).device
         tensors = {name: codec.to_torch(array, device) for name, array in inputs.items()}
         given = dict(tensors)
-        before = self._state.read()
+        assert self._state is not None
         try:
             returned = case.run(self._ops, given, params)
             self._device.synchronize()
         finally:
-            moved = self._state.restore(before)
-        if moved:
-            raise Malformed(f"left {'; '.join(moved)}")
+            self._left, self._restored = self._state.put_back()
         outputs = _check(returned, device)
         for name, tensor in tensors.items():
-            after, original = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
-            if not np.array_equal(np.asarray(after), np.asarray(original)):
+            after, before = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
+            if not np.array_equal(np.asarray(after), np.asarray(before)):
                 raise Malformed(f"the implementation wrote into its input {name}")
         return outputs
 

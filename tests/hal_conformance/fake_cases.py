@@ -223,6 +223,52 @@ def _write_to_wire(x):
             pass
 
 
+def _leave_no_grad(x):
+    import torch
+
+    torch.set_grad_enabled(False)
+    np.seterr(all="raise")
+
+
+def _leave_a_mode(x):
+    """Leave what this process cannot get rid of: a mode that was there is gone."""
+    import torch
+
+    torch.set_default_device("cpu")
+
+
+def _leave_and_raise(x):
+    _leave_no_grad(x)
+    raise ValueError("and left it")
+
+
+def _leave_and_refuse(x):
+    _leave_no_grad(x)
+    _unsupported(x)
+
+
+class Watched:
+    """Leaves something in the first call, and is right in a later one only if nothing of it is left."""
+
+    def __init__(self, leave):
+        self.leave = leave
+        self.called = False
+
+    def double(self, x):
+        import torch
+
+        if not self.called:
+            self.called = True
+            self.leave(x)
+            return _right(x)
+        alright = torch.is_grad_enabled() and np.geterr()["over"] == "warn" and not torch._C._len_torch_function_stack()
+        return _right(x) if alright else {"y": x}
+
+
+leaves_no_grad = Watched(_leave_no_grad)
+leaves_a_mode = Watched(_leave_a_mode)
+leaves_and_raises = Watched(_leave_and_raise)
+leaves_and_refuses = Watched(_leave_and_refuse)
 raises = Once(_raise)
 raises_unprintable = Once(_raise_unprintable)
 hangs = Once(lambda x: time.sleep(600))

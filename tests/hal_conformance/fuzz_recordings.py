@@ -97,7 +97,7 @@ def sound() -> bytes:
         inputs = task.case.inputs(task.params)
         x = inputs["x_TD"]
         outputs = {
-            "y_TD": x, "experts_TK": inputs["n"], "loss": np.float32(3).reshape(()), "nan": x.reshape(-1)[:2] * np.nan
+            "y_TD": x, "experts_TK": inputs["n"], "loss": np.array(3, np.float32), "nan": x.reshape(-1)[:2] * np.nan
         }  # fmt: skip
         outputs["nan"] = outputs["nan"].astype(x.dtype)
         seen.append(Observation(task, None, outputs=outputs, hashes=arrays.digests(inputs)))

@@ -73,6 +73,31 @@ def test_differences_of_the_manifests_come_first():
     assert shown(found).lstrip().startswith("manifests differ:")
 
 
+def test_of_many_differences_of_the_manifests_the_first_are_printed_and_all_are_in_the_json():
+    opened = copy.deepcopy(recordings.OPENED)
+    opened["environment"] = {"CUDA_VISIBLE_DEVICES": "3", **{f"E{number}": "x" * 5 for number in range(40_000)}}
+    opened["versions"] = {"driver": "2", "hal": "0"}
+    other = recordings.make(opened=opened)
+    found = compare([recordings.parse(recordings.make(), "a"), recordings.parse(other, "b")])
+    text = shown(found)
+    assert len(text.splitlines()) < 250
+    assert "manifests differ:\n  versions.driver\n    fake:0@a: 1\n    fake:0@b: 2\n  environment.E0\n" in text
+    assert f"  and {40_002 - comparison_table.FACTS} more; --json has them all" in text
+    assert "CUDA_VISIBLE_DEVICES" not in text, "which card it is comes last"
+    assert len(found.as_json()["differences"]["manifest"]) == 40_002
+
+
+def test_of_many_recordings_each_value_is_printed_once():
+    made = []
+    for number in range(30):
+        opened = copy.deepcopy(recordings.OPENED)
+        opened["versions"] |= {"driver": "2" if number == 29 else "1", "host": f"node-{number}"}
+        made.append(recordings.parse(recordings.make(opened=opened), f"r{number}"))
+    text = shown(compare(made))
+    assert "  versions.driver\n    fake:0@r0 and 28 others: 1\n    fake:0@r29: 2\n" in text
+    assert f"    fake:0@r11: node-11\n    and {30 - comparison_table.VALUES} more values\n" in text
+
+
 def test_a_crash_on_the_recording_host_is_red_here():
     found = compare([recordings.parse(recordings.make(edit=recordings.crashed))])
     assert found.report.results[0].status is Status.CRASH
@@ -83,6 +108,7 @@ def test_a_recording_of_which_nothing_was_judged_does_not_hide_behind_another():
     dead = recordings.make(edit=recordings.unsupported)
     found = compare([recordings.parse(recordings.make(), "good"), recordings.parse(dead, "dead")])
     assert found.unjudged() == ["fake:0@dead"]
+    assert "verdict: FAILS: nothing of fake:0@dead could be judged" in shown(found)
     assert found.exit_status() == 1
     assert compare([recordings.parse(recordings.make(), "good")]).exit_status() == 0
 

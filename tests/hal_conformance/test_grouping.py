@@ -7,6 +7,7 @@ import copy
 import io
 import json
 
+import fake_cases
 import numpy as np
 import pytest
 import recordings
@@ -26,18 +27,20 @@ from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.results import to_json
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
+from hal_conformance.verdicts import Judgement, Status
 
 
-def card(number, driver="550.54", change=lambda y: y, **versions):
+def card(number, driver="550.54", change=lambda y: y, environment=None, **versions):
     opened = copy.deepcopy(recordings.OPENED)
     opened["info"]["id"] = f"fake:{number}"
+    opened["environment"] = environment or {}
     opened["versions"] |= {"driver": driver, "host": f"host-{number}", **versions}
     return recordings.parse(recordings.make(opened=opened, change=change), f"card-{number}")
 
 
-def shown(found):
+def shown(found, width=160, **options):
     stream = io.StringIO()
-    comparison_table.show(found, Console(file=stream, width=160, markup=False, highlight=False))
+    comparison_table.show(found, Console(file=stream, width=width, markup=False, highlight=False), **options)
     return stream.getvalue()
 
 
@@ -113,19 +116,61 @@ def test_a_fact_that_only_the_odd_one_has_explains_it():
     assert "\x1b" not in shown(found)
 
 
-@pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "LOCAL_RANK"])
-def test_which_card_it_is_explains_nothing(variable):
-    cards = []
-    for number in range(4):
-        opened = copy.deepcopy(recordings.OPENED)
-        opened["environment"] = {variable: str(int(number == 2))}
-        change = recordings.one_ulp if number == 2 else lambda y: y
-        cards.append(recordings.parse(recordings.make(opened=opened, change=change), f"card-{number}"))
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES",
+        "MUSA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "LOCAL_RANK", "RANK", "OMPI_COMM_WORLD_RANK", "HAL_DEVICE",
+    ],
+)  # fmt: skip
+def test_which_card_it_is_excuses_no_card(variable):
+    cards = [card(n, change=recordings.one_ulp if n == 2 else lambda y: y, environment={variable: "2" if n == 2 else "0"})
+             for n in range(3)]  # fmt: skip
     found = compare(cards, group_by="driver")
-    (odd,) = next(iter(found.grouping.groups.values())).odd.values()
-    assert odd.explained_by == []
-    assert found.exit_status() == 1
-    assert shown(found).splitlines()[-1].startswith("verdict: ODD ONE OUT")
+    (group,) = found.grouping.groups.values()
+    assert [odd.explained_by for odd in group.odd.values()] == [[]]
+    assert found.odd() == ["fake:2@card-2"]
+
+
+def test_a_variable_that_changes_numbers_explains_still():
+    cards = [card(0), card(1), card(2, change=recordings.one_ulp, environment={"CUBLAS_WORKSPACE_CONFIG": ":16:8"})]
+    assert compare(cards, group_by="driver").odd() == []
+
+
+def judged_alike(number, change=lambda y: y, **options):
+    """Return a card whose other bits are within its bound: no result of it is red."""
+    made = card(number, change=change, **options)
+    for entry in made.entries:
+        object.__setattr__(entry, "claim", Judgement(Status.PASS, 0.5))
+    return made
+
+
+@pytest.fixture
+def lenient(monkeypatch):
+    monkeypatch.setattr(fake_cases.Doubling, "judge", lambda *_: Judgement(Status.PASS, 0.5))
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("cards", "status", "strictly"),
+    [
+        ([{}, {}, {}], 0, 0),
+        ([{}, {}, {"change": recordings.one_ulp}], 1, 1),
+        ([{}, {}, {"change": recordings.one_ulp, "cublas": "13"}], 0, 1),
+        ([{}, {"change": recordings.one_ulp}], 0, 1),
+    ],
+)
+def test_the_last_line_says_what_the_exit_status_says(cards, status, strictly, strict, lenient):
+    found = compare([judged_alike(number, **options) for number, options in enumerate(cards)], group_by="driver")
+    assert all(row.status is Status.PASS for row in found.report.results)
+    expected = strictly if strict else status
+    assert found.exit_status(strict=strict) == expected
+    last = shown(found, 40, strict=strict).rstrip().splitlines()[-1]
+    assert last.startswith("verdict: FAILS: " if expected else "verdict: agrees "), last
+    if status:
+        assert "fake:2@card-2 is not like the others of its group, and nothing says why" in last
+    elif strictly and not strict:
+        assert "look at what is amber" in last
 
 
 def test_groups_that_differ_are_told_and_nobody_in_them_is_odd():

@@ -97,6 +97,28 @@ def test_what_an_implementation_does_costs_its_own_case_and_no_other(impl, statu
     assert (good.dtype, good.status) == ("bfloat16", Status.EXACT)
 
 
+@pytest.mark.parametrize(
+    ("impl", "status", "words"),
+    [
+        (
+            "leaves_no_grad",
+            Status.FAIL_STRUCTURE,
+            "left numpy's reactions to floating-point errors at {'divide': 'raise',",
+        ),
+        ("leaves_no_grad", Status.FAIL_STRUCTURE, "torch's gradient mode at False"),
+        ("leaves_a_mode", Status.FAIL_STRUCTURE, "left torch's default device at cpu"),
+        ("leaves_and_raises", Status.CRASH, "raised ValueError: and left it"),
+        ("leaves_and_raises", Status.CRASH, "torch's gradient mode at False"),
+        ("leaves_and_refuses", Status.FAIL_STRUCTURE, "has no doubling; left numpy's reactions"),
+    ],
+)
+def test_what_a_case_leaves_changed_in_the_process_is_its_own_fault_and_no_other_cases(impl, status, words):
+    first, *others = run(impl).results
+    assert first.status is status
+    assert words in first.detail
+    assert {row.status for row in others} == {Status.EXACT}
+
+
 def test_what_does_not_fit_this_host_is_skipped_with_its_size_and_not_run():
     report = run("good", cases=("huge.*[a]",))
     assert {row.status for row in report.results} == {Status.SKIPPED}

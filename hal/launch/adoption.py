@@ -103,7 +103,7 @@ class Adoption:
         for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)
-        modules.install(modules.StandIns(replaced), self._patches)
+        modules.install(modules.StandIns(replaced), redirection, self._patches)
         return redirection
 
     def entries(self) -> list[Entry]:

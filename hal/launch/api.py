@@ -59,6 +59,30 @@ class Api:
 TABLE: dict[str, Api] = {}
 
 
+@dataclass(frozen=True)
+class Door:
+    """A name that stays torch's own, and of which what it is given or answers is translated.
+
+    Attributes:
+        name: as the program writes it: `torch.autocast`, `torch.Tensor.to`.
+        verdict: as in `Api`.
+        note: what a user should know.
+    """
+
+    name: str
+    verdict: Verdict
+    note: str = ""
+
+
+DOORS: dict[str, Door] = {}
+
+
+def door(*names: str, verdict: Verdict = "native", note: str = "") -> None:
+    """Enter names whose arguments or answers are translated where they are defined."""
+    for name in names:
+        DOORS[name] = Door(name, verdict, note)
+
+
 def api(
     *names: str, verdict: Verdict = "native", forwards: bool = False, belief: bool = False, note: str = ""
 ) -> Callable[[F], F]:

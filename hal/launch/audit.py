@@ -80,6 +80,12 @@ class Audit:
         if not inside(frame):
             self.count(api, frame)
 
+    def count_nearest(self, api: str, frame: FrameType) -> None:
+        """Count something of torch's own that the program set going, under the program's nearest frame."""
+        nearest = outside(frame)
+        if nearest is not None:
+            self.count(api, nearest)
+
     def note(self, kind: Kind, api: str, note: str, frame: FrameType | None, nbytes: int = 0) -> bool:
         """Note something that is not as on CUDA, under the nearest frame of the program.
 

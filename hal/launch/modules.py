@@ -13,11 +13,15 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal.launch import api
 from hal.launch.caller import is_insider
+from hal.launch.libraries import LIBRARIES
 from hal.launch.patches import Patches
+
+if TYPE_CHECKING:
+    from hal.launch.redirection import Redirection
 
 
 class StandIn(ModuleType):
@@ -130,7 +134,14 @@ def seen(original: Any) -> Any:
     return original if _current is None else _current.of(original)
 
 
-def install(stand_ins: StandIns, patches: Patches) -> None:
+def _advise(error: ModuleNotFoundError, redirection: Redirection) -> None:
+    """Add to the error of a missing library of CUDA kernels what a program can do without it here."""
+    library = LIBRARIES.get(error.name or "")
+    if library is not None and "; on " not in error.msg:
+        error.msg += f"; on {redirection.device.info.id} there is none of its {library.what}: {library.instead}"
+
+
+def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> None:
     """Give stand-ins to everybody outside of torch: from now on by import, and where names were imported before."""
     global _current
     _current = stand_ins
@@ -138,7 +149,11 @@ def install(stand_ins: StandIns, patches: Patches) -> None:
     python_import, import_module = builtins.__import__, importlib.import_module
 
     def __import__(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: N807
-        module = python_import(name, globals, locals, fromlist, level)
+        try:
+            module = python_import(name, globals, locals, fromlist, level)
+        except ModuleNotFoundError as error:
+            _advise(error, redirection)
+            raise
         if _awaited:
             _look()
         if _current is None or globals is None or is_insider(globals.get("__name__")):

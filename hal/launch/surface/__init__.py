@@ -14,6 +14,7 @@ from hal.launch.surface import (
     default_device,
     distributed,
     operators,
+    tensors,
 )
 
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "default_device",
     "distributed",
     "operators",
+    "tensors",
 ]

@@ -6,12 +6,19 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from hal.launch import api as state
-from hal.launch.api import api
+from hal.launch.api import api, door
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+
+door(
+    "torch.autocast", "torch.amp.autocast", "torch.amp.autocast_mode.autocast", "torch.cuda.amp.autocast",
+    "torch.cuda.amp.autocast_mode.autocast", "torch.amp.GradScaler", "torch.amp.grad_scaler.GradScaler",
+    "torch.cuda.amp.GradScaler", "torch.cuda.amp.grad_scaler.GradScaler", note="in float16 by default, as on CUDA",
+)  # fmt: skip
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -19,6 +26,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     import torch
     from torch.amp.autocast_mode import autocast
     from torch.amp.grad_scaler import GradScaler
+    from torch.compiler import is_compiling
 
     autocast_init, scaler_init = autocast.__init__, GradScaler.__init__
 
@@ -26,6 +34,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
                   cache_enabled: bool | None = None) -> None:  # fmt: skip
         r = state._active
         if r is not None and device_type == "cuda":
+            if not is_compiling():
+                r.audit.count_nearest("torch.amp.autocast", sys._getframe(1))
             device_type = r.type
             # The default is CUDA's own, or what the program set for CUDA; a CPU's would be bfloat16.
             dtype = torch.get_autocast_dtype("cuda") if dtype is None else dtype
@@ -33,7 +43,10 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     def scaler(self: Any, device: str = "cuda", *args: Any, **kwargs: Any) -> None:
         r = state._active
-        scaler_init(self, device if r is None else r.translate_type(device), *args, **kwargs)
+        if r is not None and device == "cuda":
+            r.audit.count_nearest("torch.amp.GradScaler", sys._getframe(1))
+            device = r.type
+        scaler_init(self, device, *args, **kwargs)
 
     patches.set(autocast, "__init__", autocast_)
     patches.set(GradScaler, "__init__", scaler)

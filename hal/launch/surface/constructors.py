@@ -5,13 +5,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
+from operator import is_ as _is
 from typing import Any
 
 from hal.launch import api as state
+from hal.launch.api import door
 from hal.launch.modules import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+
+door("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.DeviceMesh")
+door("torch.distributed.fsdp.FullyShardedDataParallel", "torch.nn.parallel.DistributedDataParallel",
+     "torch.nn.parallel.distributed.DistributedDataParallel")  # fmt: skip
+door("torch.utils.data.DataLoader", "torch.utils.data.dataloader.DataLoader", note="pins nothing on a CPU")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -30,20 +38,22 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
 def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
     """Replace a constructor by one that translates some of its arguments."""
-    original = owner.__init__
+    original, called = owner.__init__, f"{owner.__module__}.{owner.__qualname__}"
     places = {name: index for index, name in enumerate(inspect.signature(original).parameters)}
 
     @functools.wraps(original)
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         r = state._active
         if r is not None:
-            changed = list(args)
+            changed, before = list(args), list(kwargs.values())
             for name, function in translate.items():
                 place = places[name] - 1  # without self
                 if name in kwargs:
                     kwargs[name] = function(r, kwargs[name])
                 elif place < len(changed):
                     changed[place] = function(r, changed[place])
+            if not (all(map(_is, changed, args)) and all(map(_is, kwargs.values(), before))):
+                r.audit.count_nearest(called, sys._getframe(1))
             args = tuple(changed)
         original(self, *args, **kwargs)
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api as state
-from hal.launch.api import api
+from hal.launch.api import api, door
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
     import torch
+
+door("torch.set_default_device")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

@@ -9,6 +9,7 @@ device. It costs 7 to 9 microseconds for each tensor that is made so, and nothin
 from __future__ import annotations
 
 import contextlib
+import sys
 from typing import Any
 
 from hal.launch.patches import Patches
@@ -42,7 +43,10 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
 
 def _made(operator: Any, redirection: Redirection) -> Any:
+    name = f"torch.{operator.name().removeprefix('aten::').partition('.')[0]}"
+
     def make(*args: Any, device: Any = None, pin_memory: Any = None, **kwargs: Any) -> Any:
+        redirection.audit.count_nearest(name, sys._getframe(1))
         return operator(*args, device=redirection.translate(device), **kwargs)
 
     return make

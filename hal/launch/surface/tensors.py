@@ -12,12 +12,22 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api
+from hal.launch.api import door
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
     import torch
+
+door(
+    "torch.Tensor.device", "torch.Tensor.is_cuda", "torch.Tensor.get_device", "torch.Tensor.to", "torch.Tensor.cuda",
+    "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
+    "torch.Tensor.new_empty_strided", "torch.Tensor.new_zeros", "torch.Tensor.new_ones", "torch.Tensor.new_full",
+    "torch.Tensor.histc", "torch.nn.Module.to", "torch.nn.Module.cuda", "torch.nn.Module.cpu",
+)  # fmt: skip
+door("torch.Tensor.pin_memory", "torch.Tensor.is_pinned", "torch.Tensor.record_stream", verdict="emulated",
+     note="nothing to do on a CPU")  # fmt: skip
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

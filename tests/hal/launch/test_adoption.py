@@ -418,3 +418,11 @@ def test_modules_and_functions_that_are_seen_can_be_pickled(cuda):
 def test_import_hal_imports_no_torch():
     code = "import hal, sys; hal.release(); assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_library_of_kernels_is_an_import_error_that_says_what_to_do():
+    with hal.adopt("cpu"), pytest.raises(ModuleNotFoundError, match=r"No module named 'flash_attn'; on cpu.*sdpa"):
+        import flash_attn
+    with pytest.raises(ModuleNotFoundError) as caught:
+        import flash_attn  # noqa: F401
+    assert "sdpa" not in str(caught.value)

@@ -99,7 +99,8 @@ class Adoption:
             replaced.setdefault(module, {})[attribute] = factories.maker(name, original)
         api.activate(redirection)
         tensors.install(redirection, self._patches)
-        doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler)
+        doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler,
+                 surface.script)  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)

@@ -141,6 +141,11 @@ def _advise(error: ModuleNotFoundError, redirection: Redirection) -> None:
         error.msg += f"; on {redirection.device.info.id} there is none of its {library.what}: {library.instead}"
 
 
+def stood_in() -> list[tuple[Any, Any]]:
+    """Return what of torch's is replaced for the program, and by what."""
+    return [] if _current is None else _current.pairs()
+
+
 def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> None:
     """Give stand-ins to everybody outside of torch: from now on by import, and where names were imported before."""
     global _current

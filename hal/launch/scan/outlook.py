@@ -73,6 +73,8 @@ def outlook(api: str, backend: Backend) -> Outlook:
         return Outlook(door.verdict, door.note) if on_cpu else Outlook("native")
     if api.startswith("torch.backends."):
         return Outlook("emulated", "kept, and read by nobody on this device")
+    if any(name.startswith(f"{api}.") for name in (*TABLE, *DOORS)):
+        return Outlook("native")  # a module that is handed on, such as torch.cuda itself
     if api.startswith(("torch.cuda.", "torch._C._cuda")):
         return Outlook("refused", "not redirected: torch's own answers, which finds no CUDA")
     return Outlook("native")

@@ -14,6 +14,7 @@ from hal.launch.surface import (
     default_device,
     distributed,
     operators,
+    script,
     tensors,
 )
 
@@ -30,5 +31,6 @@ __all__ = [
     "default_device",
     "distributed",
     "operators",
+    "script",
     "tensors",
 ]

@@ -8,8 +8,11 @@ is traced: there every tensor of the device's type counts as on the device.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 from hal.launch.caller import is_insider
@@ -30,7 +33,29 @@ def install(redirection: Redirection, patches: Patches) -> None:
     when_loaded("torch._dynamo.variables.tensor", "TensorVariable", tensors)
     when_loaded("torch._dynamo.symbolic_convert", "InstructionTranslatorBase", lambda kind: _imports(patches, kind))
     when_loaded("torch._dynamo.trace_rules", "get_tensor_method", lambda function: _methods(patches, function))
+    when_loaded("torch._dynamo.eval_frame", "skip_code", _not_by_themselves)
     patches.on_undo(_forget_compiled)
+
+
+def _not_by_themselves(skip_code: Callable[[CodeType], None]) -> None:
+    """Keep the compiler from compiling our functions where the program's own code is not compiled but run.
+
+    It follows into calls of functions that it gave up, and would take ours for the program's.
+    """
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hal.launch."):
+            for thing in vars(module).values():
+                code = getattr(thing, "__code__", None)
+                if isinstance(code, CodeType) and code.co_filename == module.__file__:
+                    for part in _with_inner(code):
+                        skip_code(part)
+
+
+def _with_inner(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for part in code.co_consts:
+        if isinstance(part, CodeType):
+            yield from _with_inner(part)
 
 
 def _forget_compiled() -> None:
@@ -97,4 +122,4 @@ def _methods(patches: Patches, function: Any) -> None:
     import torch._dynamo.trace_rules as rules
 
     known = function() | {getattr(torch._C.TensorBase, name) for name in _REPLACED_METHODS}
-    patches.set(rules, "get_tensor_method", lambda: known)
+    patches.set(rules, "get_tensor_method", functools.cache(lambda: known))  # torch clears its cache

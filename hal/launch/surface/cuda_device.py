@@ -93,7 +93,7 @@ def exchange_device(r: Redirection, device: int) -> int:
     return before
 
 
-@value("torch.cuda.device")
+@value("torch.cuda.device", "torch.accelerator.device_index")
 def device_context(r: Redirection) -> type:
     """The context manager that makes a device current."""
     return CudaDevice

@@ -426,3 +426,56 @@ def test_a_missing_library_of_kernels_is_an_import_error_that_says_what_to_do():
     with pytest.raises(ModuleNotFoundError) as caught:
         import flash_attn  # noqa: F401
     assert "sdpa" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_scripted_code_finds_what_stands_in_for_torchs_functions(cuda):
+    torch = cuda.torch
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return helper(x) + torch.ones(2, device="cuda")
+
+    def helper(x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x) + torch.arange(2, device="cuda")
+
+    assert torch.jit.script(helper)(torch.ones(2)).tolist() == [0, 1]
+    assert torch.jit.script(Model())(torch.ones(2)).tolist() == [1, 2]
+    assert not [entry for entry in cuda.adoption.entries() if entry.kind == "change"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_what_scripted_code_asks_of_devices_is_a_change_of_meaning(cuda):
+    torch = cuda.torch
+
+    def branches(x: torch.Tensor) -> bool:
+        return x.is_cuda
+
+    torch.jit.script(branches)
+    (change,) = [entry for entry in cuda.adoption.entries() if entry.kind == "change"]
+    assert change.file == __file__
+    assert change.api == "torch.jit.script"
+    assert "is_cuda" in change.note
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_the_table_of_scripts_is_torchs_own_after_a_release():
+    from torch.jit import _builtins
+
+    before = dict(_builtins._get_builtin_table())
+    with hal.adopt("cpu"):
+        torch = importlib.import_module("torch")
+
+        def ones(x: torch.Tensor) -> torch.Tensor:
+            return torch.ones(2) + x
+
+        torch.jit.script(ones)
+    assert dict(_builtins._get_builtin_table()) == before
+
+
+def test_the_compiler_can_be_reset_while_a_device_is_adopted(cuda):
+    torch = cuda.torch
+    compiled = torch.compile(lambda x: x.device.type == "cuda", backend="eager")
+    assert compiled(torch.ones(2, device="cuda"))
+    importlib.import_module("torch._dynamo").reset()
+    assert compiled(torch.ones(2, device="cuda"))

@@ -52,7 +52,9 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
 
     Args:
         name: `backend` or `backend:index` as `list_devices` gives it, or "auto": the first real accelerator that is
-            not absent, otherwise the CPU. Without a name, HAL_DEVICE decides, and without that, "auto".
+            not absent, otherwise the CPU. Without a name, HAL_DEVICE decides, and without that, "auto". A process
+            that torchrun started takes, of several devices of a backend, that of its LOCAL_RANK; only an index names
+            one device for all.
         allocator: allocator settings. They act through environment variables, so torch must not be imported yet.
 
     Raises:
@@ -73,7 +75,8 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
     if name is None or name == "auto":
         return _open_automatic(allocator)
     try:
-        found = _find(name)
+        found, rank = _find(name)
+        because += rank
     except UnknownDevice as error:
         if not because.startswith("HAL_DEVICE"):
             raise
@@ -170,7 +173,26 @@ def _check_text(what: str, name: object) -> None:
         raise ConfigError(f"{what} is named by {name!r}", expected="its name as `hal devices` lists it, such as 'cpu'")
 
 
-def _find(name: str) -> DeviceInfo:
+def _of_rank(devices: list[DeviceInfo]) -> tuple[DeviceInfo, str]:
+    """Return which of a backend's devices is this process's, and why, if it is not simply the first.
+
+    A launcher may show each rank one device only, which is then the rank's own.
+
+    Raises:
+        Absent: there are several, and fewer than ranks.
+    """
+    rank = os.environ.get("LOCAL_RANK", "")
+    if len(devices) == 1 or not rank.isdecimal():
+        return devices[0], ""
+    if int(rank) >= len(devices):
+        raise Absent(
+            f"this process is rank {rank} of its host, and there are {len(devices)} devices", device=devices[0].backend,
+            hint="start one process for each device, or name a device with its index",
+        )  # fmt: skip
+    return devices[int(rank)], f", of LOCAL_RANK={rank}"
+
+
+def _find(name: str) -> tuple[DeviceInfo, str]:
     _check_text("a device", name)
     backend_name, colon, index = name.partition(":")
     plugin = find_plugin(backend_name)
@@ -188,14 +210,14 @@ def _find(name: str) -> DeviceInfo:
         there = ", ".join(info.id for info in candidates) or "none"
         reasons = f" ({'; '.join(own.discovery.left)})" if own.discovery.left else ""
         raise Absent(f"there is no such device{reasons}", device=name, expected=f"one of: {there}")
-    info = wanted[0]
+    info, rank = (wanted[0], "") if colon else _of_rank(wanted)
     if not info.simulated and not on_host(info):
         # Another backend may know better what this device is.
         others = [own if p.name == plugin.name else survey(p) for p in plugins.allowed()]
         lost = settle(others)[1].get(info.id)
         if lost is not None:
             raise Absent(lost, device=name)
-    return info
+    return info, rank
 
 
 def _open_automatic(allocator: AllocatorPlan | None) -> Device:
@@ -219,7 +241,8 @@ def _open_automatic(allocator: AllocatorPlan | None) -> Device:
     for info in sorted(real, key=lambda info: (on_host(info), info.id != "cpu")):
         kind = "no accelerator was found" if on_host(info) else "the first accelerator"
         try:
-            return _open(info, f"auto: {kind}" + (f" ({', '.join(passed)})" if passed else ""), allocator)
+            own, rank = _of_rank([other for other in real if other.backend == info.backend])
+            return _open(own, f"auto: {kind}{rank}" + (f" ({', '.join(passed)})" if passed else ""), allocator)
         except Absent as error:
             passed.append(f"{info.id}: absent on opening: {error.reason}")
         except Broken as error:

@@ -81,7 +81,9 @@ class Adoption:
         self._patches.on_undo(first.close)
         try:
             if first.torch_device.type != "cuda":
-                self.redirection = self._redirect(_all_of(name, first, self._patches), strict)
+                devices = _all_of(name, first, self._patches)
+                self.device = devices[0]
+                self.redirection = self._redirect(devices, strict)
         except BaseException:
             self._patches.undo()
             raise
@@ -134,9 +136,11 @@ def _all_of(name: str | None, first: Device, patches: Patches) -> list[Device]:
         return [first]
     from hal.registry import list_devices, open_device
 
-    devices = [first]
+    devices = []
     for info in list_devices():
-        if info.backend == first.info.backend and info.id != first.info.id:
+        if info.id == first.info.id:
+            devices.append(first)
+        elif info.backend == first.info.backend:
             devices.append(open_device(info.id))
             patches.on_undo(devices[-1].close)
     return devices

@@ -13,7 +13,7 @@ import torch
 
 import hal
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
-from hal.registry import AUTOLOAD
+from hal.registry import AUTOLOAD, _of_rank
 from hal.surveys import Survey, settle, undecided
 
 
@@ -68,6 +68,55 @@ def test_a_second_backend_on_the_cpu_is_listed_opened_and_left_out_by_auto_alike
     for name, opened in {"cpu": "cpu", "grab": "grab:0", "auto": "cpu"}.items():
         with hal.open_device(name) as device:
             assert device.info.id == opened
+
+
+def test_a_rank_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = claims("many", Specificity.PLATFORM, *(f"cuda:{i}" for i in range(4)))
+    four = [claim.info for claim in many.discovery.claims]
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert _of_rank(four) == (four[0], "")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert _of_rank(four) == (four[2], ", of LOCAL_RANK=2")
+    assert _of_rank(four[:1]) == (four[0], "")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(hal.Absent, match=r"many: .*rank 4 of its host, and there are 4 devices"):
+        _of_rank(four)
+    with hal.open_device("cpu") as device:
+        assert device.info.id == "cpu"
+
+
+PAIR = """
+import dataclasses
+from hal.backend import Backend, Claim, DeviceInfo, Discovery, Specificity
+
+class Pair(Backend):
+    plugin_api = (1, 0)
+    name = "pair"
+    vendor = "nobody"
+
+    def discover(self):
+        return Discovery(tuple(
+            Claim(DeviceInfo(f"pair:{i}", "pair", "nobody", None, None, None, f"pair:{i}", evidence=("a stub",)),
+                  Specificity.PLATFORM) for i in range(2)))
+
+    def open(self, info, changes):
+        from hal_cpu.backend import backend as cpu
+        return cpu.open(info, changes)
+
+backend = Pair()
+"""
+
+
+def test_an_index_names_one_device_for_all_ranks(
+    distributions: Any, only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributions.backend("pair", PAIR)
+    only("pair")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, opened in {"pair": "pair:1", "auto": "pair:1", "pair:0": "pair:0"}.items():
+        with hal.open_device(name) as device:
+            assert device.info.id == opened
+            assert ("LOCAL_RANK=1" in device.because) == (opened == "pair:1")
 
 
 def test_an_unknown_device_names_the_known_ones() -> None:

@@ -121,9 +121,13 @@ class Head:
         least = _least(self.dtype) * max(1.0, 1.0 / self.scale)
         rough = np.maximum(np.abs(ds) * 2.0 ** -SIGNIFICANDS[self.dtype], least) ** 2 / 3.0
         visible = self.stored > 0.0
-        own = p2 * (2.0 * slope**2 * self.own + var_dp + 4.0 * U32**2 * (dp**2 + dot**2)) + visible * rough
+        # What truncation loses of the products dP is of one sign.
+        cut = rule.rounding == "truncate"
+        of_dp, lost = (np.zeros_like(var_dp), var_dp) if cut else (var_dp, np.zeros_like(var_dp))
+        own = p2 * (2.0 * slope**2 * self.own + of_dp + 4.0 * U32**2 * (dp**2 + dot**2)) + visible * rough
+        one_sign = np.sqrt((ds * self.shared) ** 2 + p2 * lost)
         seen_by = visible.sum(0)[:, None].astype(np.float64)
-        return Slopes(self, ds, own, np.abs(ds) * self.shared, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
+        return Slopes(self, ds, own, one_sign, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
 
 
 @dataclass(frozen=True)
@@ -211,14 +215,13 @@ def heads(
 def attention(
     q_THd: Array, k_SGd: Array, v_SGe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> Chained:
-    """Return the result [T, H, e], stored."""
-    every = [inside.y for _, _, inside in heads(q_THd, k_SGd, v_SGe, scale, causal, dtype, rule)]
-    return _stack(every).stored(dtype)
+    """Return the result [T, H, e], not stored."""
+    return _stack([inside.y for _, _, inside in heads(q_THd, k_SGd, v_SGe, scale, causal, dtype, rule)])
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Result and gradients of attention, stored."""
+    """Result and gradients of attention, not stored."""
 
     y: Chained
     dq: Chained
@@ -229,8 +232,8 @@ class Gradients:
 def attention_backward(
     q_THd: Array, k_SGd: Array, v_SGe: Array, dy_THe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> Gradients:
-    """Return the result and the gradients; those of k and v add up over the query heads that share a key head, and
-    may be stored for each before that."""
+    """Return the result and the gradients, not stored; those of k and v add up over the query heads that share a key
+    head, and may be stored for each before that."""
     y, dq = [], []
     dk, dv = (Chained(np.zeros(array.shape), np.zeros(array.shape)) for array in (k_SGd, v_SGe))
     grouped = q_THd.shape[1] != k_SGd.shape[1]
@@ -240,7 +243,7 @@ def attention_backward(
         dq.append(of_q)
         dk[:, g] = dk[:, g] + (of_k.stored(dtype) if grouped else of_k)
         dv[:, g] = dv[:, g] + (of_v.stored(dtype) if grouped else of_v)
-    return Gradients(_stack(y).stored(dtype), _stack(dq).stored(dtype), dk.stored(dtype), dv.stored(dtype))
+    return Gradients(_stack(y), _stack(dq), dk, dv)
 
 
 def latent_attention(
@@ -255,7 +258,7 @@ def latent_attention(
     dtype: str,
     rule: Arithmetic,
 ) -> Chained:
-    """Return multi-head latent attention [T, H, e], stored.
+    """Return multi-head latent attention [T, H, e], not stored.
 
     Either order of the projections is admitted, and the variances of both are added: the keys and values projected up
     and stored; or q projected down and stored, and the sum of latents stored before it is projected up.
@@ -281,7 +284,7 @@ def latent_attention(
         centre = v.value[None] - inside.y.value[:, None]  # [T, S, e]
         var = inside.y.var + np.einsum("ts,tse->te", weights, centre**2) + of_sum @ up_v.value.T**2
         every.append(Chained(inside.y.value, var))
-    return _stack(every).stored(dtype)
+    return _stack(every)
 
 
 LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
@@ -291,7 +294,7 @@ LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
 def latent_backward(
     given: Mapping[str, Array], dy_THe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> dict[str, Chained]:
-    """Return the gradients of `LATENT`, stored, where both orders of the projections round none of their products.
+    """Return the gradients of `LATENT`, not stored, where both orders of the projections round none of their products.
 
     So keys and values, q up_k and dy up_v are exact in `dtype`; what is left are the errors of attention, and those of
 
@@ -339,8 +342,7 @@ def latent_backward(
         name: Chained(np.stack([part.value for part in made[name]]), np.stack([part.var for part in made[name]]))
         for name in ("up_k_HdL", "up_v_HeL")
     }
-    found = {**side, **up, "latent_SL": dlatent, "k_SR": dk_r}
-    return {name: found[name].stored(dtype) for name in LATENT}
+    return {**side, **up, "latent_SL": dlatent, "k_SR": dk_r}
 
 
 def _rounding(a: Chained, dtype: str) -> Chained:

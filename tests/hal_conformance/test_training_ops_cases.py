@@ -45,6 +45,10 @@ MEANT_FOR = {
     "positions_of_a_table": "rotary.many_positions",
     "one_head_is_not_turned": "rotary.many_positions",
     "one_token_is_not_turned": "rotary.one_token",
+    "doubles_one_row": "norm.rms_one_token",
+    "mean_of_one_block": "norm.rms_wide",
+    "infinite_rows_are_finite": "norm.rms_infinite",
+    "infinity_reaches_all_rows": "norm.layer_infinite",
 }
 """The case that is meant for a fault."""
 

@@ -49,6 +49,9 @@ MEANT_FOR = {
     "mean_of_one_block": "norm.rms_wide",
     "infinite_rows_are_finite": "norm.rms_infinite",
     "infinity_reaches_all_rows": "norm.layer_infinite",
+    "head_keeps_its_weights": "head.norm_two_weights",
+    "one_buffer_of_head": "head.norm_two_weights",
+    "head_spreads_nan": "head.norm_nan",
 }
 """The case that is meant for a fault."""
 

@@ -52,6 +52,7 @@ MEANT_FOR = {
     "head_keeps_its_weights": "head.norm_two_weights",
     "one_buffer_of_head": "head.norm_two_weights",
     "head_spreads_nan": "head.norm_nan",
+    "stores_divided_tokens": "head.norm",
 }
 """The case that is meant for a fault."""
 

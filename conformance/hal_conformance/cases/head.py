@@ -447,8 +447,8 @@ CASES = (
     ),
     NanInput(
         "head.norm_nan", "head", _HEAD,
-        "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of the "
-        "weights, and nothing else.",
+        "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of "
+        "the weights, and nothing else.",
     ),
     NoTokens("head.norm_no_tokens", "head", _HEAD, "Zero tokens: a gradient of the weights that is exactly zero."),
     TwoWeights(

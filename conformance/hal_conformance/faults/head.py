@@ -370,6 +370,30 @@ class HeadOfAnotherEpsilon(OwnNorm):
         return norm_D + 1e-6
 
 
+class Divided(Head):
+    """NormHead that divides x by the norms instead of the weights."""
+
+    def quotient(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x over the norms as it is multiplied, in float32."""
+        return x_TD
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = torch.linalg.vector_norm(wide_VD if through_norm else wide_VD.detach(), dim=0)
+        logits = F.linear(self.quotient(x_TD.float() / (norm_D + 1e-7), x_TD.dtype), wide_VD).to(x_TD.dtype)
+        return logits if train else logits.detach()
+
+
+@fault()
+class StoresDividedTokens(Divided):
+    """x is divided by the norms and stored, so that the terms of the weights' gradient are rounded."""
+
+    def quotient(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Divided.quotient`."""
+        return x_TD.to(dtype).float()
+
+
 @fault()
 class HeadTrainsAllOrNothing(Head):
     """The head has gradients of zero unless activations and weights are both trained."""

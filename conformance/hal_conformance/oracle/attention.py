@@ -110,12 +110,12 @@ class Head:
         var_dp = matmul_variance(dp, (dy**2) @ (v.T**2), dy.shape[1], rule)
         half = half_ulp(np.abs(self.y.value) + 4.0 * np.sqrt(self.y.var), self.dtype)
         dot = (dy * self.y.value).sum(1, keepdims=True)
-        var_dot = (
-            (dy**2 * (2.0 * self.y.var + half**2 / 3.0)).sum(1, keepdims=True)
-            + matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
+        of_sum = (
+            matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
             + (p**2 * (var_dp + dp**2 * U32**2)).sum(1, keepdims=True)
             + _matmul(dot, ((p * dp) ** 2).sum(1, keepdims=True), self.seen, Arithmetic())
         )
+        var_dot = (dy**2 * (2.0 * self.y.var + half**2 / 3.0)).sum(1, keepdims=True) + of_sum
         slope = dp - dot
         ds, p2 = p * slope, p**2
         least = _least(self.dtype) * max(1.0, 1.0 / self.scale)
@@ -124,7 +124,10 @@ class Head:
         # What truncation loses of the products dP is of one sign.
         cut = rule.rounding == "truncate"
         of_dp, lost = (np.zeros_like(var_dp), var_dp) if cut else (var_dp, np.zeros_like(var_dp))
-        own = p2 * (2.0 * slope**2 * self.own + of_dp + 4.0 * U32**2 * (dp**2 + dot**2)) + visible * rough
+        own = p2 * (2.0 * slope**2 * self.own + of_dp + 4.0 * U32**2 * (dp**2 + dot**2))
+        # Where the largest logit is subtracted and trained through, its key gets what a row's dS do not sum to 0.
+        largest = np.arange(p.shape[1]) == (p.argmax(1) if p.size else np.zeros(len(p)))[:, None]
+        own = own + largest * (own.sum(1, keepdims=True) + of_sum) + visible * rough
         one_sign = np.sqrt((ds * self.shared) ** 2 + p2 * lost)
         seen_by = visible.sum(0)[:, None].astype(np.float64)
         return Slopes(self, ds, own, one_sign, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)

@@ -41,6 +41,7 @@ MEANT_FOR = {
     "the_only_key_head_gets_a_mean": "attention.one_query",
     "hidden_keys_reach_gradients": "attention.hidden_backward",
     "takes_the_latent_for_dense": "attention.latent_strided",
+    "rotated_logits_in_storage": "attention.latent_full",
     "partial_table_in_storage": "rotary.many_positions",
     "positions_of_a_table": "rotary.many_positions",
     "one_head_is_not_turned": "rotary.many_positions",

@@ -322,8 +322,17 @@ class Latent(Forward):
         return merge([_judge("y_THe", outputs, want, p)])
 
 
+@dataclass(frozen=True)
 class LatentBackward(Latent):
-    """Multi-head latent attention and all of its gradients, where neither order of the projections rounds anything."""
+    """Multi-head latent attention and all of its gradients, where neither order of the projections rounds anything.
+
+    Attributes:
+        steep: how much larger the rotated parts are in 16 bits than numbers of variance 1. In float32, where logits are
+            stored as they are computed, nothing more would show, and next to a probability of nearly 1 all gradients
+            are differences of equal numbers.
+    """
+
+    steep: float = 1.0
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: quarters of small integers, projected by matrices with four ones or minus ones a row.
@@ -333,15 +342,16 @@ class LatentBackward(Latent):
         """
         s = self.sizes(p)
         rotated, rank, value = s.width // 2, 2 * s.width, s.width - 8
+        steep = 1.0 if p.dtype == "float32" else self.steep
 
         def integers(name: str, most: int, *shape: int) -> Any:
             return make.integers(p.seed, f"latent/exact/{name}", -most, most, *shape)
 
         arrays = {
             "q_THd": integers("q", 8, s.queries, s.heads, s.width) / 4.0,
-            "q_THR": make.normal(p.seed, "latent/qr", s.queries, s.heads, rotated),
+            "q_THR": make.normal(p.seed, "latent/qr", s.queries, s.heads, rotated) * steep,
             "latent_SL": integers("latent", 2, s.keys, rank),
-            "k_SR": make.normal(p.seed, "latent/kr", s.keys, rotated),
+            "k_SR": make.normal(p.seed, "latent/kr", s.keys, rotated) * steep,
             "up_k_HdL": make.sparse(p.seed, "latent/exact/up_k", 4, 1, s.heads, s.width, rank),
             "up_v_HeL": make.sparse(p.seed, "latent/exact/up_v", 4, 1, s.heads, value, rank),
             "dy_THe": integers("dy", 8, s.queries, s.heads, value) / 4.0,
@@ -467,8 +477,9 @@ CASES = (
     LATENT_BACKWARD,
     LatentBackward(
         "attention.latent_full", "attention", ("latent_attention",),
-        "As attention.latent_backward without a mask, 11 keys more than queries. " + _BOUND,
-        causal=False, before=11, share=1,
+        "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts four "
+        "times as large, whose share of the logits must not be rounded. " + _BOUND,
+        causal=False, before=11, share=1, steep=4.0,
     ),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),

@@ -391,6 +391,24 @@ class ShiftsTheRotatedKeys(Latent):
         return k_SR.roll(1, 0), scale
 
 
+@fault()
+class RotatedLogitsInStorage(Attention):
+    """The rotated parts' share of the logits of latent attention is rounded to the dtype before it is added."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        dtype, queries, keys = q_THd.dtype, len(q_THd), len(latent_SL)
+        k, v = (torch.einsum("sl,hdl->hsd", latent_SL, up).float() for up in (up_k_HdL, up_v_HeL))
+        rotated = torch.einsum("thr,sr->hts", q_THR.float(), k_SR.float())
+        logits = torch.einsum("thd,hsd->hts", q_THd.float(), k) + gradient_of(rotated.to(dtype).float(), rotated)
+        if causal:
+            logits = logits.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), -torch.inf)
+        return ((logits * scale).softmax(-1) @ v).transpose(0, 1).to(dtype)
+
+
 class OtherLatent(Attention):
     """Latent attention that is called with something else."""
 

@@ -317,7 +317,9 @@ def latent_backward(
         keys, values = np.concatenate((latent @ up_k[h].T, k_r), 1), latent @ up_v[h].T
         queries = np.concatenate((q[:, h], q_r[:, h]), 1)
         inside = Head.of(exact(queries), exact(keys), exact(values), scale, hidden, dtype, rule)
-        summed = Head.of(exact(queries), exact(keys), exact(latent), scale, hidden, dtype, rule).y.stored(dtype)
+        summed = Head.of(exact(queries), exact(keys), exact(latent), scale, hidden, dtype, rule).y
+        # For the gradients the probabilities are computed anew.
+        summed = Chained(summed.value, summed.var + inside.row * summed.value**2).stored(dtype)
         otherwise = product(_rounding(summed, dtype), exact(up_v[h].T), rule)
         inside = replace(inside, y=Chained(inside.y.value, inside.y.var + otherwise.var))
         slopes = inside.slopes(dy[:, h])

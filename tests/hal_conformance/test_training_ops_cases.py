@@ -35,6 +35,7 @@ MEANT_FOR = {
     "scale_in_storage": "attention.many_keys",
     "cuts_wide_values": "attention.many_keys",
     "dot_in_storage": "attention.many_keys",
+    "one_buffer_of_attention": "attention.pick",
     "attends_no_whole_tiles": "attention.tiles",
     "key_gradients_in_storage": "attention.tiles",
     "one_query_from_the_start": "attention.one_query",

@@ -154,6 +154,12 @@ class Pick(Forward):
             "v_SGe": make.store(values, p.dtype),
         }
 
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: before the result is read, the queries are asked again in another order."""
+        found = super().run(ops, tensors, p)
+        super().run(ops, {**tensors, "q_THd": tensors["q_THd"].flip(0)}, p)
+        return found
+
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: the result is a value, bit by bit in 16 bits; in float32 the normaliser may be rounded."""
         wrong = self.structure(inputs, outputs, p)
@@ -429,7 +435,7 @@ CASES = (
         "attention.pick", "attention", _NEEDS,
         "Every query matches one key so well that the other probabilities are 0: the result is that key's value, bit "
         "by bit in 16 bits. Every third query wants its own place, the last that it may see; query heads of a wrong "
-        "key head and masks that are off by one show.",
+        "key head and masks that are off by one show. Another call follows before the result is read.",
         before=5,
     ),
     Hidden(
@@ -477,8 +483,8 @@ CASES = (
     LATENT_BACKWARD,
     LatentBackward(
         "attention.latent_full", "attention", ("latent_attention",),
-        "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts four "
-        "times as large, whose share of the logits must not be rounded. " + _BOUND,
+        "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts "
+        "four times as large, whose share of the logits must not be rounded. " + _BOUND,
         causal=False, before=11, share=1, steep=4.0,
     ),
     Strided("attention.strided", CAUSAL),

@@ -76,7 +76,7 @@ class TrainingOps(Protocol):
         Query head h reads key head h // (H / G), as in Llama. With `causal` the T queries are the last of the S
         positions, so that query t sees the keys 0 to S - T + t (bottom right; torch's `is_causal` means top left).
         What a query does not see has no influence on its result, even where a key is NaN. (A value that is NaN may
-        show: every kernel multiplies hidden values by zero.)
+        show, and in the backward pass a key: every kernel multiplies these by zeros for what is hidden.)
 
         Store points: the logits and the softmax are in float32; the probabilities, normalised or not, may be rounded
         to the dtype before they are multiplied by v; the result is rounded once. Backward (FlashAttention's equations):

@@ -14,7 +14,8 @@ from hal.moe.torch_training_ops import TorchTrainingOps, torch_training_ops
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
 from hal_conformance.case import DTYPES, Params
-from hal_conformance.cases import attention, head, norm, rotary
+from hal_conformance.cases import attention, by_name, head, norm, rotary
+from hal_conformance.faults import VARIATIONS
 from hal_conformance.faults.attention import Composed
 from hal_conformance.faults.benign_attention import AbsorbedLatent, BlockedAttention
 from hal_conformance.faults.benign_head import FusedLoss
@@ -23,6 +24,39 @@ from hal_conformance.faults.norm import NormGradientsInStorage
 from hal_conformance.oracle.attention import attention_backward
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norms import rms_norm
+
+MEANT_FOR = {
+    "normaliser_in_storage": "attention.many_keys",
+    "normaliser_rounded_once": "attention.many_keys",
+    "nothing_is_rescaled": "attention.many_keys",
+    "results_in_storage": "attention.many_keys",
+    "keys_beyond_a_block": "attention.many_keys",
+    "scale_from_the_width": "attention.many_keys",
+    "scale_in_storage": "attention.many_keys",
+    "cuts_wide_values": "attention.many_keys",
+    "dot_in_storage": "attention.many_keys",
+    "one_buffer_of_attention": "attention.pick",
+    "attends_no_whole_tiles": "attention.tiles",
+    "key_gradients_in_storage": "attention.tiles",
+    "one_query_from_the_start": "attention.one_query",
+    "the_only_key_head_gets_a_mean": "attention.one_query",
+    "hidden_keys_reach_gradients": "attention.hidden_backward",
+    "takes_the_latent_for_dense": "attention.latent_strided",
+    "rotated_logits_in_storage": "attention.latent_full",
+    "partial_table_in_storage": "rotary.many_positions",
+    "positions_of_a_table": "rotary.many_positions",
+    "one_head_is_not_turned": "rotary.many_positions",
+    "one_token_is_not_turned": "rotary.one_token",
+    "doubles_one_row": "norm.rms_one_token",
+    "mean_of_one_block": "norm.rms_wide",
+    "infinite_rows_are_finite": "norm.rms_infinite",
+    "infinity_reaches_all_rows": "norm.layer_infinite",
+    "head_keeps_its_weights": "head.norm_two_weights",
+    "one_buffer_of_head": "head.norm_two_weights",
+    "head_spreads_nan": "head.norm_nan",
+    "stores_divided_tokens": "head.norm",
+}
+"""The case that is meant for a fault."""
 
 CASES = (*norm.CASES, *rotary.CASES, *attention.CASES, *head.CASES)
 EXACT = ("_powers", ".pick", ".quarter_turns", "no_tokens", ".none_count")
@@ -42,6 +76,14 @@ def test_the_portable_implementation_is_green_in_every_case(seed):
     found = verdicts(torch_training_ops, CASES, seed)
     assert len(found) > 100
     assert {key: v for key, v in found.items() if v.status.colour != "green"} == {}
+
+
+@pytest.mark.parametrize("name", MEANT_FOR)
+def test_a_fault_is_caught_by_the_case_that_is_meant_for_it(name):
+    case = by_name(MEANT_FOR[name])
+    for seed in (0, 1):
+        found = verdicts(VARIATIONS[name].make(), [case], seed)
+        assert "red" in {verdict.status.colour for verdict in found.values()}, found
 
 
 def test_torchs_layer_norm_of_16_bit_tensors_adds_up_gradients_in_16_bits():
@@ -79,7 +121,7 @@ def test_no_blocking_of_attention_exceeds_the_bound(seed, block, data):
     back = np.argsort(order)
     got[1], got[2] = got[1][..., back], got[2][..., back]
     for array, chained in zip(got, (want.y, want.dq, want.dk, want.dv), strict=True):
-        bounded = chained.bounded(dtype)
+        bounded = chained.within_deviations().stored(dtype)
         assert (np.abs(array.astype(np.float64) - bounded.value) <= bounded.bound).all()
 
 

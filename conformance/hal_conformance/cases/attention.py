@@ -108,7 +108,8 @@ class Attention(Base):
         rule = arithmetic(contract, p.dtype)
         want = attention_backward(q, k, v, dy, self.scale(p), self.causal, p.dtype, rule)
         pairs = {"y_THe": want.y, "dq_THd": want.dq, "dk_SGd": want.dk, "dv_SGe": want.dv}
-        return merge(_judge(name, outputs, chained, p) for name, chained in pairs.items())
+        queries = q.shape[0] * q.shape[1]
+        return merge(_judge(name, outputs, chained, p, queries) for name, chained in pairs.items())
 
 
 class Forward(Attention):
@@ -153,6 +154,12 @@ class Pick(Forward):
             "v_SGe": make.store(values, p.dtype),
         }
 
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: before the result is read, the queries are asked again in another order."""
+        found = super().run(ops, tensors, p)
+        super().run(ops, {**tensors, "q_THd": tensors["q_THd"].flip(0)}, p)
+        return found
+
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: the result is a value, bit by bit in 16 bits; in float32 the normaliser may be rounded."""
         wrong = self.structure(inputs, outputs, p)
@@ -184,6 +191,71 @@ class Hidden(Forward):
         clean = {name: array[: -self.LAST] for name, array in inputs.items()}
         want = self.result(clean, p, contract)
         return merge([_judge("y_THe", {"y_THe": outputs["y_THe"][: -self.LAST]}, want, p)])
+
+
+class HiddenBackward(Attention):
+    """The last keys are huge, only the last queries see them, and no gradient comes back through these."""
+
+    LAST = 3
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: hidden logits are NaN and infinite, though every input is finite.
+
+        A key of NaN would reach every query: dq = dS k, and 0 times NaN is NaN in every kernel. So keys are powers of
+        two whose products overflow (but in float16) where a mask must hide them, and the queries that see them are 0:
+        their probabilities are alike, and with an upstream gradient of 0 they add nothing to dk and dv. Hidden values
+        are large, too, and dy v is not too large for float32.
+        """
+        arrays = {name: array.copy() for name, array in super().inputs(p).items()}
+        large = 2.0**15 if p.dtype == "float16" else 2.0**127
+        arrays["k_SGd"][-self.LAST :] = large * np.array([1.0, -1.0, 1.0])[:, None, None]
+        arrays["v_SGe"][-self.LAST :] = min(large, 2.0**100)
+        for name in ("q_THd", "dy_THe"):
+            arrays[name][-self.LAST :] = 0.0
+        return arrays
+
+
+@dataclass(frozen=True)
+class Even(Attention):
+    """Many keys of similar probability, and sums of numbers of one sign.
+
+    Attributes:
+        queries: how many; the last positions.
+        keys: how many.
+        value: width of a value.
+    """
+
+    queries: int = 9
+    keys: int = 321
+    value: int = 72
+
+    HEADS = 4
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return Sizes(self.queries, self.keys, self.HEADS, self.HEADS // self.share, _WIDTHS[p.scale])
+
+    def scale(self, p: Params) -> float:
+        """See `Attention.scale`: no 1 / sqrt(d), and no number of 16 bits."""
+        return 0.3
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: logits of variance 1, values near 5.5, upstream gradients near 1.4.
+
+        A sum of S stored probabilities has the relative error u / sqrt(S), and one of e stored results has u / sqrt(e):
+        beside them the rounding of a running sum of either, which is u, is large. Half an ulp of y is small for its
+        size (y is below 8), that of D = sum(dy y) large (for e = 72, D is above 512). An error of D is one for all
+        keys; the outlier channel of the keys, which dS as a whole does not move, shows it. Values differ by 2, so that
+        results differ by several ulp from query to query, and are not all rounded the same way.
+        """
+        s, name = self.sizes(p), f"attention/even/{self.queries}/{self.keys}"
+        q = make.normal(p.seed, f"{name}/q", s.queries, s.heads, s.width) * (3.5 / np.sqrt(s.width))
+        k = make.normal(p.seed, f"{name}/k", s.keys, s.groups, s.width)
+        k[:, :, 3] += 8.0
+        v = 5.5 + make.normal(p.seed, f"{name}/v", s.keys, s.groups, self.value) * 2.0
+        dy = 1.4 + make.normal(p.seed, f"{name}/dy", s.queries, s.heads, self.value) / 4.0
+        arrays = {"q_THd": q, "k_SGd": k, "v_SGe": v, "dy_THe": dy}
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
 
 class NoTokens(Attention):
@@ -256,8 +328,17 @@ class Latent(Forward):
         return merge([_judge("y_THe", outputs, want, p)])
 
 
+@dataclass(frozen=True)
 class LatentBackward(Latent):
-    """Multi-head latent attention and all of its gradients, where neither order of the projections rounds anything."""
+    """Multi-head latent attention and all of its gradients, where neither order of the projections rounds anything.
+
+    Attributes:
+        steep: how much larger the rotated parts are in 16 bits than numbers of variance 1. In float32, where logits are
+            stored as they are computed, nothing more would show, and next to a probability of nearly 1 all gradients
+            are differences of equal numbers.
+    """
+
+    steep: float = 1.0
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: quarters of small integers, projected by matrices with four ones or minus ones a row.
@@ -267,15 +348,16 @@ class LatentBackward(Latent):
         """
         s = self.sizes(p)
         rotated, rank, value = s.width // 2, 2 * s.width, s.width - 8
+        steep = 1.0 if p.dtype == "float32" else self.steep
 
         def integers(name: str, most: int, *shape: int) -> Any:
             return make.integers(p.seed, f"latent/exact/{name}", -most, most, *shape)
 
         arrays = {
             "q_THd": integers("q", 8, s.queries, s.heads, s.width) / 4.0,
-            "q_THR": make.normal(p.seed, "latent/qr", s.queries, s.heads, rotated),
+            "q_THR": make.normal(p.seed, "latent/qr", s.queries, s.heads, rotated) * steep,
             "latent_SL": integers("latent", 2, s.keys, rank),
-            "k_SR": make.normal(p.seed, "latent/kr", s.keys, rotated),
+            "k_SR": make.normal(p.seed, "latent/kr", s.keys, rotated) * steep,
             "up_k_HdL": make.sparse(p.seed, "latent/exact/up_k", 4, 1, s.heads, s.width, rank),
             "up_v_HeL": make.sparse(p.seed, "latent/exact/up_v", 4, 1, s.heads, value, rank),
             "dy_THe": integers("dy", 8, s.queries, s.heads, value) / 4.0,
@@ -300,18 +382,24 @@ class LatentBackward(Latent):
         y = latent_attention(q, q_r, latent, k_r, up_k, up_v, scale, self.causal, p.dtype, rule)
         want = latent_backward(inputs, inputs["dy_THe"], scale, self.causal, p.dtype, rule)
         found = [_judge("y_THe", outputs, y, p)]
-        for name, chained in want.items():
+        for name in LATENT:
+            chained = want[name]
             # Errors of a query, of a key, or of a head's projection are correlated.
             independent = len(chained.value) * (chained.value.shape[1] if name.startswith("q") else 1)
-            bounded = chained.bounded(p.dtype)
+            bounded = chained.within_deviations().stored(p.dtype)
             found.append(judge(f"d{name}", outputs[f"d{name}"], bounded, independent=independent))
         return merge(found)
 
 
-def _judge(name: str, outputs: Arrays, want: Chained, p: Params) -> Finding:
-    """Judge an array [rows, heads, width]: as many errors are independent as there are rows of a head."""
+def _judge(name: str, outputs: Arrays, want: Chained, p: Params, queries: int | None = None) -> Finding:
+    """Judge an array [rows, heads, width]: as many errors are independent as there are rows of a head.
+
+    For keys and values no more than there are `queries` of a head, if these are said: an error of D is one for a query.
+    """
     independent = want.value.shape[0] * want.value.shape[1]
-    return judge(name, outputs[name], want.bounded(p.dtype), independent=independent)
+    if queries is not None:
+        independent = max(1, min(independent, queries))
+    return judge(name, outputs[name], want.within_deviations().stored(p.dtype), independent=independent)
 
 
 _NEEDS = ("attention",)
@@ -323,6 +411,13 @@ CAUSAL = Attention(
     "attention.causal", "attention", _NEEDS,
     "Causal attention with two query heads to a key head, and all three gradients. A sink, an outlier channel, and a "
     "query with huge logits. " + _BOUND,
+)  # fmt: skip
+LATENT_BACKWARD = LatentBackward(
+    "attention.latent_backward", "attention", ("latent_attention",),
+    "Multi-head latent attention and the gradients of queries, latent, rotated key and both projections, the "
+    "queries being the last of S positions. Keys, values, q up_k and dy up_v are integers and quarters that 16 "
+    "bits hold exactly, so that both orders of the projections have the same errors. " + _BOUND,
+    before=7, share=1,
 )  # fmt: skip
 CASES = (
     CAUSAL,
@@ -340,7 +435,7 @@ CASES = (
         "attention.pick", "attention", _NEEDS,
         "Every query matches one key so well that the other probabilities are 0: the result is that key's value, bit "
         "by bit in 16 bits. Every third query wants its own place, the last that it may see; query heads of a wrong "
-        "key head and masks that are off by one show.",
+        "key head and masks that are off by one show. Another call follows before the result is read.",
         before=5,
     ),
     Hidden(
@@ -348,6 +443,30 @@ CASES = (
         "The last three keys are NaN and infinite, their values the largest that there are: queries before them see "
         "nothing of it. A mask that is added instead of selected lets NaN through. (Values of NaN are not asked about: "
         "every kernel multiplies hidden values by 0.)",
+    ),
+    HiddenBackward(
+        "attention.hidden_backward", "attention", _NEEDS,
+        "The last three keys are as large as the dtype allows and their values are large; the queries that see them, "
+        "and their gradients from above, are 0. What a mask hides is NaN and infinite inside, and the three gradients "
+        "show nothing of it. (Keys of NaN are not asked about: every kernel multiplies hidden keys by a dS of 0.) "
+        + _BOUND,
+    ),
+    Even(
+        "attention.many_keys", "attention", _NEEDS,
+        "Nine queries over 321 keys of similar probability, values wider than keys, scale 0.3. Results and "
+        "D = sum(dy y) are sums of many numbers of one sign: an accumulator, a normaliser or a D of 16 bits is seen "
+        "beside the rounding of single probabilities. " + _BOUND,
+    ),
+    Even(
+        "attention.tiles", "attention", _NEEDS,
+        "As attention.many_keys: 128 queries over 256 keys, which blocks divide, as many key heads as query heads, and "
+        "values narrower than keys. Gradients of keys and values are sums of 128 numbers of one sign.",
+        share=1, queries=128, keys=256, value=8,
+    ),
+    Even(
+        "attention.one_query", "attention", _NEEDS,
+        "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
+        share=4, queries=1, keys=193,
     ),
     Overflow(
         "attention.overflow", "attention", _NEEDS,
@@ -361,17 +480,13 @@ CASES = (
         "key for all heads; the absorbed order of the projections is admitted, too. " + _BOUND,
         share=1,
     ),
-    LatentBackward(
-        "attention.latent_backward", "attention", ("latent_attention",),
-        "Multi-head latent attention and the gradients of queries, latent, rotated key and both projections, the "
-        "queries being the last of S positions. Keys, values, q up_k and dy up_v are integers and quarters that 16 "
-        "bits hold exactly, so that both orders of the projections have the same errors. " + _BOUND,
-        before=7, share=1,
-    ),
+    LATENT_BACKWARD,
     LatentBackward(
         "attention.latent_full", "attention", ("latent_attention",),
-        "As attention.latent_backward without a mask, 11 keys more than queries. " + _BOUND,
-        causal=False, before=11, share=1,
+        "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts "
+        "four times as large, whose share of the logits must not be rounded. " + _BOUND,
+        causal=False, before=11, share=1, steep=4.0,
     ),
     Strided("attention.strided", CAUSAL),
+    Strided("attention.latent_strided", LATENT_BACKWARD),
 )  # fmt: skip

@@ -118,6 +118,96 @@ class Normalised(HeadCase):
         return merge(found)
 
 
+class Narrow(Normalised):
+    """NormHead once, with a small vocabulary: what does not depend on its size."""
+
+    ROWS = dict.fromkeys(Normalised.ROWS, 257)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        x, weight = leaf(tensors["x_TD"]), leaf(tensors["weight_VD"])
+        y = ops.norm_head(x, weight, train=True, through_norm=self.through_norm)
+        backward(y, tensors["dy_TV"])
+        return observed({"y_TV": y, "dx_TD": x.grad, "dweight_VD": weight.grad})
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """Return a verdict on shapes and dtypes."""
+        shapes = {"y_TV": inputs["dy_TV"].shape, "dx_TD": inputs["x_TD"].shape, "dweight_VD": inputs["weight_VD"].shape}
+        return structure(outputs, {name: (shape, p.dtype) for name, shape in shapes.items()})
+
+
+class NanInput(Narrow):
+    """One element of x is NaN."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        at = len(arrays["x_TD"]) // 2
+        return {**arrays, "x_TD": make.with_one(arrays["x_TD"], np.nan, p.seed, "head/nan", at)}
+
+    @np.errstate(invalid="ignore")
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: the oracle's own NaN are the expected ones."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        tokens, width = inputs["x_TD"].shape
+        head = NormHead(inputs["x_TD"], inputs["weight_VD"], p.dtype, arithmetic(contract, p.dtype))
+        dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
+        pairs = {"y_TV": (head.logits, tokens), "dx_TD": (dx, tokens), "dweight_VD": (dweight, width)}
+        return merge(
+            judge(name, outputs[name], chained.bounded(p.dtype), independent=independent)
+            for name, (chained, independent) in pairs.items()
+        )
+
+
+class NoTokens(Narrow):
+    """Zero tokens."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array if name == "weight_VD" else array[:0] for name, array in super().inputs(p).items()}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: empty results, and a gradient of the weights that is exactly zero."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        return merge(exact(name, array, np.zeros_like(array)) for name, array in sorted(outputs.items()))
+
+
+class TwoWeights(Narrow):
+    """Weights that change between two calls, where they lie."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the same rows in reverse, every third column twice or four times as large."""
+        arrays = super().inputs(p)
+        weight = wide(arrays["weight_VD"])
+        then = weight[::-1] * 2.0 ** (np.arange(weight.shape[1]) % 3)
+        return {name: arrays[name] for name in ("x_TD", "weight_VD")} | {"then_VD": make.store(then, p.dtype)}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: the results of the first calls are kept."""
+        weight, y = tensors["weight_VD"].clone(), {}
+        for when in ("first", "then"):
+            if when == "then":
+                weight.copy_(tensors["then_VD"])
+            for mode, train in (("train", True), ("eval", False)):
+                y[f"{when}_{mode}_TV"] = ops.norm_head(tensors["x_TD"], weight, train=train)
+        return observed(y)
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        x, rule = inputs["x_TD"], arithmetic(contract, p.dtype)
+        every = {f"{when}_{mode}_TV": name for when, name in (("first", "weight_VD"), ("then", "then_VD"))
+                 for mode in ("train", "eval")}  # fmt: skip
+        wrong = structure(outputs, dict.fromkeys(every, ((len(x), len(inputs["weight_VD"])), p.dtype)))
+        if wrong is not None:
+            return wrong
+        want = {name: NormHead(x, inputs[name], p.dtype, rule).logits.bounded(p.dtype) for name in set(every.values())}
+        return merge(judge(name, outputs[name], want[of], independent=len(x)) for name, of in every.items())
+
+
 @dataclass(frozen=True)
 class CrossEntropy(HeadCase):
     """The loss and the gradient of the logits.
@@ -354,6 +444,17 @@ CASES = (
     Normalised(
         "head.norm_constant", "head", _HEAD,
         "As head.norm, with the norm a constant in the backward pass, as in Ling's published code.", through_norm=False,
+    ),
+    NanInput(
+        "head.norm_nan", "head", _HEAD,
+        "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of "
+        "the weights, and nothing else.",
+    ),
+    NoTokens("head.norm_no_tokens", "head", _HEAD, "Zero tokens: a gradient of the weights that is exactly zero."),
+    TwoWeights(
+        "head.norm_two_weights", "head", _HEAD,
+        "NormHead in training and evaluation, V = 257; then other weights are written where the first were, as a step "
+        "does, and both are called again: normalised weights, norms and results of the first calls are not kept.",
     ),
     ENTROPY,
     WithZ("head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2),

@@ -15,9 +15,9 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
-from hal_conformance.cases.sized import Aligned, Long
+from hal_conformance.cases.sized import Aligned, Long, Sized
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
@@ -174,6 +174,72 @@ class NanToken(Norm):
         return super().judge(inputs, outputs, p, contract)
 
 
+class InfiniteToken(Norm):
+    """One token that holds an infinity."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        at = len(arrays["x_TD"]) // 2
+        bad = np.inf if p.seed % 2 else -np.inf
+        return {**arrays, "x_TD": make.with_one(arrays["x_TD"], bad, p.seed, "norm/infinite", at)}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: what is infinite has no norm; what is beside it is 0 or NaN; other tokens are as ever.
+
+        RMSNorm gives x 0, which is 0 where x is finite; a root by Newton's method is NaN for an infinity. LayerNorm's
+        mean is infinite, and the whole row is not a number. The token's own gradient, and those of the parameters,
+        may be anything.
+        """
+        keeps_nonfinite(contract)
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        at = len(inputs["x_TD"]) // 2
+        others = np.arange(len(inputs["x_TD"])) != at
+        clean = {name: array[others] if name.endswith("_TD") else array for name, array in inputs.items()}
+        want, row = self.expected(clean), wide(outputs["y_TD"][at])
+        lost = np.isinf(wide(inputs["x_TD"][at])) | (self.kind == "layer")
+        admitted = np.where(lost & np.isfinite(row), np.nan, np.where(lost | np.isnan(row), row, 0.0))
+        found = [exact("y of the infinite token", outputs["y_TD"][at], admitted)]
+        for name, bounded in (("y_TD", want.y), ("dx_TD", want.dx)):
+            rows = len(bounded.value)
+            found.append(judge(name, outputs[name][others], bounded.stored(p.dtype), independent=rows))
+        return merge(found)
+
+
+class OneToken(Norm):
+    """One token."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return ("ling-lite",)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {name: array[:1] if name.endswith("_TD") else array for name, array in super().inputs(p).items()}
+
+
+class Wide(Sized):
+    """Few tokens, wider than what 1,024 threads read at a time."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return f"As {self.inner.name}, with {self.TOKENS} tokens of {self.WIDTH:,} channels. {self.inner.what}"
+
+    TOKENS = 9
+    WIDTH = 4104
+
+    def sizes(self, p: Params) -> Shape:
+        """See `Sized.sizes`."""
+        return Shape(self.TOKENS, self.WIDTH, self.WIDTH)
+
+
 class NoTokens(Norm):
     """Zero tokens."""
 
@@ -249,6 +315,18 @@ CASES = (
     Powers("norm.layer_powers", "norm", _LAYER, "LayerNorm" + _POWERS.format(" and the bias"), "layer", 0.0),
     NanToken("norm.rms_nan_token", "norm", _RMS, "As norm.rms, epsilon 1e-6, " + _NAN, eps=1e-6),
     NanToken("norm.layer_nan_token", "norm", _LAYER, "As norm.layer, epsilon 1e-6, " + _NAN, "layer", 1e-6),
+    InfiniteToken(
+        "norm.rms_infinite", "norm", _RMS,
+        "As norm.rms, with an infinity in one token: its own result is NaN, those beside it are 0 or NaN, and no other "
+        "token's result or gradient changes.",
+    ),
+    InfiniteToken(
+        "norm.layer_infinite", "norm", _LAYER,
+        "As norm.layer, with an infinity in one token, whose whole result is NaN; no other token's result or gradient "
+        "changes.", "layer",
+    ),
+    OneToken("norm.rms_one_token", "norm", _RMS, "As norm.rms with one token, as in decoding."),
+    OneToken("norm.layer_one_token", "norm", _LAYER, "As norm.layer with one token, as in decoding.", "layer"),
     Overflow(
         "norm.rms_overflow", "norm", _RMS,
         "RMSNorm with large weights in float16: results and gradients that are too large are infinite, as a loss scale "
@@ -260,6 +338,7 @@ CASES = (
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
     Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
+    Wide("norm.rms_wide", RMS), Wide("norm.layer_wide", LAYER),
     Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),
     Frozen("norm.layer_frozen", LAYER, ("x_TD",), twice=False),
 )  # fmt: skip

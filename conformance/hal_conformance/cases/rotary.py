@@ -6,6 +6,7 @@ Legend: T tokens, H heads, d width of a head, R rotated channels.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,16 +27,30 @@ HEADS = {"tiny": (3, 24), "small": (5, 40), "full": (16, 128)}
 """H and d: odd numbers of heads, and widths that are no powers of two."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """Of one instance."""
+
+    tokens: int
+    heads: int
+    width: int
+    rotated: int
+
+
 class Rotary(Base):
     """Queries or keys, rotated, and the gradient rotated back."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """Return the sizes: all channels are rotated."""
+        heads, width = HEADS[p.scale]
+        return Sizes(shape(p).tokens, heads, width, width)
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: only sizes depend on it."""
         return ("ling-lite",)
 
-    def table(self, p: Params, rotated: int) -> dict[str, Array]:
+    def table(self, p: Params, tokens: int, rotated: int) -> dict[str, Array]:
         """Return cos and sin of random angles, made from the tangent of half of each: no host's cosine is needed."""
-        tokens = shape(p).tokens
         tangent = make.words(p.seed, "rotary/tangent", tokens, rotated // 2) / 2.0**32
         signs = 1.0 - 2.0 * make.integers(p.seed, "rotary/signs", 0, 1, 2, tokens, rotated // 2)
         square = tangent * tangent
@@ -45,10 +60,11 @@ class Rotary(Base):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        tokens, (heads, width) = shape(p).tokens, HEADS[p.scale]
-        x = make.activations(p.seed, "rotary/x", tokens, heads * width).reshape(tokens, heads, width)
-        dy = make.normal(p.seed, "rotary/dy", tokens, heads, width)
-        return {"x_THd": make.store(x, p.dtype), **self.table(p, width), "dy_THd": make.store(dy, p.dtype)}
+        s = self.sizes(p)
+        x = make.activations(p.seed, "rotary/x", s.tokens, s.heads * s.width).reshape(s.tokens, s.heads, s.width)
+        dy = make.normal(p.seed, "rotary/dy", s.tokens, s.heads, s.width)
+        table = self.table(p, s.tokens, s.rotated)
+        return {"x_THd": make.store(x, p.dtype), **table, "dy_THd": make.store(dy, p.dtype)}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
@@ -70,13 +86,17 @@ class Rotary(Base):
 class QuarterTurns(Rotary):
     """Angles that are multiples of a right angle, on a part of the channels."""
 
+    def sizes(self, p: Params) -> Sizes:
+        """See `Rotary.sizes`."""
+        heads, width = HEADS[p.scale]
+        return Sizes(shape(p).tokens, heads, width, width // 4 * 2)
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: every bit of the dtype is used, and one token is NaN."""
-        tokens, (heads, width) = shape(p).tokens, HEADS[p.scale]
-        rotated = width // 4 * 2
-        turns = make.integers(p.seed, "rotary/turns", 0, 3, tokens, rotated // 2)
-        x, dy = (make.full_bits(p.seed, f"rotary/{name}", tokens, heads, width) for name in ("bits", "dbits"))
-        x[tokens // 2] = np.nan
+        s = self.sizes(p)
+        turns = make.integers(p.seed, "rotary/turns", 0, 3, s.tokens, s.rotated // 2)
+        x, dy = (make.full_bits(p.seed, f"rotary/{name}", s.tokens, s.heads, s.width) for name in ("bits", "dbits"))
+        x[s.tokens // 2] = np.nan
         return {
             "x_THd": make.store(x, p.dtype),
             "cos_TR": _both(np.array([1.0, 0.0, -1.0, 0.0])[turns]),
@@ -117,6 +137,25 @@ class Overflow(Rotary):
         return super().judge(inputs, outputs, p, contract)
 
 
+class OneToken(Rotary):
+    """One token."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Rotary.sizes`."""
+        heads, width = HEADS[p.scale]
+        return Sizes(1, heads, width, width)
+
+
+class ManyPositions(Rotary):
+    """Many tokens of one narrow head, of which a half is rotated."""
+
+    POSITIONS = {"tiny": 4129, "small": 32771, "full": 32771}  # noqa: RUF012  primes beyond 2^12 and 2^15
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Rotary.sizes`."""
+        return Sizes(self.POSITIONS[p.scale], 1, 8, 4)
+
+
 class NoTokens(Rotary):
     """Zero tokens."""
 
@@ -148,6 +187,12 @@ CASES = (
     Overflow(
         "rotary.overflow", "rotary", _NEEDS,
         "As rotary.random in float16, with numbers that a rotation carries beyond it: infinite, not the largest one.",
+    ),
+    OneToken("rotary.one_token", "rotary", _NEEDS, "As rotary.random with one token, as in decoding."),
+    ManyPositions(
+        "rotary.many_positions", "rotary", _NEEDS,
+        "As rotary.random with more than 4,096 positions (32,768 beyond tiny), one head, and random angles on half of "
+        "eight channels: a table of which rows are lost, and one that is rounded where a part is rotated, show.",
     ),
     NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
     Strided("rotary.strided", RANDOM),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ class Composed(Attention):
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
             logits = self.mask(logits, hidden.triu(self.first(len(q_THd), len(k_SGd))))
         p = self.softmax(logits, q_THd.dtype)
-        return torch.einsum("hts,she->the", p, v_SGe[:, head_H].float()).to(q_THd.dtype)
+        return self.sum(p, v_SGe[:, head_H].float(), q_THd.dtype).to(q_THd.dtype)
 
     def heads(self, heads: int, groups: int) -> Tensor:
         """Return the key head of each query head."""
@@ -53,6 +55,10 @@ class Composed(Attention):
     def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the probabilities in float32."""
         return logits_HTS.softmax(-1)
+
+    def sum(self, p_HTS: Tensor, v_SHe: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the sums of values, [T, H, e] in float32."""
+        return torch.einsum("hts,she->the", p_HTS, v_SHe)
 
 
 @fault("native-sparse-attention-triton#27")
@@ -137,6 +143,54 @@ class LogitsInStorage(Composed):
 
 
 @fault()
+class NormaliserRoundedOnce(Composed):
+    """The sum under the softmax is rounded to the dtype of storage when it is complete."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        powers = (logits_HTS - logits_HTS.detach().amax(-1, keepdim=True)).exp()
+        total = powers.sum(-1, keepdim=True)
+        return powers / (total + (total.to(dtype).float() - total).detach())
+
+
+@fault()
+class NothingIsRescaled(Composed):
+    """In an online softmax over blocks of 128 keys, what was summed is kept when the maximum grows."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        tops = [part.detach().amax(-1, keepdim=True) for part in logits_HTS.split(128, -1)]
+        for i in range(1, len(tops)):
+            tops[i] = torch.maximum(tops[i - 1], tops[i])
+        powers = [(part - top).exp() for part, top in zip(logits_HTS.split(128, -1), tops, strict=True)]
+        total = (logits_HTS - tops[-1]).exp().sum(-1, keepdim=True)
+        p: Tensor = torch.cat(powers, -1) / total
+        return p
+
+
+@fault()
+class ResultsInStorage(Composed):
+    """The result is rounded to the dtype of storage after every 16 keys."""
+
+    def sum(self, p_HTS: Tensor, v_SHe: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.sum`."""
+        exact: Tensor = super().sum(p_HTS, v_SHe, dtype)
+        total = torch.zeros_like(exact)
+        for p, v in zip(p_HTS.detach().split(16, 2), v_SHe.detach().split(16), strict=True):
+            total = (total + super().sum(p, v, dtype)).to(dtype).float()
+        return gradient_of(total, exact)
+
+
+@fault()
+class KeysBeyondABlock(Composed):
+    """Keys beyond the first 256 are not read."""
+
+    def logits(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.logits`."""
+        return torch.where(torch.arange(logits_HTS.shape[2]) >= 256, -1e4, logits_HTS)
+
+
+@fault()
 class LosesTheLastKeys(Composed):
     """Keys beyond a multiple of 32 are not read."""
 
@@ -157,6 +211,154 @@ class KeysGradientOfOneHead(Attention):
             k_SGd = torch.stack([k_SGd if i == 0 else k_SGd.detach() for i in range(share)], 2).flatten(1, 2)
             v_SGe = v_SGe.repeat_interleave(share, 1)
         return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+class OtherAttention(Attention):
+    """Attention that is called with something else, or whose result is changed."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Return the arguments."""
+        return q_THd, k_SGd, v_SGe, scale
+
+    def changed(self, y_THe: Tensor, width: int) -> Tensor:
+        """Return the changed result, for the width of the keys."""
+        return y_THe
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        y_THe = super().attention(*self.given(q_THd, k_SGd, v_SGe, scale), causal=causal)
+        return self.changed(y_THe, q_THd.shape[2])
+
+
+@fault()
+class ScaleFromTheWidth(OtherAttention):
+    """The scale is 1 / sqrt(d) whatever was asked."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """See `OtherAttention.given`."""
+        return q_THd, k_SGd, v_SGe, q_THd.shape[2] ** -0.5
+
+
+@fault()
+class ScaleInStorage(OtherAttention):
+    """The scale is rounded to bfloat16."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """See `OtherAttention.given`."""
+        return q_THd, k_SGd, v_SGe, float(torch.tensor(scale).bfloat16())
+
+
+@fault()
+class OneQueryFromTheStart(OtherAttention):
+    """A single query is put beside the first key."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """See `OtherAttention.given`."""
+        return (q_THd, k_SGd[:1], v_SGe[:1], scale) if len(q_THd) == 1 else (q_THd, k_SGd, v_SGe, scale)
+
+
+@fault()
+class TheOnlyKeyHeadGetsAMean(OtherAttention):
+    """Where all heads share one key head, its gradient is the mean over them, not their sum."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """See `OtherAttention.given`."""
+        return q_THd, gradient_of(k_SGd, k_SGd / q_THd.shape[1]) if k_SGd.shape[1] == 1 else k_SGd, v_SGe, scale
+
+
+@fault()
+class HiddenKeysReachGradients(OtherAttention):
+    """Gradients of queries are multiplied with zeros for the keys that a mask hides, all of them added up first."""
+
+    def given(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, float]:
+        """See `OtherAttention.given`."""
+        dirt = 0.0 * k_SGd.detach().float().sum()
+        return gradient_of(q_THd, q_THd * (1.0 + dirt).to(q_THd.dtype)), k_SGd, v_SGe, scale
+
+
+@fault()
+class CutsWideValues(OtherAttention):
+    """Channels of the result beyond the width of the keys are zero."""
+
+    def changed(self, y_THe: Tensor, width: int) -> Tensor:
+        """See `OtherAttention.changed`."""
+        return torch.cat((y_THe[..., :width], 0.0 * y_THe[..., width:]), -1)
+
+
+@fault()
+class OneBufferOfAttention(OtherAttention):
+    """Results without a gradient lie in one buffer, which the next call overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def changed(self, y_THe: Tensor, width: int) -> Tensor:
+        """See `OtherAttention.changed`."""
+        if y_THe.requires_grad:
+            return y_THe
+        return self._buffers.setdefault((y_THe.dtype, *y_THe.shape), torch.empty_like(y_THe)).copy_(y_THe)
+
+
+@fault()
+class AttendsNoWholeTiles(OtherAttention):
+    """Where 128 divides the number of queries, the last one's result is zero."""
+
+    def changed(self, y_THe: Tensor, width: int) -> Tensor:
+        """See `OtherAttention.changed`."""
+        return torch.cat((y_THe[:-1], 0.0 * y_THe[-1:])) if len(y_THe) and len(y_THe) % 128 == 0 else y_THe
+
+
+@fault()
+class KeyGradientsInStorage(Attention):
+    """Gradients of keys and values are rounded to the dtype of storage after every 8 queries."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        whole, keys, queries = super().attention, len(k_SGd), len(q_THd)
+        if not queries or not k_SGd.requires_grad:
+            return whole(q_THd, k_SGd, v_SGe, scale, causal=causal)
+        parts = []
+        for i, q in enumerate(q_THd.split(8)):
+            seen = keys - queries + 8 * i + len(q) if causal else keys
+            parts.append(whole(q, k_SGd[:seen], v_SGe[:seen], scale, causal=causal))
+        return torch.cat(parts)  # autograd adds up what the parts give in the dtype of k and v
+
+
+@fault()
+class DotInStorage(Attention):
+    """In the backward pass, D = sum(dy y) is rounded to the dtype of storage."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        share = q_THd.shape[1] // k_SGd.shape[1]
+        q, k, v = (t.transpose(0, 1) for t in (q_THd, *(t.repeat_interleave(share, 1) for t in (k_SGd, v_SGe))))
+        hidden = torch.zeros(len(q_THd), len(k_SGd), dtype=torch.bool)
+        if causal:
+            hidden = ~torch.ones_like(hidden).tril(len(k_SGd) - len(q_THd))
+        y: Tensor = _LowDot.apply(q, k, v, scale, hidden)  # type: ignore[no-untyped-call]
+        return y.transpose(0, 1)
+
+
+class _LowDot(torch.autograd.Function):
+    """Heads first; every head has keys of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
+        logits = (q.float() @ k.float().mT * scale).masked_fill(hidden, -torch.inf)
+        p = logits.softmax(-1)
+        y = (p @ v.float()).to(q.dtype)
+        ctx.save_for_backward(q, k, v, p, y)
+        ctx.scale = scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        q, k, v, p, y = ctx.saved_tensors
+        dot = (dy.float() * y.float()).sum(-1, keepdim=True).to(q.dtype).float()
+        ds = p * (dy.float() @ v.float().mT - dot) * ctx.scale
+        made = ds @ k.float(), ds.mT @ q.float(), p.mT @ dy.float()
+        return (*(gradient.to(q.dtype) for gradient in made), None, None)
 
 
 @fault()
@@ -202,6 +404,24 @@ class ShiftsTheRotatedKeys(Latent):
     def changed(self, q_THd: Tensor, q_THR: Tensor, k_SR: Tensor, scale: float) -> tuple[Tensor, float]:
         """See `Latent.changed`."""
         return k_SR.roll(1, 0), scale
+
+
+@fault()
+class RotatedLogitsInStorage(Attention):
+    """The rotated parts' share of the logits of latent attention is rounded to the dtype before it is added."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        dtype, queries, keys = q_THd.dtype, len(q_THd), len(latent_SL)
+        k, v = (torch.einsum("sl,hdl->hsd", latent_SL, up).float() for up in (up_k_HdL, up_v_HeL))
+        rotated = torch.einsum("thr,sr->hts", q_THR.float(), k_SR.float())
+        logits = torch.einsum("thd,hsd->hts", q_THd.float(), k) + gradient_of(rotated.to(dtype).float(), rotated)
+        if causal:
+            logits = logits.masked_fill(~torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries), -torch.inf)
+        return ((logits * scale).softmax(-1) @ v).transpose(0, 1).to(dtype)
 
 
 class OtherLatent(Attention):
@@ -263,6 +483,19 @@ class LatentCacheFromTheStart(OtherLatent):
         queries = len(arguments["q_THd"])
         first = {name: arguments[name][:queries] for name in ("latent_SL", "k_SR")}
         return {**arguments, **(first if causal else {})}, causal
+
+
+@fault()
+class TakesTheLatentForDense(OtherLatent):
+    """Queries, latent and rotated keys are read in the order of memory, whatever their strides."""
+
+    def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
+        """See `OtherLatent.given`."""
+        names = ("q_THd", "q_THR", "latent_SL", "k_SR")
+        dense = {
+            n: torch.as_strided(t, t.shape, torch.empty(t.shape).stride()) for n, t in arguments.items() if n in names
+        }
+        return {**arguments, **dense}, causal
 
 
 @fault()

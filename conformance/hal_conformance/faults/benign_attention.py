@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hal_conformance.faults.attention import Attention, Composed
 from hal_conformance.faults.catalogue import benign
+from hal_conformance.faults.parts import gradient_of
 
 LOG2_E = 1.4426950408889634
 
@@ -17,6 +18,26 @@ LOG2_E = 1.4426950408889634
 @benign()
 class ComposedAttention(Composed):
     """Attention as products and a softmax in float32."""
+
+
+@benign()
+class TrainsItsMaximum(Composed):
+    """A softmax from its steps, with a gradient through the maximum that is subtracted."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        powers = (logits_HTS - logits_HTS.max(-1, keepdim=True).values).exp()
+        return powers / powers.sum(-1, keepdim=True)
+
+
+@benign()
+class StoresProbabilities(Composed):
+    """Probabilities are normalised, and rounded to the dtype before they are multiplied by v."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        p = super().softmax(logits_HTS, dtype)
+        return gradient_of(p.to(dtype).float(), p)
 
 
 @benign()

@@ -9,7 +9,7 @@ from torch import Tensor
 from hal_conformance.faults.benign_norm import total
 from hal_conformance.faults.by_hand import by_hand
 from hal_conformance.faults.catalogue import benign
-from hal_conformance.faults.head import Head, OwnLoss
+from hal_conformance.faults.head import Divided, Head, OwnLoss
 
 
 @benign()
@@ -40,6 +40,11 @@ class NormInBlocks(Head):
         norm = (square if through_norm else square.detach()).sqrt()
         logits = x_TD @ (wide / (norm + 1e-7)).to(x_TD.dtype).t()
         return logits if train else logits.detach()
+
+
+@benign()
+class DividesTokens(Divided):
+    """NormHead that divides x by the norms, in float32, instead of the weights."""
 
 
 @benign()

@@ -370,6 +370,30 @@ class HeadOfAnotherEpsilon(OwnNorm):
         return norm_D + 1e-6
 
 
+class Divided(Head):
+    """NormHead that divides x by the norms instead of the weights."""
+
+    def quotient(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x over the norms as it is multiplied, in float32."""
+        return x_TD
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = torch.linalg.vector_norm(wide_VD if through_norm else wide_VD.detach(), dim=0)
+        logits = F.linear(self.quotient(x_TD.float() / (norm_D + 1e-7), x_TD.dtype), wide_VD).to(x_TD.dtype)
+        return logits if train else logits.detach()
+
+
+@fault()
+class StoresDividedTokens(Divided):
+    """x is divided by the norms and stored, so that the terms of the weights' gradient are rounded."""
+
+    def quotient(self, x_TD: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Divided.quotient`."""
+        return x_TD.to(dtype).float()
+
+
 @fault()
 class HeadTrainsAllOrNothing(Head):
     """The head has gradients of zero unless activations and weights are both trained."""
@@ -380,3 +404,68 @@ class HeadTrainsAllOrNothing(Head):
         if logits.requires_grad and not (x_TD.requires_grad and weight_VD.requires_grad):
             logits.register_hook(torch.zeros_like)
         return logits
+
+
+class OtherInput(Head):
+    """NormHead that is called with something else."""
+
+    def given(self, x_TD: Tensor, weight_VD: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+        """Return tokens and weights."""
+        raise NotImplementedError
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        x_TD, weight_VD = self.given(x_TD, weight_VD, train)
+        return super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+
+
+@fault()
+class HeadKeepsItsWeights(OtherInput):
+    """In evaluation the head's weights are those of the first evaluation of the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._kept: dict[tuple[object, ...], Tensor] = {}
+
+    def given(self, x_TD: Tensor, weight_VD: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+        """See `OtherInput.given`."""
+        if train:
+            return x_TD, weight_VD
+        key = (weight_VD.data_ptr(), weight_VD.dtype, *weight_VD.shape)
+        return x_TD, self._kept.setdefault(key, weight_VD.detach().clone())
+
+
+@fault()
+class HeadSpreadsNan(OtherInput):
+    """One NaN makes the logits of all tokens NaN."""
+
+    def given(self, x_TD: Tensor, weight_VD: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+        """See `OtherInput.given`."""
+        return x_TD + 0.0 * x_TD.float().sum().to(x_TD.dtype), weight_VD
+
+
+@fault()
+class HeadNeedsTokens(OtherInput):
+    """Without tokens the head raises."""
+
+    def given(self, x_TD: Tensor, weight_VD: Tensor, train: bool) -> tuple[Tensor, Tensor]:
+        """See `OtherInput.given`."""
+        if not len(x_TD):
+            raise RuntimeError("no tokens")
+        return x_TD, weight_VD
+
+
+@fault()
+class OneBufferOfHead(Head):
+    """Logits without a gradient lie in one buffer, which the next call overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: dict[tuple[object, ...], Tensor] = {}
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        logits = super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm)
+        if logits.requires_grad:
+            return logits
+        return self._buffers.setdefault((logits.dtype, *logits.shape), torch.empty_like(logits)).copy_(logits)

@@ -198,3 +198,48 @@ class NormsNoTokenBeyondABlock(Norm):
         """See `TrainingOps.layer_norm`."""
         y_TD = super().layer_norm(x_TD, weight_D, bias_D, eps)
         return torch.cat((y_TD[:1024], 0.0 * y_TD[1024:]))
+
+
+@fault()
+class DoublesOneRow(Norm):
+    """The result of a single token is doubled."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        y_TD = super().rms_norm(x_TD, weight_D, eps)
+        return 2.0 * y_TD if len(x_TD) == 1 else y_TD
+
+
+@fault()
+class MeanOfOneBlock(Norm):
+    """The mean square is that of the first 256 channels."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        wide = x_TD.float()
+        inverse = torch.rsqrt((wide * wide)[:, :256].mean(1, keepdim=True) + eps)
+        return (wide * inverse * weight_D.float()).to(x_TD.dtype)
+
+
+@fault()
+class InfiniteRowsAreFinite(Norm):
+    """A token that holds an infinity is taken for one that holds the largest number."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        infinite = x_TD.isinf()
+        signs = torch.where(infinite, x_TD.sign(), 0.0 * x_TD.sign())
+        return super().rms_norm(torch.where(infinite.any(1, keepdim=True), signs, x_TD), weight_D, eps)
+
+
+@fault()
+class InfinityReachesAllRows(Norm):
+    """An infinity in one token makes the gradients of all of them NaN."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        y_TD = super().layer_norm(x_TD, weight_D, bias_D, eps)
+        if x_TD.requires_grad:
+            dirt = 0.0 * x_TD.detach().float().sum()
+            x_TD.register_hook(lambda dx: dx + dirt.to(dx.dtype))
+        return y_TD

@@ -71,3 +71,51 @@ class RotationInStorage(Rotary):
         turned = torch.cat((-part[..., n // 2 :], part[..., : n // 2]), -1)
         c, s = cos_TR.to(x_THd.dtype)[:, None], sin_TR.to(x_THd.dtype)[:, None]
         return torch.cat((part * c + turned * s, x_THd[..., n:]), -1)
+
+
+class OtherTable(Rotary):
+    """Rotations that are called with something else."""
+
+    def given(self, x_THd: Tensor, table_TR: Tensor) -> Tensor:
+        """Return cosines or sines."""
+        raise NotImplementedError
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        return super().rotary(x_THd, self.given(x_THd, cos_TR), self.given(x_THd, sin_TR))
+
+
+@fault()
+class PartialTableInStorage(OtherTable):
+    """Where only a part of the channels turns, cosines and sines are rounded to bfloat16."""
+
+    def given(self, x_THd: Tensor, table_TR: Tensor) -> Tensor:
+        """See `OtherTable.given`."""
+        return table_TR.bfloat16().float() if table_TR.shape[1] < x_THd.shape[2] else table_TR
+
+
+@fault()
+class PositionsOfATable(OtherTable):
+    """Positions beyond the first 2,048 take the last of these."""
+
+    def given(self, x_THd: Tensor, table_TR: Tensor) -> Tensor:
+        """See `OtherTable.given`."""
+        return table_TR[torch.arange(len(table_TR)).clamp(max=2047)]
+
+
+@fault()
+class OneTokenIsNotTurned(Rotary):
+    """A single token passes unchanged, as if its position were 0."""
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        return x_THd.clone() if len(x_THd) == 1 else super().rotary(x_THd, cos_TR, sin_TR)
+
+
+@fault()
+class OneHeadIsNotTurned(Rotary):
+    """A single head passes unchanged."""
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        return x_THd.clone() if x_THd.shape[1] == 1 else super().rotary(x_THd, cos_TR, sin_TR)

@@ -110,20 +110,27 @@ class Head:
         var_dp = matmul_variance(dp, (dy**2) @ (v.T**2), dy.shape[1], rule)
         half = half_ulp(np.abs(self.y.value) + 4.0 * np.sqrt(self.y.var), self.dtype)
         dot = (dy * self.y.value).sum(1, keepdims=True)
-        var_dot = (
-            (dy**2 * (2.0 * self.y.var + half**2 / 3.0)).sum(1, keepdims=True)
-            + matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
+        of_sum = (
+            matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
             + (p**2 * (var_dp + dp**2 * U32**2)).sum(1, keepdims=True)
             + _matmul(dot, ((p * dp) ** 2).sum(1, keepdims=True), self.seen, Arithmetic())
         )
+        var_dot = (dy**2 * (2.0 * self.y.var + half**2 / 3.0)).sum(1, keepdims=True) + of_sum
         slope = dp - dot
         ds, p2 = p * slope, p**2
         least = _least(self.dtype) * max(1.0, 1.0 / self.scale)
         rough = np.maximum(np.abs(ds) * 2.0 ** -SIGNIFICANDS[self.dtype], least) ** 2 / 3.0
         visible = self.stored > 0.0
-        own = p2 * (2.0 * slope**2 * self.own + var_dp + 4.0 * U32**2 * (dp**2 + dot**2)) + visible * rough
+        # What truncation loses of the products dP is of one sign.
+        cut = rule.rounding == "truncate"
+        of_dp, lost = (np.zeros_like(var_dp), var_dp) if cut else (var_dp, np.zeros_like(var_dp))
+        own = p2 * (2.0 * slope**2 * self.own + of_dp + 4.0 * U32**2 * (dp**2 + dot**2))
+        # Where the largest logit is subtracted and trained through, its key gets what a row's dS do not sum to 0.
+        largest = np.arange(p.shape[1]) == (p.argmax(1) if p.size else np.zeros(len(p)))[:, None]
+        own = own + largest * (own.sum(1, keepdims=True) + of_sum) + visible * rough
+        one_sign = np.sqrt((ds * self.shared) ** 2 + p2 * lost)
         seen_by = visible.sum(0)[:, None].astype(np.float64)
-        return Slopes(self, ds, own, np.abs(ds) * self.shared, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
+        return Slopes(self, ds, own, one_sign, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
 
 
 @dataclass(frozen=True)
@@ -211,14 +218,13 @@ def heads(
 def attention(
     q_THd: Array, k_SGd: Array, v_SGe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> Chained:
-    """Return the result [T, H, e], stored."""
-    every = [inside.y for _, _, inside in heads(q_THd, k_SGd, v_SGe, scale, causal, dtype, rule)]
-    return _stack(every).stored(dtype)
+    """Return the result [T, H, e], not stored."""
+    return _stack([inside.y for _, _, inside in heads(q_THd, k_SGd, v_SGe, scale, causal, dtype, rule)])
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Result and gradients of attention, stored."""
+    """Result and gradients of attention, not stored."""
 
     y: Chained
     dq: Chained
@@ -229,8 +235,8 @@ class Gradients:
 def attention_backward(
     q_THd: Array, k_SGd: Array, v_SGe: Array, dy_THe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> Gradients:
-    """Return the result and the gradients; those of k and v add up over the query heads that share a key head, and
-    may be stored for each before that."""
+    """Return the result and the gradients, not stored; those of k and v add up over the query heads that share a key
+    head, and may be stored for each before that."""
     y, dq = [], []
     dk, dv = (Chained(np.zeros(array.shape), np.zeros(array.shape)) for array in (k_SGd, v_SGe))
     grouped = q_THd.shape[1] != k_SGd.shape[1]
@@ -240,7 +246,7 @@ def attention_backward(
         dq.append(of_q)
         dk[:, g] = dk[:, g] + (of_k.stored(dtype) if grouped else of_k)
         dv[:, g] = dv[:, g] + (of_v.stored(dtype) if grouped else of_v)
-    return Gradients(_stack(y).stored(dtype), _stack(dq).stored(dtype), dk.stored(dtype), dv.stored(dtype))
+    return Gradients(_stack(y), _stack(dq), dk, dv)
 
 
 def latent_attention(
@@ -255,7 +261,7 @@ def latent_attention(
     dtype: str,
     rule: Arithmetic,
 ) -> Chained:
-    """Return multi-head latent attention [T, H, e], stored.
+    """Return multi-head latent attention [T, H, e], not stored.
 
     Either order of the projections is admitted, and the variances of both are added: the keys and values projected up
     and stored; or q projected down and stored, and the sum of latents stored before it is projected up.
@@ -281,7 +287,7 @@ def latent_attention(
         centre = v.value[None] - inside.y.value[:, None]  # [T, S, e]
         var = inside.y.var + np.einsum("ts,tse->te", weights, centre**2) + of_sum @ up_v.value.T**2
         every.append(Chained(inside.y.value, var))
-    return _stack(every).stored(dtype)
+    return _stack(every)
 
 
 LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
@@ -291,7 +297,7 @@ LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
 def latent_backward(
     given: Mapping[str, Array], dy_THe: Array, scale: float, causal: bool, dtype: str, rule: Arithmetic
 ) -> dict[str, Chained]:
-    """Return the gradients of `LATENT`, stored, where both orders of the projections round none of their products.
+    """Return the gradients of `LATENT`, not stored, where both orders of the projections round none of their products.
 
     So keys and values, q up_k and dy up_v are exact in `dtype`; what is left are the errors of attention, and those of
 
@@ -311,7 +317,9 @@ def latent_backward(
         keys, values = np.concatenate((latent @ up_k[h].T, k_r), 1), latent @ up_v[h].T
         queries = np.concatenate((q[:, h], q_r[:, h]), 1)
         inside = Head.of(exact(queries), exact(keys), exact(values), scale, hidden, dtype, rule)
-        summed = Head.of(exact(queries), exact(keys), exact(latent), scale, hidden, dtype, rule).y.stored(dtype)
+        summed = Head.of(exact(queries), exact(keys), exact(latent), scale, hidden, dtype, rule).y
+        # For the gradients the probabilities are computed anew.
+        summed = Chained(summed.value, summed.var + inside.row * summed.value**2).stored(dtype)
         otherwise = product(_rounding(summed, dtype), exact(up_v[h].T), rule)
         inside = replace(inside, y=Chained(inside.y.value, inside.y.var + otherwise.var))
         slopes = inside.slopes(dy[:, h])
@@ -339,8 +347,7 @@ def latent_backward(
         name: Chained(np.stack([part.value for part in made[name]]), np.stack([part.var for part in made[name]]))
         for name in ("up_k_HdL", "up_v_HeL")
     }
-    found = {**side, **up, "latent_SL": dlatent, "k_SR": dk_r}
-    return {name: found[name].stored(dtype) for name in LATENT}
+    return {**side, **up, "latent_SL": dlatent, "k_SR": dk_r}
 
 
 def _rounding(a: Chained, dtype: str) -> Chained:

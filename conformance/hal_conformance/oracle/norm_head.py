@@ -18,7 +18,12 @@ class NormHead:
 
     n has half the error of a sum of squares (`positive_sum` and u for each square), and 2 u of the root; with the
     epsilon and the division W' has `relative`: one number for a column, of any sign, so that it is propagated with
-    the column. W' is stored in `dtype`; an implementation that divides x by the norms instead has as large an error.
+    the column. W' is stored in `dtype`. An implementation that divides x by the norms instead, in float32, errs less.
+    One that stores x / n in 16 bits errs as much in the logits, and is outside in the weights' gradient: the terms of
+    dlogits^T (x / n) are then rounded, not their sum alone, which may be far smaller.
+
+    Numbers with the same digits have the same error in W', so that errors add up where dlogits go along the weights: up
+    to a part of an ulp of the sum. The room for it is that `Chained.bounded` counts the last store twice.
     """
 
     def __init__(self, x_TD: Array, weight_VD: Array, dtype: str, rule: Arithmetic) -> None:

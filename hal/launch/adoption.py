@@ -91,6 +91,7 @@ class Adoption:
     def _redirect(self, devices: list[Device], strict: bool) -> Redirection:
         from hal.launch import modules, surface
         from hal.launch.redirection import Redirection
+        from hal.launch.replacements import finder
         from hal.launch.surface import factories, net, tensors
 
         redirection = Redirection(devices, strict)
@@ -106,6 +107,7 @@ class Adoption:
         for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)
+        finder.install(self._patches)
         modules.install(modules.StandIns(replaced), redirection, self._patches)
         return redirection
 

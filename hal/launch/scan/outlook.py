@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import hal.launch.surface  # noqa: F401  fills the table
+from hal import plugins
 from hal.launch.api import DOORS, TABLE, Verdict
 from hal.launch.libraries import LIBRARIES
+from hal.launch.replacements.finder import GROUP
 from hal.launch.scan.sites import Known, Site
 
 Backend = Literal["cuda", "rocm", "ppu", "ascend", "cpu"]
@@ -94,6 +96,8 @@ def _library(name: str, backend: Backend) -> Outlook:
         return Outlook("native")
     if backend == "ppu" and "cuda" in library.runs_on:
         return Outlook("native", "in a build of the vendor's")
+    if any(plugin.name == library.name for plugin in plugins.registered(GROUP)):
+        return Outlook("emulated", f"{library.what}: what torch has an equivalent of, by torch's")
     return Outlook("refused", f"{library.what}: {library.instead}")
 
 

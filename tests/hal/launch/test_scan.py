@@ -121,7 +121,8 @@ def test_a_site_stands_on_the_line_on_which_the_run_meets_it():
         ("torch.Tensor.pin_memory", "ascend", "native"),
         ("torch.cuda.no_such_thing", "cpu", "refused"),
         ("import:flash_attn", "rocm", "native"),
-        ("import:flash_attn", "ascend", "refused"),
+        ("import:flash_attn", "ascend", "emulated"),
+        ("import:transformer_engine", "ascend", "refused"),
         ("file:.cu", "cuda", "native"),
         ("file:.cu", "rocm", "refused"),
         ("env:NCCL_DEBUG", "cpu", "emulated"),
@@ -166,7 +167,7 @@ def command(*arguments):
 
 def test_the_command_tells_what_is_refused_and_ends_with_1(tmp_path):
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "a.py").write_text("import torch\nimport flash_attn\ntorch.cuda.synchronize()\n")
+    (tmp_path / "package" / "a.py").write_text("import torch\nimport xformers\ntorch.cuda.synchronize()\n")
     (tmp_path / "kernel.cu").write_text("")
     (tmp_path / "b.ipynb").write_text("{}")
     done = command(str(tmp_path))
@@ -174,7 +175,7 @@ def test_the_command_tells_what_is_refused_and_ends_with_1(tmp_path):
     lines = done.stdout.splitlines()
     assert lines[-1] == ("3 sites in 1 Python files; refused on cuda 0, rocm 1, ppu 1, ascend 2, cpu 2; "
                          "not read: 1 notebooks")  # fmt: skip
-    assert any("import:flash_attn on ascend, cpu: attention kernels: torch.nn.functional" in line for line in lines)
+    assert any("import:xformers on ascend, cpu: attention kernels: torch.nn.functional" in line for line in lines)
     assert max(map(len, lines)) <= 160
     assert command(str(tmp_path), "--backend", "cuda").exit_code == 0
 

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds replacements for libraries that nobody installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from hal import plugins
+from hal.launch.caller import is_insider
+from hal.launch.patches import Patches
+
+GROUP = "hal.replacements"
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """The last on `sys.meta_path`: a library that is installed is never replaced."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """See `importlib.abc.MetaPathFinder`."""
+        source = _source(fullname)
+        if source is None or importlib.util.find_spec(source) is None:
+            return None
+        is_package = importlib.util.find_spec(source).submodule_search_locations is not None  # type: ignore[union-attr]
+        return importlib.machinery.ModuleSpec(fullname, self, origin=source, is_package=is_package)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
+        """A new module each time."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill it with what the replacement has."""
+        assert module.__spec__ is not None
+        source = importlib.import_module(str(module.__spec__.origin))
+        public = {name: value for name, value in vars(source).items() if not name.startswith("__")}
+        vars(module).update(public, __doc__=source.__doc__)
+        version = getattr(source, "__version__", None)
+        if version is not None:
+            vars(module)["__version__"] = version
+        self.made.append(module.__name__)
+
+
+def _source(fullname: str) -> str | None:
+    """Return the name of the module that stands in, or None."""
+    library, _, rest = fullname.partition(".")
+    if is_insider(library):
+        return None
+    for plugin in plugins.registered(GROUP):
+        if plugin.name == library:
+            return ".".join(filter(None, (plugin.entry_points[0].value.partition(":")[0], rest)))
+    return None
+
+
+def install(patches: Patches) -> None:
+    """Let replacements be found, until the end."""
+    finder = Finder()
+    sys.meta_path.append(finder)
+
+    def remove() -> None:
+        sys.meta_path.remove(finder)
+        for name in finder.made:
+            sys.modules.pop(name, None)
+
+    patches.on_undo(remove)
+
+
+def stands_in(name: str, what: str) -> None:
+    """Tell the report that a library's function was called and something else ran: a change of meaning.
+
+    Raises:
+        UnsupportedOperation: in strict mode.
+    """
+    from hal.launch.api import active
+
+    redirection: Any = active()
+    if redirection is not None:
+        redirection.change(name, what)
+
+
+def refuse(name: str, why: str) -> Exception:
+    """Return the error for what the replacement does not do."""
+    from hal.launch.api import active
+
+    redirection: Any = active()
+    if redirection is None:
+        return RuntimeError(f"{name}: {why}")
+    error: Exception = redirection.refuse(name, why)
+    return error

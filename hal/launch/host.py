@@ -4,7 +4,7 @@
 On a CPU that stands for CUDA a tensor does not show on which side it is. The rule: **a tensor is on the device,
 unless it is known to be on the host**. Known are the results of `.cpu()` and of `.to("cpu")`, tensors that the program
 made without naming a device, tensors from numpy, and views of all of these: what is remembered is the storage. Against
-`FakeTensorMode`'s CUDA this is right for 17 of 23 idioms, and always errs to the same side: the result of an operator
+`FakeTensorMode`'s CUDA this is right for 26 of 30 idioms, and always errs to the same side: the result of an operator
 on host tensors counts as on the device. docs/run.md lists where.
 """
 

@@ -329,3 +329,27 @@ def test_torchruns_options_are_those_that_torchrun_has():
 
     known = {option for action in get_args_parser()._actions for option in action.option_strings}
     assert [name for name in OPTIONS if f"--{name}" not in known] == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_checkpoints_written_on_the_device_are_read_anywhere(program, tmp_path):
+    done = program(
+        """
+        import torch, torch.distributed.checkpoint as dcp
+        model = torch.nn.Linear(4, 4).cuda()
+        dcp.save({"model": model.state_dict()}, checkpoint_id="parts")
+        torch.save(model.state_dict(), "whole.pt")
+        again = {"model": torch.nn.Linear(4, 4).cuda().state_dict()}
+        dcp.load(again, checkpoint_id="parts")
+        assert torch.equal(again["model"]["weight"], model.weight) and again["model"]["weight"].is_cuda
+        """
+    )
+    assert done.returncode == 0, done.stderr
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    parts = {"model": torch.nn.Linear(4, 4).state_dict()}
+    dcp.load(parts, checkpoint_id=str(tmp_path / "parts"))
+    assert torch.equal(whole["weight"], parts["model"]["weight"])
+    assert whole["weight"].device.type == "cpu"

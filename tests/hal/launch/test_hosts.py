@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hal run --nproc` on two hosts: network namespaces that see each other through one cable and nothing else."""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+HAL = str(Path(sys.executable).parent / "hal")
+PROGRAM = """
+import os, socket
+import torch, torch.distributed as dist
+
+dist.init_process_group("nccl")
+rank = dist.get_rank()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+torch.cuda.set_device(device)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1).to(device), device_ids=[device.index])
+model(torch.full((2, 4), float(rank + 1), device=device)).sum().backward()
+gradient = next(model.parameters()).grad
+interfaces = sorted(name for _, name in socket.if_nameindex())
+print(rank, dist.get_world_size(), torch.cuda.device_count(), gradient[0, 0].item(), interfaces, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two namespaces, each with one end of a cable."""
+    if shutil.which("ip") is None or os.geteuid() != 0:
+        pytest.skip("network namespaces need root and the command `ip`")
+    mark = f"{os.getpid() % 10_000}"
+    names = [f"hal-{mark}-a", f"hal-{mark}-b"]
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+            ip(
+                "link",
+                "add",
+                f"ha{mark}",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                f"hb{mark}",
+                "netns",
+                names[1],
+            )
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
+        for number, (name, cable) in enumerate(zip(names, (f"ha{mark}", f"hb{mark}"), strict=True), 1):
+            ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", cable)
+            ip("-n", name, "link", "set", cable, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield [(name, cable) for name, cable in zip(names, (f"ha{mark}", f"hb{mark}"), strict=True)]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
+
+
+@pytest.mark.parametrize("form", ["rendezvous", "master"])
+def test_two_hosts_train_together(form, hosts, tmp_path):
+    program = tmp_path / "train.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    running = []
+    for number, (name, cable) in enumerate(hosts):
+        where = (
+            ["--rdzv-backend", "c10d", "--rdzv-endpoint", "10.213.7.1:29413", "--rdzv-id", "two",
+             "--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", f"10.213.7.{number + 1}"]
+            if form == "rendezvous" else
+            ["--node-rank", str(number), "--master-addr", "10.213.7.1", "--master-port", "29413"]
+        )  # fmt: skip
+        running.append(
+            subprocess.Popen(
+                [
+                    "ip",
+                    "netns",
+                    "exec",
+                    name,
+                    HAL,
+                    "run",
+                    "--device",
+                    "cpu",
+                    "--nnodes",
+                    "2",
+                    "--nproc",
+                    "2",
+                    *where,
+                    str(program),
+                ],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=tmp_path,
+                env={**os.environ, "GLOO_SOCKET_IFNAME": cable, "OMP_NUM_THREADS": "1"},
+            )
+        )
+    try:
+        said = [process.communicate(timeout=240) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0], said
+    lines = sorted(line.split(" ", 4) for out, _ in said for line in out.splitlines())
+    # The gradient of a sum over two rows of rank + 1, as DDP averages it over ranks 0 to 3: 2 (1 + 2 + 3 + 4) / 4.
+    assert [line[:4] for line in lines] == [[str(rank), "4", "2", "5.0"] for rank in range(4)]
+    assert {line[4] for line in lines} == {f"['{cable}', 'lo']" for _, cable in hosts}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ from hal_conformance.case import F64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.parameters import nonfinite
+from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tensor_lists import ManyTensors
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
@@ -51,6 +54,10 @@ class Clip(GradientCase):
     scale: float = 1.0
     bad: float | None = None
 
+    def limit(self, given: Mapping[str, Any]) -> float:
+        """Return the limit, from the inputs on either side."""
+        return self.max_norm
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         made = parameters.gradients(p, "clip")
@@ -63,7 +70,7 @@ class Clip(GradientCase):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        clipped, norm = ops.clip_grad_norm(parameters.listed(tensors, "g", p), self.max_norm)
+        clipped, norm = ops.clip_grad_norm(parameters.listed(tensors, "g", p), self.limit(tensors))
         return observed({"norm": norm, **{f"g/{n}": g for n, g in zip(parameters.shapes(p), clipped, strict=True)}})
 
     @nonfinite
@@ -76,7 +83,10 @@ class Clip(GradientCase):
         if wrong is not None:
             return wrong
         names = list(parameters.shapes(p))
-        norm, clipped = clip_grad_norm([wide(inputs[f"g/{name}"]) for name in names], self.max_norm, p.dtype)
+        norm, clipped = clip_grad_norm(
+            [wide(inputs[f"g/{name}"]) for name in names], self.limit(inputs), p.dtype,
+            tensors=parameters.tensors(p),
+        )  # fmt: skip
         found = [judge("norm", outputs["norm"], norm)]
         for name, bounded in zip(names, clipped, strict=True):
             got = outputs[f"g/{name}"]
@@ -91,24 +101,53 @@ class Clip(GradientCase):
         return merge(found)
 
 
+@dataclass(frozen=True)
+class ClipNear(Clip):
+    """A limit beside the norm, so near that only the comparison decides.
+
+    Attributes:
+        below: whether the norm lies below the limit.
+    """
+
+    below: bool = True
+
+    def limit(self, given: Mapping[str, Any]) -> float:
+        """See `Clip.limit`."""
+        return float(given["max_norm"])
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the limit is a 1024th off the norm, or as much as a product in bfloat16 shows."""
+        arrays = super().inputs(p)
+        norm = float(np.sqrt((parameters.flat(arrays, "g", p) ** 2).sum()))
+        off = 2.0**-10 if self.below else -(2.0**-10 if p.dtype == "float32" else 2.0**-6)
+        return {**arrays, "max_norm": np.asarray(norm * (1.0 + off), np.float32)}
+
+
 TOKENS = (7, 0, 64, 19, 1)
 """Tokens of the micro-batches; one has none, as when all of its labels are masked."""
 
 
+@dataclass(frozen=True)
 class Accumulate(GradientCase):
-    """Gradients of five micro-batches of different sizes."""
+    """Gradients of micro-batches of different sizes.
+
+    Attributes:
+        tokens: of each micro-batch.
+    """
+
+    tokens: tuple[int, ...] = TOKENS
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays: Arrays = {}
-        for at in range(len(TOKENS)):
+        for at in range(len(self.tokens)):
             arrays |= parameters.stored(f"g{at}", parameters.gradients(p, f"accumulate/{at}"), p.dtype)
         return arrays
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        parts = [parameters.listed(tensors, f"g{at}", p) for at in range(len(TOKENS))]
-        total = ops.accumulate_gradients(parts, list(TOKENS))
+        parts = [parameters.listed(tensors, f"g{at}", p) for at in range(len(self.tokens))]
+        total = ops.accumulate_gradients(parts, list(self.tokens))
         return observed({f"total/{name}": g for name, g in zip(parameters.shapes(p), total, strict=True)})
 
     @nonfinite
@@ -119,8 +158,8 @@ class Accumulate(GradientCase):
             return wrong
         found = []
         for name in parameters.shapes(p):
-            parts = [wide(inputs[f"g{at}/{name}"]) for at in range(len(TOKENS))]
-            expected = accumulate(parts, TOKENS).stored("float32")
+            parts = [wide(inputs[f"g{at}/{name}"]) for at in range(len(self.tokens))]
+            expected = accumulate(parts, self.tokens).stored("float32")
             found.append(judge(f"sum of {name}", outputs[f"total/{name}"], expected))
         return merge(found)
 
@@ -229,14 +268,20 @@ class MicroBatches(GradientCase):
 
 
 _CLIP = ("clip_grad_norm",)
+CLIP = Clip(
+    "gradients.clip_above", "gradients", _CLIP,
+    "Clipping to a norm far below the gradients': min(1, limit / (norm + 1e-6)) with one norm over dense and "
+    "expert gradients together, though the experts' are 64 times larger (Megatron-LM PR#5916 left them out). "
+    "Bound: the sum of positive squares in any order, halved by the root, and the roundings of factor and "
+    "product (oracle.clipping).",
+)  # fmt: skip
+ACCUMULATE = Accumulate(
+    "gradients.accumulate", "gradients", ("accumulate_gradients",),
+    "Gradients of micro-batches with 7, 0, 64, 19 and 1 tokens, weighted by their tokens, added up in float32. A "
+    "mean over micro-batches, or a sum in bfloat16, is another number. Bound: (k + 2) u sum |w g|.",
+)  # fmt: skip
 CASES = (
-    Clip(
-        "gradients.clip_above", "gradients", _CLIP,
-        "Clipping to a norm far below the gradients': min(1, limit / (norm + 1e-6)) with one norm over dense and "
-        "expert gradients together, though the experts' are 64 times larger (Megatron-LM PR#5916 left them out). "
-        "Bound: the sum of positive squares in any order, halved by the root, and the roundings of factor and "
-        "product (oracle.clipping).",
-    ),
+    CLIP,
     Clip(
         "gradients.clip_small", "gradients", _CLIP,
         "As gradients.clip_above, with gradients and a limit so small that the epsilon of 1e-6 counts.",
@@ -261,11 +306,29 @@ CASES = (
         "One infinity among the gradients: the norm is infinite and the factor 0, so that finite gradients become 0 "
         "and the infinite one NaN, as torch does it.", bad=np.inf,
     ),
-    Accumulate(
-        "gradients.accumulate", "gradients", ("accumulate_gradients",),
-        "Gradients of micro-batches with 7, 0, 64, 19 and 1 tokens, weighted by their tokens, added up in float32. A "
-        "mean over micro-batches, or a sum in bfloat16, is another number. Bound: (k + 2) u sum |w g|.",
+    ClipNear(
+        "gradients.clip_just_below", "gradients", _CLIP,
+        "A limit 0.1 % above the norm: every gradient comes back bit by bit, all the same.",
     ),
+    ClipNear(
+        "gradients.clip_just_above", "gradients", _CLIP,
+        "A limit 0.1 % below the norm (1.6 % in bfloat16, so that products show it): every gradient is scaled.",
+        below=False,
+    ),
+    ManyTensors("gradients.clip_many", CLIP),
+    Strided("gradients.clip_strided", CLIP),
+    ACCUMULATE,
+    Accumulate(
+        "gradients.accumulate_one", "gradients", ("accumulate_gradients",),
+        "One micro-batch, which is the whole batch.", (7,),
+    ),
+    Accumulate(
+        "gradients.accumulate_17", "gradients", ("accumulate_gradients",),
+        "As gradients.accumulate with 17 micro-batches, each of which has a share that shows.",
+        tuple(range(17, 0, -1)),
+    ),
+    ManyTensors("gradients.accumulate_many", ACCUMULATE),
+    Strided("gradients.accumulate_strided", ACCUMULATE),
     AccumulateNonfinite(
         "gradients.accumulate_nonfinite", "gradients", ("accumulate_gradients",),
         "As gradients.accumulate with one NaN in one micro-batch and one infinity in another: their elements of the "

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from hal_conformance.cases import parameters
 from hal_conformance.cases.base import keeps_nonfinite, observed
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tensor_lists import ManyTensors
 from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
 from hal_conformance.oracle import adam, sgd
 from hal_conformance.verdicts import Judgement
@@ -37,9 +38,9 @@ class OptimizerCase(parameters.ParameterCase):
         return Footprint(size, 3 * size)
 
 
-def initial(p: Params) -> Arrays:
-    """Return parameters and ten gradients of each."""
-    each = [parameters.gradients(p, f"optimizer/g{step}") for step in range(1, STEPS + 1)]
+def initial(p: Params, steps: int = STEPS) -> Arrays:
+    """Return parameters and as many gradients of each."""
+    each = [parameters.gradients(p, f"optimizer/g{step}") for step in range(1, steps + 1)]
     stacked = {name: np.stack([g[name] for g in each]) for name in each[0]}
     return {
         **parameters.stored("p", parameters.values(p, "optimizer/p"), p.dtype),
@@ -48,12 +49,17 @@ def initial(p: Params) -> Arrays:
 
 
 def best(candidates: Iterable[list[Finding]]) -> list[Finding]:
-    """Return the findings under that admitted reading which fits best."""
+    """Return the findings under the first admitted reading that is green, or else under that which fits best."""
 
     def distance(findings: list[Finding]) -> tuple[int, float]:
         return max(f.status.severity for f in findings), max((f.margin or 0.0) for f in findings)
 
-    return min(candidates, key=distance)
+    found = []
+    for findings in candidates:  # lazily: most devices fit the first
+        if all(f.status.colour == "green" for f in findings):
+            return findings
+        found.append(findings)
+    return min(found, key=distance)
 
 
 def by_parameter(what: str, expected: Bounded, outputs: Arrays, inputs: Arrays, kind: str, p: Params) -> list[Finding]:
@@ -93,8 +99,7 @@ class Adam(OptimizerCase):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: with a state, if there are steps behind it."""
-        arrays = initial(p)
-        arrays = {name: a[: self.steps] if name.startswith("g/") else a for name, a in arrays.items()}
+        arrays = initial(p, self.steps)
         if self.before:
             first, second = parameters.gradients(p, "optimizer/m"), parameters.gradients(p, "optimizer/v")
             arrays |= parameters.stored("m", {name: 0.3 * g for name, g in first.items()}, "float32")
@@ -204,13 +209,19 @@ class NonfiniteAdam(Adam):
 
 @dataclass(frozen=True)
 class SGD(OptimizerCase):
-    """Steps of SGD with momentum."""
+    """Steps of SGD with momentum.
+
+    Attributes:
+        hyper: what is judged.
+        steps: how many are taken.
+    """
 
     hyper: SGDHyper
+    steps: int = STEPS
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        return initial(p)
+        return initial(p, self.steps)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
@@ -219,7 +230,7 @@ class SGD(OptimizerCase):
         current = parameters.listed(tensors, "p", p)
         momentum = [torch.zeros_like(t, dtype=torch.float32) for t in current]
         kinds: dict[str, list[list[torch.Tensor]]] = {"p": [], "b": []}
-        for at in range(STEPS):
+        for at in range(self.steps):
             gradients = [g[at] for g in parameters.listed(tensors, "g", p)]
             current, momentum = ops.sgd_step(current, gradients, momentum, at + 1, self.hyper)
             for kind, made in zip("pb", (current, momentum), strict=True):
@@ -229,11 +240,11 @@ class SGD(OptimizerCase):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        wrong = structure(outputs, parameters.expected_structure({"p": p.dtype, "b": "float32"}, p, STEPS))
+        wrong = structure(outputs, parameters.expected_structure({"p": p.dtype, "b": "float32"}, p, self.steps))
         if wrong is not None:
             return wrong
-        start, g = parameters.flat(inputs, "p", p), parameters.flat(inputs, "g", p, STEPS)
-        after = {kind: parameters.flat(outputs, kind, p, STEPS) for kind in "pb"}
+        start, g = parameters.flat(inputs, "p", p), parameters.flat(inputs, "g", p, self.steps)
+        after = {kind: parameters.flat(outputs, kind, p, self.steps) for kind in "pb"}
         before = {
             "p": np.concatenate([start, after["p"][:-1]]),
             "b": np.concatenate([np.zeros_like(start), after["b"][:-1]]),
@@ -267,7 +278,7 @@ class SGD(OptimizerCase):
             last = {name: array[-1:] for name, array in outputs.items()}
             for kind, part in zip("pb", sgd.chained(start[0], g, self.hyper), strict=True):
                 rows = Bounded(part.value[None], part.bound[None], part.var[None])
-                found += by_parameter(f"{kind} after {STEPS} steps", rows, last, inputs, kind, p)
+                found += by_parameter(f"{kind} after {self.steps} steps", rows, last, inputs, kind, p)
         return found
 
 
@@ -284,7 +295,7 @@ class ExactSGD(SGD):
         arrays: Arrays = {}
         for name, shape in parameters.shapes(p).items():
             # b has 9 bits behind the point after ten steps, lr b 12, and p stays below 2^8: 21 bits in all.
-            g = make.integers(p.seed, f"optimizer/exact/{name}", -7, 7, STEPS, *shape).astype(np.float64)
+            g = make.integers(p.seed, f"optimizer/exact/{name}", -7, 7, self.steps, *shape).astype(np.float64)
             value = make.integers(p.seed, f"optimizer/exact/p/{name}", -99, 99, *shape).astype(np.float64)
             arrays |= {f"p/{name}": make.store(value, p.dtype), f"g/{name}": make.store(g, p.dtype)}
         return arrays
@@ -300,7 +311,7 @@ class ExactSGD(SGD):
         p: Params,
     ) -> list[Finding]:
         """Compare bit by bit; a parameter in bfloat16 is rounded once a step, which has one result, too."""
-        kept = np.full((STEPS, 1), self.hyper.momentum)
+        kept = np.full((self.steps, 1), self.hyper.momentum)
         kept[0] = 0.0
         momentum = kept * before["b"] + g
         parameter = make.store(before["p"] - self.hyper.lr * after["b"], p.dtype)
@@ -345,6 +356,17 @@ ADAMW = Adam(
     "AdamW with decoupled decay, betas 0.9 and 0.95." + _LOCAL,
     AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.1),
 )  # fmt: skip
+ADAM = Adam(
+    "optimizer.adam", "optimizer", ("adam_step",),
+    "Adam with coupled decay: an L2 penalty that passes through the moments; betas 0.95 and 0.999." + _LOCAL,
+    AdamHyper(1e-2, 0.95, 0.999, 1e-8, 0.25),
+)  # fmt: skip
+EXACT_SGD = ExactSGD(
+    "optimizer.sgd_exact", "optimizer", ("sgd_step",),
+    "SGD with momentum on integers, learning rate 1/8 and momentum 1/2: nothing is rounded in float32, and a "
+    "parameter in bfloat16 once, so every bit of ten steps is known.",
+    SGDHyper(0.125, 0.5),
+)  # fmt: skip
 CASES = (
     ADAMW,
     Adam(
@@ -354,13 +376,16 @@ CASES = (
     ),
     Adam(
         "optimizer.adamw_late", "optimizer", ("adamw_step",),
-        "AdamW from a given state, two steps after the 3000th: bias corrections near 1." + _LOCAL,
-        AdamHyper(1e-2, 0.9, 0.999, 1e-8, 0.1), 3000, 2,
+        "AdamW from a given state, two steps after the 3000th: bias corrections near 1; epsilon 1e-3." + _LOCAL,
+        AdamHyper(1e-2, 0.9, 0.999, 1e-3, 0.1), 3000, 2,
     ),
-    Adam(
-        "optimizer.adam", "optimizer", ("adam_step",),
-        "Adam with coupled decay: an L2 penalty that passes through the moments; betas 0.95 and 0.999." + _LOCAL,
-        AdamHyper(1e-2, 0.95, 0.999, 1e-8, 0.25),
+    ManyTensors(
+        "optimizer.adamw_many",
+        replace(ADAMW, hyper=AdamHyper(1e-2, 0.9, 0.95, 1e-12, 0.1), before=9, steps=1),
+    ),
+    ADAM,
+    ManyTensors(
+        "optimizer.adam_many", replace(ADAM, hyper=AdamHyper(1e-2, 0.95, 0.999, 1e-5, 0.25), before=9, steps=1)
     ),
     NonfiniteAdam(
         "optimizer.nonfinite", "optimizer", ("adamw_step",),
@@ -370,7 +395,7 @@ CASES = (
     ),
     NonfiniteAdam(
         "optimizer.adam_nonfinite", "optimizer", ("adam_step",),
-        "As optimizer.nonfinite, of Adam with coupled decay.", AdamHyper(1e-2, 0.9, 0.95, 1e-8, 0.25),
+        "As optimizer.nonfinite, of Adam with coupled decay; epsilon 1e-3.", AdamHyper(1e-2, 0.9, 0.95, 1e-3, 0.25),
     ),
     SGD(
         "optimizer.sgd", "optimizer", ("sgd_step",),
@@ -379,12 +404,8 @@ CASES = (
         "all ten.",
         SGDHyper(1e-2, 0.9, 0.1, 0.01),
     ),
-    ExactSGD(
-        "optimizer.sgd_exact", "optimizer", ("sgd_step",),
-        "SGD with momentum on integers, learning rate 1/8 and momentum 1/2: nothing is rounded in float32, and a "
-        "parameter in bfloat16 once, so every bit of ten steps is known.",
-        SGDHyper(0.125, 0.5),
-    ),
+    EXACT_SGD,
+    ManyTensors("optimizer.sgd_many", replace(EXACT_SGD, steps=2)),
     ExactSGD(
         "optimizer.sgd_plain", "optimizer", ("sgd_step",),
         "As optimizer.sgd_exact without momentum: what is kept is the gradient itself.", SGDHyper(0.125, 0.0),
@@ -395,4 +416,6 @@ CASES = (
         "they reach their own elements and no other, and the NaN stays.", SGDHyper(0.125, 0.5),
     ),
     Strided("optimizer.strided", ADAMW),
+    Strided("optimizer.adam_strided", replace(ADAM, steps=2)),
+    Strided("optimizer.sgd_strided", EXACT_SGD),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +33,14 @@ IDLE = "expert2"
 EXPERTS = ("expert0", "expert1", IDLE)
 DENSE = ("dense", "norm")
 
+CHUNK = 65_536
+"""Elements of a tensor that one block of a multi-tensor kernel takes (torch's and Apex's): the rest are other blocks'."""
+
+
+@dataclass(frozen=True)
+class Grown(Params):
+    """An instance whose dense parameter has a little more than `CHUNK` elements."""
+
 
 class ParameterCase(Base):
     """One preset stands for all, since no router is involved; parameters or gradients in float32 or bfloat16."""
@@ -52,8 +61,21 @@ def elements(p: Params) -> int:
 
 def shapes(p: Params) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes."""
+    if isinstance(p, Grown):
+        return {"dense": (13, 5051), "norm": (20,), **dict.fromkeys(EXPERTS, (31, 12)), "scalar": (1,)}
     rows = _ROWS[p.scale]
     return {"dense": (2 * rows - 1, 20), "norm": (20,), **dict.fromkeys(EXPERTS, (rows, 12)), "scalar": (1,)}
+
+
+def tensors(p: Params) -> int:
+    """Return how many tensors an implementation is given; see `tensor_lists.ManyTensors` for an instance that is grown."""
+    sizes = shapes(p).values()
+    return 1 + sum(map(pieces, sizes)) if isinstance(p, Grown) else len(sizes)
+
+
+def pieces(shape: tuple[int, ...]) -> int:
+    """Return into how many tensors a parameter is cut: one for each row, unless it fills a chunk."""
+    return 1 if math.prod(shape) > CHUNK else shape[0]
 
 
 def _full_bits(seed: int, stream: str, size: int) -> F64:
@@ -90,6 +112,7 @@ def gradients(p: Params, stream: str) -> dict[str, F64]:
             few = order[: size // 3]
             g[few] *= np.ldexp(1.0, power[few])
             g[order[size // 3 : size // 3 + 8]] = 0.0
+            g[CHUNK:] *= 64.0  # as large as an expert's: a norm without them is another
         made[name] = np.zeros(shape) if name == IDLE else g.reshape(shape)
     return made
 

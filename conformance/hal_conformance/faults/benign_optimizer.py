@@ -148,6 +148,26 @@ class AdamOfApex(Adam):
 
 
 @benign()
+class AdamOfMixedConstants(Adam):
+    """Adam with 1 - beta in float64 for the first moment and in float32 for the second."""
+
+    def moments(self, m: Tensor, v: Tensor, g: Tensor, h: AdamHyper) -> tuple[Tensor, Tensor]:
+        """See `Adam.moments`."""
+        beta2 = torch.tensor(h.beta2)
+        return h.beta1 * m + (1 - h.beta1) * g, beta2 * v + (1 - beta2) * g * g
+
+
+@benign()
+class AdamOfOtherMixedConstants(Adam):
+    """Adam with 1 - beta in float32 for the first moment and in float64 for the second."""
+
+    def moments(self, m: Tensor, v: Tensor, g: Tensor, h: AdamHyper) -> tuple[Tensor, Tensor]:
+        """See `Adam.moments`."""
+        beta1 = torch.tensor(h.beta1)
+        return beta1 * m + (1 - beta1) * g, h.beta2 * v + (1 - h.beta2) * g * g
+
+
+@benign()
 class AdamInterpolates(Adam):
     """Moments as interpolations, and the step size taken before the quotient."""
 

@@ -13,7 +13,9 @@ from hal_conformance.budget import level
 from hal_conformance.case import F64
 
 
-def clip_grad_norm(gradients: Sequence[F64], max_norm: float, dtype: str) -> tuple[Bounded, list[Bounded]]:
+def clip_grad_norm(
+    gradients: Sequence[F64], max_norm: float, dtype: str, *, tensors: int | None = None
+) -> tuple[Bounded, list[Bounded]]:
     """Return the norm, stored in float32, and the clipped gradients, stored in `dtype`.
 
     The sum of n squares: each is rounded once, or twice more where a norm divides by the largest element first, 3 u;
@@ -23,6 +25,12 @@ def clip_grad_norm(gradients: Sequence[F64], max_norm: float, dtype: str) -> tup
     The factor c = max / (norm + epsilon) inherits the norm's error and has two constants, a sum and a quotient, 4 u.
     It is cut at 1 and grows with its error, so it lies between min(1, c -) and min(1, c +); where both are 1 it is
     exactly 1, and the gradients come back as they were. The product is rounded in float32, and stored.
+
+    Args:
+        gradients: all of them.
+        max_norm: the limit.
+        dtype: of the gradients.
+        tensors: T, where the device had the same numbers in more tensors.
     """
     flat = np.concatenate([g.reshape(-1) for g in gradients])
     squares = flat**2
@@ -33,7 +41,7 @@ def clip_grad_norm(gradients: Sequence[F64], max_norm: float, dtype: str) -> tup
         return Bounded.exact(np.asarray(norm)), [Bounded.exact(g * factor) for g in gradients]
     summed = float(positive_sum(np.asarray(total), squares, 0, level(len(gradients) + 1)))
     lost = len(flat) * TINY32 / total if total > 0 else 0.0
-    relative = 0.5 * (summed + lost + (5 + len(gradients)) * U32) + 2.0 * U32
+    relative = 0.5 * (summed + lost + (5 + (tensors or len(gradients))) * U32) + 2.0 * U32
     around = factor * (relative + 4.0 * U32)
     value, low, high = (min(1.0, c) for c in (factor, factor - around, factor + around))
     spread = max(high - value, value - low)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from hal.contract import Contract
 from hal_conformance.arrays import bits
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases import combine, dispatch, layer, router_backward
+from hal_conformance.cases import (
+    attention,
+    combine,
+    dispatch,
+    experts,
+    gradients,
+    head,
+    layer,
+    losses,
+    norm,
+    router_backward,
+)
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement, Status
 
@@ -151,4 +162,12 @@ CASES = (
     Again("determinism.dispatch_backward", dispatch.BACKWARD),
     Again("determinism.combine", combine.RANDOM),
     Again("determinism.combine_backward", combine.BACKWARD),
+    Again("determinism.experts", experts.BACKWARD),
+    Again("determinism.aux_loss", losses.AUX),
+    Again("determinism.z_loss", losses.Z_LOSS),
+    Again("determinism.attention", attention.CAUSAL),
+    Again("determinism.rms_norm", norm.RMS),
+    Again("determinism.layer_norm", norm.LAYER),
+    Again("determinism.cross_entropy", head.ENTROPY),
+    Again("determinism.clip", gradients.CLIP),
 )  # fmt: skip

@@ -34,7 +34,7 @@ EXPERTS = ("expert0", "expert1", IDLE)
 DENSE = ("dense", "norm")
 
 CHUNK = 65_536
-"""Elements of a tensor that one block of a multi-tensor kernel takes (torch's and Apex's): the rest are other blocks'."""
+"""Elements of a tensor that a block of a multi-tensor kernel takes, torch's and Apex's; the rest is other blocks'."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def shapes(p: Params) -> dict[str, tuple[int, ...]]:
 
 
 def tensors(p: Params) -> int:
-    """Return how many tensors an implementation is given; see `tensor_lists.ManyTensors` for an instance that is grown."""
+    """Return how many tensors an implementation is given; `tensor_lists.ManyTensors` cuts those of a grown instance."""
     sizes = shapes(p).values()
     return 1 + sum(map(pieces, sizes)) if isinstance(p, Grown) else len(sizes)
 

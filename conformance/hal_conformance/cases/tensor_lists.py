@@ -32,8 +32,9 @@ class ManyTensors(Wrapped):
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, in more than 110 tensors: one has more than 65,536 elements, one has none, the rest "
-            f"1 or 12. What a multi-tensor kernel leaves to its next launch or block must not be lost. {self.inner.what}"
+            f"As {self.inner.name}, in more than 110 tensors: one has more than 65,536 elements, one has none, the "
+            "rest 1 or 12. What a multi-tensor kernel leaves to its next launch or block must not be lost. "
+            f"{self.inner.what}"
         )
 
     def grown(self, p: Params) -> parameters.Grown:

@@ -18,7 +18,7 @@ Tensors = Sequence[Tensor]
 class Gradients(TorchOptimizerOps):
     """The portable operators, of which clipping and accumulation can be changed; the experts are those of `hal.moe`."""
 
-    families = ("gradients",)
+    families: tuple[str, ...] = ("gradients",)
     experts = staticmethod(torch_ops.experts)
 
 

@@ -224,6 +224,13 @@ CAUGHT_BY = {
     "balances_a_block": ("losses.long_aux", "FAIL-NUMERIC"),
     "a_block_of_z": ("losses.long_z", "FAIL-NUMERIC"),
     "combines_in_any_order": ("determinism.combine", "NONDET"),
+    "experts_in_any_order": ("determinism.experts", "NONDET"),
+    "balances_in_any_order": ("determinism.aux_loss", "NONDET"),
+    "z_in_any_order": ("determinism.z_loss", "NONDET"),
+    "routes_no_few": ("router.few_tokens", "FAIL-NUMERIC"),
+    "dispatches_no_few": ("dispatch.few_tokens", "FAIL-NUMERIC"),
+    "combines_no_few": ("combine.few_tokens", "FAIL-NUMERIC"),
+    "shares_with_no_few": ("layer.few_tokens", "FAIL-STRUCTURE"),
     "weight_gradient_in_any_order": ("determinism.combine_backward", "NONDET"),
     "dispatch_gradient_in_any_order": ("determinism.dispatch_backward", "NONDET"),
     "gate_gradient_in_any_order": ("determinism.route", "NONDET"),
@@ -330,6 +337,8 @@ RELEVANT = {
     "experts.activation": ("y_RD", "dw1_EFD", "dw3_EFD"),
     "gradients.clip_nan": (),  # everything is NaN
     "norm.rms_nan_token": ("y_TD", "dx_TD"),  # each of the weight's gradients is a sum over the token that is NaN
+    "norm.rms_infinite": ("y_TD", "dx_TD"),  # each of the weight's gradients is a sum over the token that is NaN
+    "norm.layer_infinite": ("y_TD", "dx_TD"),  # each of the weight's gradients is a sum over the token that is NaN
     "norm.layer_nan_token": ("y_TD", "dx_TD", "dbias_D"),
     "layer.nan_backward": ("y_TD", "dx_TD", "dw1_EFD", "dw3_EFD", "dw2_EDF", "dshared_w2_DS"),  # the rest is NaN
     "layer.degenerate": ("logits_TE", "scores_TE", "experts_TK", "weights_TK", "y_TD"),  # both losses are NaN

@@ -300,6 +300,7 @@ CASES = (
     Dropped("combine.dropped", "combine", _NEEDS, _SUMS + " A slot whose row was dropped adds nothing."),
     NoTokens("combine.no_tokens", "combine", _NEEDS, "Zero tokens and rows give an empty result."),
     Few("combine.one_token", "combine", _NEEDS, _SUMS + " One token, as in decoding.", tokens=1),
+    Few("combine.few_tokens", "combine", _NEEDS, _SUMS + " Five tokens, as in decoding for a few.", tokens=5),
     Few(
         "combine.one_choice", "combine", _NEEDS,
         _SUMS + " K = 1: the weight still counts, since a router need not normalise.", choices=1,

@@ -208,6 +208,7 @@ CASES = (
     OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
     Few("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
     Few("dispatch.one_token", "dispatch", _NEEDS, _WHAT + "One token, as in decoding: its choices are sorted.", 1),
+    Few("dispatch.few_tokens", "dispatch", _NEEDS, _WHAT + "Five tokens, as in decoding for a few.", 5),
     NanRow(
         "dispatch.nan_row", "dispatch", _NEEDS,
         _WHAT + "A token of NaN and one of infinities are copied like any other, and reach no other's rows: a product "

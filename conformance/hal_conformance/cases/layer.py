@@ -214,6 +214,10 @@ CASES = (
         backward=True, tokens=1, only=KINDS,
     ),
     Layer(
+        "layer.few_tokens", "layer", _NEEDS, what(f"{FREE} and five tokens, as in decoding for a few", _GRADIENTS),
+        backward=True, tokens=5, only=("qwen2-moe",),
+    ),
+    Layer(
         "layer.aligned", "layer", _NEEDS, what(f"{FREE}, and 64 tokens, a number that fills tiles", _GRADIENTS),
         backward=True, tokens=64, only=("mixtral-8x7b",),
     ),

@@ -249,6 +249,10 @@ CASES = (
         tokens=1,
     ),
     Few(
+        "router.few_tokens", "router", ("route",), "As router.one_token with five tokens, as in decoding for a few.",
+        tokens=5,
+    ),
+    Few(
         "router.one_choice", "router", ("route",),
         "As router.one_token, with all tokens and K = 1: weights are still normalised and scaled as the router says.",
         choices=1,

@@ -88,35 +88,45 @@ class ExpertsInAnyOrder(Alone):
         return super().experts(x_RD, counts_E, turned)
 
 
+class OtherBits:
+    """Moves numbers by one bit in every second call: what another order of a sum does, and does more surely."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def moved(self, number: Tensor) -> Tensor:
+        """Return a number or its neighbour, with the gradient of the former."""
+        self.calls += 1
+        neighbour = torch.nextafter(number.detach(), torch.full_like(number, torch.inf))
+        return number + (neighbour - number.detach()) if self.calls % 2 else number
+
+
 @fault()
-class BalancesInAnyOrder(Alone):
-    """The balance loss sums over the tokens in another order each time."""
+class BalancesInAnyOrder(OtherBits, Alone):
+    """The balance loss has another last bit each time, as sums by atomic additions do."""
 
     def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
         """See `MoEOps.aux_loss`."""
-        order = shuffled(len(scores_TE), scores_TE)
-        return super().aux_loss(scores_TE[order], experts_TK[order], spec)
+        return self.moved(super().aux_loss(scores_TE, experts_TK, spec))
 
 
 @fault()
-class ZInAnyOrder(Alone):
-    """The z-loss sums over the experts in another order each time."""
+class ZInAnyOrder(OtherBits, Alone):
+    """The z-loss has another last bit each time, as sums by atomic additions do."""
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """See `MoEOps.z_loss`."""
-        return super().z_loss(logits_TE[:, shuffled(logits_TE.shape[1], logits_TE)])
+        return self.moved(super().z_loss(logits_TE))
 
 
 @fault()
-class ClipsInAnyOrder(Gradients):
-    """The norm of all gradients sums in another order each time."""
+class ClipsInAnyOrder(OtherBits, Gradients):
+    """The norm of all gradients has another last bit each time, as sums by atomic additions do."""
 
     families = ("gradients", "determinism")
 
     def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
         """See `OptimizerOps.clip_grad_norm`."""
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        order = shuffled(len(flat), flat)
-        (clipped,), norm = super().clip_grad_norm([flat[order]], max_norm)
-        parts = clipped[order.argsort()].split([gradient.numel() for gradient in gradients])
-        return Clipped([part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)], norm)
+        clipped, norm = super().clip_grad_norm(gradients, max_norm)
+        return Clipped(clipped, self.moved(norm))

@@ -125,3 +125,51 @@ class ABlockOfZ(Alone):
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """See `MoEOps.z_loss`."""
         return super().z_loss(logits_TE[:BLOCK])
+
+
+def _few(tokens: int) -> bool:
+    return 2 <= tokens <= 8
+
+
+@fault()
+class RoutesNoFew(Parts):
+    """Of two to eight tokens, as in decoding, the weights of the last are zero."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        out = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        return out._replace(weights_TK=_first(out.weights_TK, len(x_TD) - 1)) if _few(len(x_TD)) else out
+
+
+@fault()
+class DispatchesNoFew(Alone):
+    """Of two to eight tokens, as in decoding, the last dispatched row is zero."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        out = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+        return out._replace(x_RD=_first(out.x_RD, len(out.x_RD) - 1)) if _few(len(x_TD)) else out
+
+
+@fault()
+class CombinesNoFew(Alone):
+    """Of two to eight tokens, as in decoding, the last is zero."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        y_TD = super().combine(y_RD, weights_TK, slot_R, num_tokens)
+        return _first(y_TD, num_tokens - 1) if _few(num_tokens) else y_TD
+
+
+@fault()
+class SharesWithNoFew(Parts):
+    """A layer of two to eight tokens, as in decoding, leaves out the shared experts."""
+
+    def output(
+        self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, shared_TD: Tensor | None, num_tokens: int
+    ) -> Tensor:
+        """See `Parts.output`."""
+        return super().output(y_RD, weights_TK, slot_R, None if _few(num_tokens) else shared_TD, num_tokens)

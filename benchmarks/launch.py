@@ -9,6 +9,7 @@ each with a model and an optimiser of its own. A second twin shows what the meas
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -119,6 +120,7 @@ if __name__ == "__main__":
             Subject(f"{kind}: a second twin", ported(fused), twin, "1: what the measurement is worth"),
             Subject(f"{kind}: redirected", redirected(fused), twin, "at most 1.02"),
         ]
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # as installed: compiled once
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "imports.py"
         script.write_text("import torch\n")

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, final
 
@@ -44,8 +47,21 @@ def adopt(device: str | None = None, *, strict: bool = False) -> Adoption:
             raise ConfigError(
                 f"{_adoption.device.info.id} is adopted already", hint="hal.release() before another device is adopted"
             )
-        _adoption = Adoption(device, strict)
+        with _no_collection():
+            _adoption = Adoption(device, strict)
         return _adoption
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Adopting makes enough objects to set off a collection, which takes a tenth of a second over all of torch's."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def release() -> None:

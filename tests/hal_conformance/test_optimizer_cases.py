@@ -19,6 +19,7 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import Params
 from hal_conformance.cases import gradients, optimizer
+from hal_conformance.faults import VARIATIONS
 from hal_conformance.faults.benign_optimizer import (
     AdamInterpolates,
     AdamOfApex,
@@ -213,3 +214,24 @@ def test_the_portable_implementation_is_torchs_own_optimiser():
     for step in (1, 2):
         made = TorchOptimizerOps().sgd_step([p], [g], [torch.zeros(7)], step, SGDHyper(0.5, weight_decay=2.0))
         assert torch.equal(made.momentum[0], g + 2.0 * p)
+
+
+@pytest.mark.parametrize(
+    ("fault", "case"),
+    [
+        ("norm_of_one_table", "gradients.clip_many"),
+        ("steps_no_empty_tensors", "optimizer.adamw_many"),
+        ("epsilon_is_raised", "optimizer.adamw_many"),
+        ("epsilon_is_lowered", "optimizer.adamw_late"),
+        ("epsilon_is_lowered", "optimizer.adam_nonfinite"),
+        ("large_epsilon_inside_the_root", "optimizer.adamw_late"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_fault_is_caught_by_the_case_that_is_meant_for_it(fault, case, dtype):
+    ops = VARIATIONS[fault].make()
+    if fault == "steps_no_empty_tensors":
+        with pytest.raises(RuntimeError, match="no threads"):
+            judge(CASES[case], ops, dtype)
+    else:
+        assert judge(CASES[case], ops, dtype).status is Status.FAIL_NUMERIC

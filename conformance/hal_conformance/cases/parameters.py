@@ -62,7 +62,9 @@ def elements(p: Params) -> int:
 def shapes(p: Params) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes."""
     if isinstance(p, Grown):
-        return {"dense": (13, 5051), "norm": (20,), **dict.fromkeys(EXPERTS, (31, 12)), "scalar": (1,)}
+        # The idle expert is not among the last: a norm without them must be another.
+        experts = dict.fromkeys((IDLE, *EXPERTS), (31, 12))
+        return {"dense": (13, 5051), "norm": (20,), **experts, "scalar": (1,)}
     rows = _ROWS[p.scale]
     return {"dense": (2 * rows - 1, 20), "norm": (20,), **dict.fromkeys(EXPERTS, (rows, 12)), "scalar": (1,)}
 

@@ -206,3 +206,23 @@ class AccumulatesForDense(Gradients):
     def accumulate_gradients(self, parts: list[Tensors], tokens: list[int]) -> list[Tensor]:  # type: ignore[override]
         """See `OptimizerOps.accumulate_gradients`."""
         return super().accumulate_gradients([_dense(part) for part in parts], tokens)
+
+
+@fault()
+class NormOfOneTable(Clips):
+    """The norm is that of the first 110 tensors."""
+
+    def norm(self, gradients: list[Tensor]) -> Tensor:
+        """See `Clips.norm`."""
+        return super().norm(gradients[:110])
+
+
+@fault()
+class StepsNoEmptyTensors(Adam):
+    """A tensor without elements is refused."""
+
+    def coupled(self, g: Tensor, p: Tensor, h: AdamHyper, decoupled: bool) -> Tensor:
+        """See `Adam.coupled`."""
+        if not g.numel():
+            raise RuntimeError("a block of no threads cannot be launched")
+        return super().coupled(g, p, h, decoupled)

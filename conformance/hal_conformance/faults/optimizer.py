@@ -326,3 +326,33 @@ class StepMakesGradientsFinite(Adam):
     def coupled(self, g: Tensor, p: Tensor, h: AdamHyper, decoupled: bool) -> Tensor:
         """See `Adam.coupled`."""
         return super().coupled(g.nan_to_num(), p, h, decoupled)
+
+
+@fault()
+class EpsilonIsRaised(Adam):
+    """Epsilon is at least 1e-8."""
+
+    def update(self, m: Tensor, v: Tensor, step: int, h: AdamHyper) -> Tensor:
+        """See `Adam.update`."""
+        return super().update(m, v, step, replace(h, epsilon=max(h.epsilon, 1e-8)))
+
+
+@fault()
+class EpsilonIsLowered(Adam):
+    """Epsilon is at most 1e-5."""
+
+    def update(self, m: Tensor, v: Tensor, step: int, h: AdamHyper) -> Tensor:
+        """See `Adam.update`."""
+        return super().update(m, v, step, replace(h, epsilon=min(h.epsilon, 1e-5)))
+
+
+@fault()
+class LargeEpsilonInsideTheRoot(Adam):
+    """An epsilon of more than 1e-4 is added under the root."""
+
+    def update(self, m: Tensor, v: Tensor, step: int, h: AdamHyper) -> Tensor:
+        """See `Adam.update`."""
+        if h.epsilon <= 1e-4:
+            return super().update(m, v, step, h)
+        first, second = self.corrections(step, h)
+        return h.lr * (m / first) / (v / second + h.epsilon).sqrt()

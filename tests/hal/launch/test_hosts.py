@@ -40,30 +40,31 @@ def hosts():
     mark = f"{os.getpid() % 10_000}"
     names = [f"hal-{mark}-a", f"hal-{mark}-b"]
     try:
+        cables = [f"ha{mark}", f"hb{mark}"]
         try:
             for name in names:
                 ip("netns", "add", name)
             ip(
                 "link",
                 "add",
-                f"ha{mark}",
+                cables[0],
                 "netns",
                 names[0],
                 "type",
                 "veth",
                 "peer",
                 "name",
-                f"hb{mark}",
+                cables[1],
                 "netns",
                 names[1],
             )
+            for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1):
+                ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", cable)
+                ip("-n", name, "link", "set", cable, "up")
+                ip("-n", name, "link", "set", "lo", "up")
         except subprocess.CalledProcessError as error:
             pytest.skip(f"this machine makes no network namespaces: {error.stderr.decode().strip()}")
-        for number, (name, cable) in enumerate(zip(names, (f"ha{mark}", f"hb{mark}"), strict=True), 1):
-            ip("-n", name, "address", "add", f"10.213.7.{number}/24", "dev", cable)
-            ip("-n", name, "link", "set", cable, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        yield [(name, cable) for name, cable in zip(names, (f"ha{mark}", f"hb{mark}"), strict=True)]
+        yield list(zip(names, cables, strict=True))
     finally:
         for name in names:
             subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)

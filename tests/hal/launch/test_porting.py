@@ -29,7 +29,7 @@ def losses(command, folder, **environment):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_both_forms_print_the_same_losses(ranks, tmp_path):
     several = ["--nproc", ranks] if ranks > 1 else []
-    ported = [BIN / "torchrun", "--nproc-per-node", ranks, ANY] if ranks > 1 else [sys.executable, ANY]
+    ported = [BIN / "torchrun", "--standalone", "--nproc-per-node", ranks, ANY] if ranks > 1 else [sys.executable, ANY]
     as_cuda = losses([BIN / "hal", "run", "--device", "cpu", *several, CUDA], tmp_path / "cuda")
     assert losses(ported, tmp_path / "any", HAL_DEVICE="cpu") == as_cuda
 

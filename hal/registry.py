@@ -240,9 +240,11 @@ def _open_automatic(allocator: AllocatorPlan | None) -> Device:
     # Accelerators first, and of all that work on the host's CPU the one that is nothing else.
     for info in sorted(real, key=lambda info: (on_host(info), info.id != "cpu")):
         kind = "no accelerator was found" if on_host(info) else "the first accelerator"
+        own, rank = _of_rank([other for other in real if other.backend == info.backend])
+        if rank and own.id != info.id:
+            continue  # another rank's
         try:
-            own, rank = _of_rank([other for other in real if other.backend == info.backend])
-            return _open(own, f"auto: {kind}{rank}" + (f" ({', '.join(passed)})" if passed else ""), allocator)
+            return _open(info, f"auto: {kind}{rank}" + (f" ({', '.join(passed)})" if passed else ""), allocator)
         except Absent as error:
             passed.append(f"{info.id}: absent on opening: {error.reason}")
         except Broken as error:

@@ -119,6 +119,35 @@ def test_an_index_names_one_device_for_all_ranks(
             assert ("LOCAL_RANK=1" in device.because) == (opened == "pair:1")
 
 
+ABSENT_FIRST = PAIR.replace(
+    "        from hal_cpu",
+    """        if info.id == "pair:0":
+            from hal.errors import Absent
+            raise Absent("gone", device=info.id)
+        from hal_cpu""",
+)
+
+
+def test_auto_goes_on_to_the_next_device_of_a_backend(
+    distributions: Any, only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributions.backend("pair", ABSENT_FIRST)
+    only("pair", "cpu")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with hal.open_device("auto") as device:
+        assert device.info.id == "pair:1"
+
+
+def test_a_rank_without_a_device_does_not_end_up_on_the_cpu(
+    distributions: Any, only: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributions.backend("pair", PAIR)
+    only("pair", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(hal.Absent, match="rank 2 of its host, and there are 2 devices"):
+        hal.open_device("auto")
+
+
 def test_an_unknown_device_names_the_known_ones() -> None:
     with pytest.raises(hal.UnknownDevice, match=r"expected: .*cpu.*auto"):
         hal.open_device("nope:3")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -29,9 +30,10 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     ) -> importlib.machinery.ModuleSpec | None:
         """See `importlib.abc.MetaPathFinder`."""
         source = _source(fullname)
-        if source is None or importlib.util.find_spec(source) is None:
+        found = None if source is None else importlib.util.find_spec(source)
+        if found is None:
             return None
-        is_package = importlib.util.find_spec(source).submodule_search_locations is not None  # type: ignore[union-attr]
+        is_package = found.submodule_search_locations is not None
         return importlib.machinery.ModuleSpec(fullname, self, origin=source, is_package=is_package)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:

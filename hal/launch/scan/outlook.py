@@ -46,10 +46,8 @@ class Outlook:
 def known() -> dict[str, Known]:
     """Return the names that the runner redirects, as the finder of sites wants them."""
     found = {name: Known(asks=entry.belief) for name, entry in TABLE.items()}
-    translating = ("torch.Generator", "torch.load", "torch.set_default_device")
-    for name in DOORS:
-        found[name] = Known(translates=True)
-    return found | {name: Known(translates=True) for name in translating if name not in DOORS}
+    # Of the table's own, these are CUDA's only if they are given CUDA.
+    return found | {name: Known(translates=True) for name in (*DOORS, "torch.Generator", "torch.load")}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -59,6 +59,21 @@ def merge(findings: Iterable[Finding]) -> Judgement:
     )
 
 
+def joined(judgements: Mapping[str, Judgement]) -> Judgement:
+    """Return the verdict on several runs of a case: the worst, with the largest figures; `merge` for judgements.
+
+    Args:
+        judgements: by what tells one run from the others, for the detail.
+    """
+    return merge(
+        Finding(
+            one.status, one.margin, one.detectors["rms"], one.detectors["bias"], one.detectors["exact"],
+            f"{name}: {one.detail}" if one.detail else "",
+        )
+        for name, one in judgements.items()
+    )  # fmt: skip
+
+
 def structure(outputs: Arrays, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> Judgement | None:
     """Return a verdict if an output is missing or has another shape or dtype than expected, otherwise None."""
     for name, (shape, dtype) in expected.items():

@@ -16,7 +16,9 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tails import Tails
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
@@ -419,6 +421,10 @@ LATENT_BACKWARD = LatentBackward(
     "bits hold exactly, so that both orders of the projections have the same errors. " + _BOUND,
     before=7, share=1,
 )  # fmt: skip
+WHOLE = Attention(
+    "attention.whole", "attention", _NEEDS, "Without a mask, as many keys as queries. " + _BOUND, causal=False
+)  # fmt: skip
+"""Of which only the tails are a case: `attention.full` has more keys than queries."""
 CASES = (
     CAUSAL,
     Attention(
@@ -487,6 +493,9 @@ CASES = (
         "four times as large, whose share of the logits must not be rounded. " + _BOUND,
         causal=False, before=11, share=1, steep=4.0,
     ),
+    Tails("attention.tails", CAUSAL), Tails("attention.full_tails", WHOLE),
+    Tails("attention.latent_tails", LATENT_BACKWARD),
+    KeptResults("attention.kept", CAUSAL), KeptResults("attention.latent_kept", LATENT_BACKWARD),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
 )  # fmt: skip

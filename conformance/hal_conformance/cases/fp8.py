@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
-from hal.moe.fp8_ops import BLOCK
+from hal.moe.fp8_ops import BLOCK, LARGEST_EXPONENT
 from hal_conformance import inputs as make
 from hal_conformance.bounds import smallest_normal
-from hal_conformance.case import DTYPES, F64, Array, Arrays, Params
+from hal_conformance.case import DTYPES, F64, Array, Arrays, Case, Params
 from hal_conformance.cases.base import Base, observed
 from hal_conformance.cases.base import wide as widened
-from hal_conformance.detectors import Finding, merge, structure
+from hal_conformance.detectors import Finding, exact, merge, structure
 from hal_conformance.oracle import fp8
 from hal_conformance.verdicts import Judgement, Status
 
@@ -67,6 +67,22 @@ def code_finding(name: str, x: F64, got: Array, expected: Array, format: str, ma
         f"({fp8.FORMATS[format].values[got_at]:.9g}), expected 0x{want_at:02x} "
         f"({fp8.FORMATS[format].values[want_at]:.9g})",
     )
+
+
+def uncast_finding(name: str, codes: Array, got: Array, format: str, dtype: str, contract: Contract) -> Finding:
+    """Compare numbers that were read from codes, bit by bit; the sign of zero counts, since in fnuz its code is NaN."""
+    expected = (fp8.E8M0 if format == "e8m0" else fp8.FORMATS[format].values)[codes]
+    x = wide(got)
+    same = ((x == expected) & (np.signbit(x) == np.signbit(expected))) | (np.isnan(x) & np.isnan(expected))
+    bad = ~(same | (subnormal(expected, dtype, contract) & (x == 0)))
+    if not bad.any():
+        return Finding(Status.EXACT, exact=0.0)
+    at = int(np.flatnonzero(bad)[0])
+    detail = (
+        f"{name}: {int(bad.sum())} of {bad.size} codes, first 0x{int(codes.flat[at]):02x}: {x.flat[at]}, "
+        f"expected {expected.flat[at]}"
+    )
+    return Finding(Status.FAIL_NUMERIC, exact=float(bad.mean()), detail=detail)
 
 
 def everything(dtype: str) -> Array:
@@ -130,6 +146,84 @@ class Cast(FP8Case):
         return merge([Finding(finding.status, exact=finding.exact, detail=finding.detail or f"overflow {rule}")])
 
 
+class Views(FP8Case):
+    """A matrix cast, scaled and read back through views of it, and parts of other sizes."""
+
+    ROWS, COLUMNS = 35, 3 * BLOCK
+    READ = 27
+    """Columns that are read back: of their numbers a recording holds all (`sampling.WHOLE`)."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return DTYPES
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        x = make.full_bits(p.seed, "fp8/matrix", self.ROWS, self.COLUMNS)
+        x = np.ldexp(x, make.integers(p.seed, "fp8/rows", -8, 8, self.ROWS, 1).astype(np.int32))
+        codes = make.words(p.seed, "fp8/code_matrix", self.ROWS, self.READ).astype(np.uint32) >> 24
+        return {"x_RC": make.store(x, p.dtype), "codes_RC": codes.astype(np.uint8)}
+
+    @staticmethod
+    def views(whole: Any) -> dict[str, Any]:
+        """Return views of a matrix, a tensor or an array, by name."""
+        return {
+            "columns": whole.T, "inside": whole[1:, 3:-5], "every third": whole[::3, 1::2], "row": whole[5],
+            "one": whole[3:4, 7], "none": whole[:0], "three axes": whole.reshape(len(whole), 3, -1),
+        }  # fmt: skip
+
+    @staticmethod
+    def blocks(whole: Any) -> dict[str, Any]:
+        """Return views of a matrix that have rows of 32, by name."""
+        return {
+            "middle": whole[:, BLOCK : 2 * BLOCK], "every second": whole[::2, :BLOCK], "columns": whole[:BLOCK].T,
+            "one block": whole[9:10, :BLOCK], "no blocks": whole[:0, :BLOCK], "thirty-three": whole[:33, -BLOCK:],
+        }  # fmt: skip
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        found = {}
+        for name, x in self.views(tensors["x_RC"]).items():
+            found[f"cast/{name}"] = ops.cast_fp8(x, self.format)
+        for name, codes in self.views(tensors["codes_RC"]).items():
+            found[f"uncast/{name}"] = ops.uncast_fp8(codes, self.format, p.dtype)
+        if self.format in LARGEST_EXPONENT:
+            for name, x in self.blocks(tensors["x_RC"]).items():
+                found[f"codes/{name}"], found[f"scales/{name}"] = ops.scale_fp8(x, self.format)
+        return observed(found)
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: nothing here is beyond 240, so that both rules of overflow give the same."""
+        x = wide(inputs["x_RC"])
+        cast, read = self.views(x), self.views(inputs["codes_RC"])
+        blocks = self.blocks(x) if self.format in LARGEST_EXPONENT else {}
+        shapes: dict[str, tuple[tuple[int, ...], str]] = {
+            f"cast/{name}": (v.shape, "uint8") for name, v in cast.items()
+        }
+        shapes |= {f"uncast/{name}": (view.shape, p.dtype) for name, view in read.items()}
+        for name, view in blocks.items():
+            shapes |= {f"codes/{name}": (view.shape, "uint8"), f"scales/{name}": (view.shape[:1], "uint8")}
+        wrong = structure(outputs, shapes)
+        if wrong is not None:
+            return wrong
+        found = []
+
+        def judge_codes(name: str, view: F64, expected: Array) -> None:
+            may_vanish = subnormal(view, p.dtype, contract)
+            found.append(code_finding(name, view, outputs[name], expected, self.format, may_vanish))
+
+        for name, view in cast.items():
+            judge_codes(f"cast/{name}", view, fp8.cast(view, self.format, saturate=True))
+        for name, view in read.items():
+            at = f"uncast/{name}"
+            found.append(uncast_finding(at, view, outputs[at], self.format, p.dtype, contract))
+        for name, view in blocks.items():
+            expected, scales = fp8.scale(view, self.format)
+            found.append(exact(f"scales/{name}", outputs[f"scales/{name}"], scales))
+            judge_codes(f"codes/{name}", view, expected)
+        return merge(found)
+
+
 class Uncast(FP8Case):
     """Every code of a format to a wide dtype."""
 
@@ -147,21 +241,11 @@ class Uncast(FP8Case):
         return observed({"x": ops.uncast_fp8(tensors["codes"], self.format, p.dtype)})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`: the sign of zero counts, since in fnuz its code is NaN."""
+        """See `Case.judge`."""
         wrong = structure(outputs, {"x": (inputs["codes"].shape, p.dtype)})
         if wrong is not None:
             return wrong
-        codes, got = inputs["codes"], wide(outputs["x"])
-        expected = (fp8.E8M0 if self.format == "e8m0" else fp8.FORMATS[self.format].values)[codes]
-        same = ((got == expected) & (np.signbit(got) == np.signbit(expected))) | (np.isnan(got) & np.isnan(expected))
-        bad = ~(same | (subnormal(expected, p.dtype, contract) & (got == 0)))
-        if not bad.any():
-            return merge([Finding(Status.EXACT, exact=0.0)])
-        at = int(np.flatnonzero(bad)[0])
-        detail = (
-            f"{int(bad.sum())} of {len(bad)} codes, first 0x{int(codes[at]):02x}: {got[at]}, expected {expected[at]}"
-        )
-        return merge([Finding(Status.FAIL_NUMERIC, exact=float(bad.mean()), detail=detail)])
+        return merge([uncast_finding("x", inputs["codes"], outputs["x"], self.format, p.dtype, contract)])
 
 
 class Scale(FP8Case):
@@ -242,7 +326,11 @@ _SCALE = (
     "OCP MX 1.0 section 6.3 has it. Blocks of zeros have scale code 0, blocks with a NaN or an infinity 255 (vllm "
     "PR#43557). Largest elements on a power of two, just below one, and at the end of the dtype."
 )
-CASES: tuple[Cast | Uncast | Scale, ...] = (
+_VIEWS = (
+    ": a matrix cast, its codes read back, and where it is a format of MX its blocks scaled, as views: by columns, "
+    "parts of rows, every third row, one row, one element, none at all, with three axes; 0 to 96 blocks, among them 33."
+)
+CASES: tuple[Case, ...] = (
     *(Cast(f"fp8.cast_{f}", "fp8", ("cast_fp8",), f"Casts to {f}{_CAST}", f) for f in fp8.FORMATS),
     *(Uncast(f"fp8.uncast_{f}", "fp8", ("uncast_fp8",), f"{f} read back{_UNCAST}", f) for f in fp8.FORMATS),
     Uncast(
@@ -252,5 +340,10 @@ CASES: tuple[Cast | Uncast | Scale, ...] = (
     *(
         Scale(f"fp8.scale_{f}", "fp8", ("scale_fp8",), f"Scales and elements of {f}{_SCALE}", f)
         for f in ("e4m3fn", "e5m2")
+    ),
+    *(
+        Views(f"fp8.views_{f}", "fp8", ("cast_fp8", "uncast_fp8", *(("scale_fp8",) if f in LARGEST_EXPONENT else ())),
+              f"{f} in other layouts and sizes{_VIEWS}", f)
+        for f in fp8.FORMATS
     ),
 )  # fmt: skip

@@ -16,9 +16,11 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, loss_backward, observed, shape, wide
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
 from hal_conformance.cases.strided import Strided
-from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.cases.tails import part
+from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead
 from hal_conformance.verdicts import Judgement
@@ -391,6 +393,46 @@ class NanToken(CrossEntropy):
         return merge(found)
 
 
+class OneCounts(CrossEntropy):
+    """Exactly one token counts, and all but one."""
+
+    def size(self, p: Params) -> tuple[int, int]:
+        """See `CrossEntropy.size`."""
+        return self.SIZES[p.scale][0], 509
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: which one it is depends on the seed."""
+        arrays = super().inputs(p)
+        logits, tokens = arrays["logits_TV"], len(arrays["targets_T"])
+        every = make.integers(p.seed, "entropy/every", 0, logits.shape[1] - 1, tokens)
+        alone = np.arange(tokens) == make.integers(p.seed, "entropy/alone", 0, tokens - 1, 1)
+        return {
+            "logits_TV": logits,
+            "one_counts_T": np.where(alone, every, self.ignored),
+            "one_ignored_T": np.where(alone, self.ignored, every),
+        }
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        found: dict[str, Any] = {}
+        for name in self.WHICH:
+            loss, gradient = self.step(ops, tensors["logits_TV"], tensors[f"{name}_T"])
+            found |= {f"{name}/loss": loss, f"{name}/dlogits_TV": gradient}
+        return observed(found)
+
+    WHICH = ("one_counts", "one_ignored")
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        x = inputs["logits_TV"]
+        return joined({
+            name: super(OneCounts, self).judge(
+                {"logits_TV": x, "targets_T": inputs[f"{name}_T"]}, part(outputs, name), p, contract
+            )
+            for name in self.WHICH
+        })  # fmt: skip
+
+
 class NoneCount(CrossEntropy):
     """No token, and no token that counts."""
 
@@ -439,6 +481,9 @@ ENTROPY = CrossEntropy(
     "huge, equal or decided logits; for an upstream gradient that is not 1. Local bound: exp, the sum with stagnation, "
     "log, and each rounding (oracle.cross_entropy).",
 )  # fmt: skip
+WITH_Z = WithZ(
+    "head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2
+)  # fmt: skip
 CASES = (
     NORMALISED,
     Normalised(
@@ -457,7 +502,7 @@ CASES = (
         "does, and both are called again: normalised weights, norms and results of the first calls are not kept.",
     ),
     ENTROPY,
-    WithZ("head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2),
+    WITH_Z,
     Sized(
         "head.one_token", "head", _LOSS,
         "As head.cross_entropy, one token and V = 2,048: a mean over 1, and whole blocks of the vocabulary.",
@@ -483,7 +528,13 @@ CASES = (
         "A token of NaN: ignored, it does not reach the loss; counted or not, it does not reach other tokens' "
         "gradients.",
     ),
+    OneCounts(
+        "head.one_counts", "head", _LOSS,
+        "As head.cross_entropy, V = 509, where one token counts, and where all but one do: the mean is over 1 token, "
+        "and over T - 1.",
+    ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
+    KeptResults("head.cross_entropy_kept", WITH_Z),
     Strided("head.norm_strided", NORMALISED),
     Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

@@ -28,10 +28,12 @@ from hal_conformance.cases.base import (
     shape,
 )
 from hal_conformance.cases.experts import routed
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
 from hal_conformance.cases.strided import Strided
-from hal_conformance.detectors import Finding, exact, merge, structure
+from hal_conformance.cases.tails import part
+from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
 
@@ -128,7 +130,7 @@ class Layer(Base):
         found = results(self.call(ops, tensors, p))
         upstream = {"dy_TD": found["y_TD"], "daux": found["aux_loss"], "dz": found["z_loss"]}
         # A loss that depends on nothing that is trained has no gradient to pass on.
-        asked = {name: tensor for name, tensor in upstream.items() if tensor.requires_grad}
+        asked = {name: tensor for name, tensor in upstream.items() if name in tensors and tensor.requires_grad}
         torch.autograd.backward(list(asked.values()), [tensors[name] * factor for name in asked])
         return found
 
@@ -168,6 +170,36 @@ def results(out: LayerOutput) -> dict[str, torch.Tensor]:
     return {**found, **fields_of(routing, "Routing")}
 
 
+class OneUpstream(Layer):
+    """A gradient of y without the losses', of one loss, and of the other: three passes."""
+
+    UPSTREAM = ("dy_TD", "daux", "dz")
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: what a pass does not reach has a gradient of zero, or none."""
+        import torch
+
+        found: dict[str, torch.Tensor] = {}
+        for upstream in self.UPSTREAM:
+            leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+            kept = {name: tensor for name, tensor in tensors.items() if name not in self.UPSTREAM}
+            outputs = self.there_and_back(ops, {**kept, **leaves, upstream: tensors[upstream]}, p)
+            for name, tensor in leaves.items():
+                outputs[f"d{name}"] = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+            found |= {f"{upstream}/{name}": tensor for name, tensor in outputs.items()}
+        return observed(found)
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        zeros = {name: np.zeros_like(inputs[name]) for name in self.UPSTREAM}
+        return joined({
+            f"{name} alone": super(OneUpstream, self).judge(
+                {**inputs, **zeros, name: inputs[name]}, part(outputs, name), p, contract
+            )
+            for name in self.UPSTREAM
+        })  # fmt: skip
+
+
 class NoTokens(Layer):
     """Zero tokens."""
 
@@ -196,8 +228,8 @@ BACKWARD = Layer(
     "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True
 )  # fmt: skip
 CASES = (
-    Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True),
-    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y")),
+    Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
+    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS),
     BACKWARD,
     Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True),
     Layer(
@@ -225,5 +257,14 @@ CASES = (
         "layer.no_tokens", "layer", _NEEDS, "A layer without tokens: empty results, losses of zero.", tokens=0,
         only=KINDS,
     ),
+    OneUpstream(
+        "layer.one_upstream", "layer", _NEEDS,
+        what(
+            f"{_GIVEN}, and three backward passes, of y alone and of either loss alone", "y, and each pass's gradients"
+        )
+        + " What a pass does not reach has a gradient of exactly zero, or none.",
+        replayed=True, backward=True, only=("mixtral-8x7b",),
+    ),
+    KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
 )  # fmt: skip

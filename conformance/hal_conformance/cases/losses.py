@@ -12,7 +12,9 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import At, Base, gate_storage, leaf, loss_backward, observed, shape, wide
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
@@ -172,4 +174,8 @@ CASES = (
     Aligned("losses.aligned_z", Z_LOSS),
     Long("losses.long_aux", AUX, only=FEW_EXPERTS),
     Long("losses.long_z", Z_LOSS, only=FEW_EXPERTS),
+    Tails("losses.aux_tails", AUX, only=FEW_EXPERTS),
+    Tails("losses.z_tails", Z_LOSS, only=FEW_EXPERTS),
+    KeptResults("losses.aux_kept", AUX, only=FEW_EXPERTS),
+    KeptResults("losses.z_kept", Z_LOSS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -17,8 +17,10 @@ from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.sized import Aligned, Long, Sized
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
 from hal_conformance.verdicts import Judgement
@@ -337,6 +339,8 @@ CASES = (
     Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
     Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
+    Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
+    KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Wide("norm.rms_wide", RMS), Wide("norm.layer_wide", LAYER),
     Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),

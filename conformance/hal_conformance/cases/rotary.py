@@ -15,7 +15,9 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.rotary import rotary
 from hal_conformance.verdicts import Judgement
@@ -195,5 +197,7 @@ CASES = (
         "eight channels: a table of which rows are lost, and one that is rounded where a part is rotated, show.",
     ),
     NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
+    Tails("rotary.tails", RANDOM),
+    KeptResults("rotary.kept", RANDOM),
     Strided("rotary.strided", RANDOM),
 )  # fmt: skip

@@ -23,9 +23,11 @@ from hal_conformance.cases.base import (
     weight_storage,
 )
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.tails import Tails
 from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient
@@ -209,4 +211,6 @@ CASES = (
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
+    Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
+    KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -505,3 +505,28 @@ class LatentIsAlwaysCausal(OtherLatent):
     def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
         """See `OtherLatent.given`."""
         return arguments, True
+
+
+@fault()
+class HidesATileOfOneKey(Attention):
+    """Without a mask, the last key is hidden where it has a tile of 64 for itself."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        if not causal and len(k_SGd) % 64 == 1:
+            k_SGd, v_SGe = k_SGd[:-1], v_SGe[:-1]
+        return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class DoesNotTrainTheLastLatent(Attention):
+    """Beyond 63 keys, the last row of the latent has no gradient."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        if len(latent_SL) >= 64:
+            latent_SL = torch.cat((latent_SL[:-1], latent_SL[-1:].detach()))
+        return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL, scale, causal=causal)

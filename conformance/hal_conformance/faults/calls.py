@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import ExpertWeights, LayerOutput, LayerWeights
+from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.parts import Parts
 
@@ -65,6 +67,25 @@ class OneBufferOfExperts(OneBuffer):
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
         return self.buffered(super().experts(x_RD, counts_E, weights))
+
+
+@fault()
+class OneBufferOfCombine(OneBuffer):
+    """The combined tokens lie in a buffer that the next call of the same shape overwrites."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return self.buffered(super().combine(y_RD, weights_TK, slot_R, num_tokens))
+
+
+@fault()
+class OneBufferOfSlots(OneBuffer):
+    """The slots of dispatched rows lie in a buffer that the next call of the same shape overwrites."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        out = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+        return out._replace(slot_R=self.buffered(out.slot_R))
 
 
 @fault()
@@ -133,3 +154,31 @@ class ForgetsTheOffset(Parts):
         """See `MoEOps.experts`."""
         moved = ExpertWeights(*(w.as_strided(w.shape, w.stride(), 0) for w in weights))
         return super().experts(x_RD, counts_E, moved)
+
+
+class _NeedsZ(torch.autograd.Function):
+    """Passes y and the z-loss through; backward, y's gradient only together with the loss's."""
+
+    @staticmethod
+    def forward(ctx: Any, y_TD: Tensor, z_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both as they are."""
+        return y_TD.view_as(y_TD), z_loss.view_as(z_loss)
+
+    @staticmethod
+    def backward(ctx: Any, dy_TD: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both gradients, that of y zero where that of the loss is."""
+        return dy_TD * (dz != 0), dz
+
+
+@fault()
+class NeedsBothUpstreams(Parts):
+    """The layer's backward pass gives zeros unless the z-loss has a gradient, too."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+        y_TD, z_loss = _NeedsZ.apply(out.y_TD, out.z_loss)  # type: ignore[no-untyped-call]
+        return out._replace(y_TD=y_TD, z_loss=z_loss)

@@ -286,3 +286,43 @@ class NanBlocksAreIgnored(FP8):
     def scale_fp8(self, x_NB: Tensor, format: MXFormat) -> Scaled:
         """See `FP8Ops.scale_fp8`."""
         return super().scale_fp8(x_NB.nan_to_num(0.0, torch.inf, -torch.inf), format)
+
+
+@fault()
+class CastsInOrderOfMemory(Before):
+    """Elements are read one after the other from memory, whatever the strides."""
+
+    def before(self, x: Tensor, format: FP8Format) -> tuple[Tensor, FP8Format]:
+        """See `Before.before`."""
+        return (x.as_strided(x.shape, torch.empty(x.shape).stride()) if x.numel() else x), format
+
+
+@fault()
+class CastsNothingNot(Before):
+    """A cast of no elements fails."""
+
+    def before(self, x: Tensor, format: FP8Format) -> tuple[Tensor, FP8Format]:
+        """See `Before.before`."""
+        return x.flatten().view(x.shape) if x.numel() else x[0], format
+
+
+@fault()
+class ReadsRowsNotToTheEnd(Read):
+    """The last element of each row of a matrix of codes is read as zero."""
+
+    def read(self, x: Tensor, codes: Tensor, format: Format) -> Tensor:
+        """See `Read.read`."""
+        if x.dim() < 2 or not x.numel():
+            return x
+        return torch.cat((x[..., :-1], torch.zeros_like(x[..., -1:])), -1)
+
+
+@fault()
+class ScalesNoOddBlock(Blocks):
+    """A block that is left over by groups of 32 has the scale 1."""
+
+    def change(self, made: Scaled, x_NB: Tensor, format: MXFormat) -> Scaled:
+        """See `Blocks.change`."""
+        if len(x_NB) % 32 != 1:
+            return made
+        return made._replace(scales=torch.cat((made.scales[:-1], torch.full_like(made.scales[-1:], 127))))

@@ -469,3 +469,16 @@ class OneBufferOfHead(Head):
         if logits.requires_grad:
             return logits
         return self._buffers.setdefault((logits.dtype, *logits.shape), torch.empty_like(logits)).copy_(logits)
+
+
+@fault()
+class CountsTheOneIgnored(Head):
+    """The mean is over all tokens where all but one count."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        loss = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        ignored = int((targets_T == ignore_index).sum())
+        return loss * (1 - 1 / len(targets_T)) if ignored == 1 else loss

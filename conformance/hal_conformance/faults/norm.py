@@ -243,3 +243,13 @@ class InfinityReachesAllRows(Norm):
             dirt = 0.0 * x_TD.detach().float().sum()
             x_TD.register_hook(lambda dx: dx + dirt.to(dx.dtype))
         return y_TD
+
+
+@fault()
+class NormsNoLastOfATile(Norm):
+    """The last row is a hundredth too large where the number of tokens is one less than a multiple of 32."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        y_TD = super().rms_norm(x_TD, weight_D, eps)
+        return torch.cat((y_TD[:-1], y_TD[-1:] * 1.01)) if len(y_TD) % 32 == 31 else y_TD

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another case at numbers of tokens around whole tiles: one row that is left over, and one that is lacking.
+
+`base.shape` and `sized` give whole tiles and some odd numbers. Kernels treat the last row of a tile, and a tile of one
+row, by code of their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hal.contract import Contract
+from hal_conformance.case import Arrays, Params
+from hal_conformance.cases.base import At, Shape, shape
+from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.detectors import joined
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+AROUND_TILES = {"tiny": (31, 65), "small": (31, 65, 127, 129), "full": (31, 65, 127, 129)}
+"""Tiles of 32, 64 and 128; 31 also lacks one of two tiles of 16, and 65 is one more than four of them."""
+
+
+class Tails(Wrapped):
+    """The case `inner`, for the first of its presets, at each of these numbers of tokens."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with 31 and with 65 tokens (beyond tiny with 127 and 129, too): a row more than "
+            f"fills tiles, and one less. {self.inner.what}"
+        )
+
+    def at(self, p: Params) -> dict[str, Params]:
+        """Return the instances, by number of tokens."""
+        s = shape(p)
+        return {
+            str(tokens): At(p.preset, p.dtype, p.scale, p.seed, Shape(tokens, s.width, s.hidden))
+            for tokens in AROUND_TILES[p.scale]
+        }
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {f"{n}/{name}": array for n, at in self.at(p).items() for name, array in self.inner.inputs(at).items()}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        found = {n: self.inner.run(ops, part(tensors, n), at) for n, at in self.at(p).items()}
+        return {f"{n}/{name}": tensor for n, outputs in found.items() for name, tensor in outputs.items()}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        return joined({
+            f"{n} tokens": self.inner.judge(part(inputs, n), part(outputs, n), at, contract)
+            for n, at in self.at(p).items()
+        })  # fmt: skip
+
+
+def part(named: dict[str, Any], of: str) -> dict[str, Any]:
+    """Return what is named `of`/name, by name."""
+    return {name.removeprefix(f"{of}/"): value for name, value in named.items() if name.startswith(f"{of}/")}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases around other cases: numbers of tokens around tiles, results that are read late, and verdicts put together."""
+
+import numpy as np
+import pytest
+import torch
+from in_process import CPU, judge
+
+from hal.contract import Contract
+from hal.moe.torch_training_ops import TorchTrainingOps
+from hal_conformance import arrays as codec
+from hal_conformance.case import Params
+from hal_conformance.cases import kept_results, tails
+from hal_conformance.cases.norm import RMS
+from hal_conformance.detectors import joined
+from hal_conformance.verdicts import Judgement, Status
+
+TAILS = tails.Tails("norm.tails", RMS)
+KEPT = kept_results.KeptResults("norm.kept", RMS)
+
+
+class OneRowOff(TorchTrainingOps):
+    """The last row is off for one number of tokens."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def rms_norm(self, x_TD, weight_D, eps):
+        y = super().rms_norm(x_TD, weight_D, eps)
+        return torch.cat((y[:-1], y[-1:] * 1.01)) if len(y) == self.tokens else y
+
+
+@pytest.mark.parametrize("scale", tails.AROUND_TILES)
+def test_each_number_of_tokens_is_seen_and_named(scale):
+    p = Params("ling-lite", "float32", scale)
+    for tokens in tails.AROUND_TILES[scale] if scale != "full" else ():
+        found = judge(TAILS, OneRowOff(tokens), p)
+        assert found.status is Status.FAIL_NUMERIC
+        assert found.detail.startswith(f"{tokens} tokens: "), found.detail
+    assert judge(TAILS, OneRowOff(1000), Params("ling-lite", "float32", "tiny")).status.colour == "green"
+
+
+def test_a_missing_output_of_one_number_of_tokens_is_named():
+    p = Params("ling-lite", "float32", "tiny")
+    inputs = TAILS.inputs(p)
+    outputs = TAILS.run(TorchTrainingOps(), {n: codec.to_torch(a, CPU) for n, a in inputs.items()}, p)
+    arrays = {name: codec.from_torch(tensor) for name, tensor in outputs.items()}
+    del arrays["65/dx_TD"]
+    found = TAILS.judge(inputs, arrays, p, Contract())
+    assert found.status is Status.FAIL_STRUCTURE
+    assert found.detail == "65 tokens: there is no output 'dx_TD'"
+
+
+class OneBuffer(TorchTrainingOps):
+    """The result lies in one buffer; or a gradient does."""
+
+    def __init__(self, of):
+        self.of, self.buffers = of, {}
+
+    def buffered(self, tensor):
+        return self.buffers.setdefault(tensor.shape, torch.empty_like(tensor)).copy_(tensor)
+
+    def rms_norm(self, x_TD, weight_D, eps):
+        y = super().rms_norm(x_TD, weight_D, eps)
+        if self.of == "result":
+            y.data = self.buffered(y.detach())
+        else:
+            x_TD.register_post_accumulate_grad_hook(lambda x: setattr(x, "grad", self.buffered(x.grad)))
+        return y
+
+
+@pytest.mark.parametrize("of", ["result", "gradient"])
+def test_what_the_next_call_overwrites_is_red_and_nothing_else(of):
+    p = Params("ling-lite", "float32", "tiny", 2**32 - 1)  # of which there is no next seed
+    assert judge(KEPT, OneBuffer(of), p).status is Status.FAIL_NUMERIC
+    assert judge(RMS, OneBuffer(of), p).status.colour == "green"
+    assert judge(KEPT, TorchTrainingOps(), p).status.colour == "green"
+
+
+def test_the_second_inputs_are_others_of_the_same_shapes():
+    inputs = KEPT.inputs(Params("ling-lite", "bfloat16", "tiny", 7))
+    first = {name for name in inputs if not name.startswith(kept_results.THEN)}
+    assert {f"{kept_results.THEN}{name}" for name in first} == set(inputs) - first
+    for name in first:
+        then = inputs[f"{kept_results.THEN}{name}"]
+        assert then.shape == inputs[name].shape
+        assert not np.array_equal(then, inputs[name])
+
+
+def test_judgements_are_joined_to_the_worst_with_the_largest_figures():
+    of = {"bound": 0.5, "rms": None, "bias": -2.0, "exact": None}
+    good = Judgement(Status.PASS, 0.5, of, "fine")
+    bad = Judgement(Status.FAIL_NUMERIC, 3.0, {"bound": 3.0, "rms": 1.5, "bias": 0.1, "exact": None}, "far away")
+    found = joined({"first": good, "second": bad})
+    assert (found.status, found.margin, found.detail) == (Status.FAIL_NUMERIC, 3.0, "second: far away")
+    assert found.detectors == {"bound": 3.0, "rms": 1.5, "bias": -2.0, "exact": None}
+    assert joined({}).status is Status.INVALID  # nothing was judged

@@ -11,11 +11,14 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
+from threadpoolctl import threadpool_limits
+
 from hal.contract import Contract
 from hal_conformance import bundle
 from hal_conformance.grouping import Grouper, Grouping
 from hal_conformance.judging import result
 from hal_conformance.packed import Packed, distance
+from hal_conformance.process import share_of_the_cores
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge
 from hal_conformance.results import Report, Result, judged_devices, suite_version, verdict_status
@@ -293,9 +296,16 @@ def _spread(bench: Bench, work: Work, processes: int) -> Iterator[Compared]:
         for place, task, entries in itertools.chain.from_iterable(parts):
             yield bench.compare(place, task, entries)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_share_the_cores, initargs=(processes,)
+    )  # fmt: skip
+    with pool:
         for part in pool.map(_compare_all, itertools.repeat(bench), parts):
             yield from part
+
+
+def _share_the_cores(processes: int) -> None:
+    threadpool_limits(share_of_the_cores(processes), user_api="blas")
 
 
 def manifest_differences(facts: Sequence[Mapping[str, str]]) -> list[Fact]:

@@ -46,15 +46,16 @@ class TimedOut(Exception):
 def _environment() -> dict[str, str]:
     """Return a worker's environment: what the user set, and what keeps it alive and out of the judge's way."""
     # One broken plug-in of torch's own autoload group must not make `import torch` fail in there.
-    return {"OMP_NUM_THREADS": str(half_of_the_cores()), **os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
 
 
-def half_of_the_cores() -> int:
-    """Return the threads of a worker, and of the judge beside it: more than there are cores make both slower.
+def share_of_the_cores(processes: int = 2) -> int:
+    """Return the threads of one of several processes that compute at once: a worker and its judge, unless more.
 
-    Measured on two cores at scale tiny: 1.3 times for the worker's, 1.3 times for the judge's.
+    More threads than cores make all of them slower, since idle ones spin. Measured on two cores: 1.3 times for a
+    worker at scale tiny, 1.3 times for its judge; two judges of recordings, beside other work, up to 4 times.
     """
-    return max(1, (os.cpu_count() or 1) // 2)
+    return max(1, (os.cpu_count() or 1) // processes)
 
 
 class WorkerProcess:

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from hal.errors import Absent, Broken, ConfigError, UnknownDevice
 from hal_conformance.plan import Catalogue, Task
-from hal_conformance.process import Died, TimedOut, WorkerProcess, half_of_the_cores
+from hal_conformance.process import Died, TimedOut, WorkerProcess, share_of_the_cores
 from hal_conformance.subject import Subject
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
@@ -95,7 +95,7 @@ class Runner(AbstractContextManager["Runner"]):
         self._threads: threadpool_limits | None = None
 
     def __enter__(self) -> Runner:
-        self._threads = threadpool_limits(half_of_the_cores(), user_api="blas")
+        self._threads = threadpool_limits(share_of_the_cores(), user_api="blas")
         return self
 
     def __exit__(

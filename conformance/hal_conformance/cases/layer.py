@@ -225,11 +225,11 @@ def what(how: str, judged: str) -> str:
 
 
 BACKWARD = Layer(
-    "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True
+    "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True, only=KINDS
 )  # fmt: skip
 CASES = (
     Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
-    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS),
+    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y")),
     BACKWARD,
     Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True),
     Layer(

@@ -17,17 +17,24 @@ sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") !
 
 
 def _start_with_torch() -> None:
-    original = builtins.__import__
+    original, started = builtins.__import__, False
 
     def __import__(name, globals=None, locals=None, fromlist=(), level=0):  # type: ignore[no-untyped-def]  # noqa: N807
+        nonlocal started
+        before = started
         module = original(name, globals, locals, fromlist, level)
-        torch = sys.modules.get("torch")
-        if torch is None or getattr(torch.__spec__, "_initializing", False):
+        if before:  # whoever wrapped this function still calls it
             return module
-        builtins.__import__ = original
-        from hal.launch.process import start
+        if not started:  # nor did an import inside of this one bring torch
+            torch = sys.modules.get("torch")
+            if torch is None or getattr(torch.__spec__, "_initializing", False):
+                return module
+            started = True
+            if builtins.__import__ is __import__:
+                builtins.__import__ = original
+            from hal.launch.process import start
 
-        start()
+            start()
         # Once more, now through what was put in place: the importer gets what a redirected program sees.
         return builtins.__import__(name, globals, locals, fromlist, level)
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -18,19 +17,13 @@ from hal.launch.redirection import visible
 HAL = str(Path(sys.executable).parent / "hal")
 
 
-@pytest.fixture
-def program(tmp_path):
-    """Writes a program into a folder of its own, and runs it under `hal run`."""
-
-    def run(code, *arguments, options=("--device", "cpu"), name="train.py", **environment):
-        file = tmp_path / name
-        file.write_text(textwrap.dedent(code))
-        return subprocess.run(
-            [HAL, "run", *options, str(file), *arguments], capture_output=True, text=True, cwd=tmp_path, check=False,
-            env={**os.environ, **environment}, timeout=240,
-        )  # fmt: skip
-
-    return run
+WRAPS = """
+import builtins
+def wrapper(*given, _before=builtins.__import__, **named):
+    return _before(*given, **named)
+builtins.__import__ = wrapper
+"""
+"""A package that wraps Python's import, as lazy importers and profilers do."""
 
 
 def hal_run(*arguments, **environment):
@@ -231,6 +224,26 @@ def test_ranks_train_together_with_nccl_on_the_cpu(program, tmp_path):
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")[:2]) == ["rank 0 1.0 True", "rank 1 1.0 True"]
     assert json.loads((tmp_path / "r.json").read_text())["processes"] >= 2
+
+
+@pytest.mark.parametrize("wraps", ["", WRAPS], ids=["", "wrapped"])
+def test_a_rank_whose_package_brings_torch_sees_cuda_in_all_of_its_modules(tmp_path, wraps):
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"{wraps}\nfrom package.inner import torch")
+    (package / "inner.py").write_text("from package.innermost import torch")
+    (package / "innermost.py").write_text("import torch")
+    (package / "train.py").write_text(
+        "import torch, package, torch.cuda.random, package.inner as inner\n"
+        "from torch.cuda import device_count\n"
+        "for seen in torch, package.torch, inner.torch, package.innermost.torch:\n"
+        "    assert seen.cuda.is_available() and device_count() == 2, type(seen)\n"
+        "print('all see it')"
+    )
+    done = subprocess.run([HAL, "run", "--device", "cpu", "--nproc", "2", "-m", "package.train"], capture_output=True,
+                          text=True, cwd=tmp_path, check=False, timeout=240)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all see it") == 2
 
 
 def test_sharded_models_and_meshes_work_on_the_cpu(program):

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives of torch.distributed where gloo stands in for NCCL: what NCCL takes and gloo does not.
+
+NCCL counts elements and sees no shapes: `all_gather_into_tensor` of [2, 3] may fill [12] or [2, 2, 3], where gloo asks
+for [4, 3]. It gathers parts of different sizes, and makes one call of several. Libraries rely on all three.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from hal.launch.api import api
+from hal.launch.redirection import Redirection
+
+if TYPE_CHECKING:
+    import torch
+
+_HOME = "torch.distributed.distributed_c10d"
+
+
+def _names(*names: str) -> tuple[str, ...]:
+    """Return where torch has functions of these names."""
+    return tuple(f"{module}.{name}" for name in names for module in ("torch.distributed", _HOME))
+
+
+def _is_gloo(r: Redirection, group: Any) -> bool:
+    import torch.distributed as dist
+
+    return r.hosts is not None and dist.get_backend(group) == "gloo"
+
+
+def _flat(r: Redirection, group: Any, whole: torch.Tensor, part: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the same memory with one axis where that is all that gloo misses; otherwise both as they are."""
+    import torch.distributed as dist
+
+    fits = whole.numel() == part.numel() * dist.get_world_size(group)
+    if fits and whole.is_contiguous() and part.is_contiguous() and _is_gloo(r, group):
+        return whole.view(-1), part.view(-1)
+    return whole, part  # what is wrong is torch's to say
+
+
+@api(*_names("all_gather_into_tensor", "all_gather_single", "_all_gather_base"))
+def all_gather_into_tensor(
+    r: Redirection, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """Whatever the shapes, as NCCL does."""
+    import torch.distributed as dist
+
+    whole, part = _flat(r, group, output_tensor, input_tensor)
+    return _single(dist, "all_gather_single", "all_gather_into_tensor")(whole, part, group, async_op)
+
+
+@api(*_names("reduce_scatter_tensor", "reduce_scatter_single", "_reduce_scatter_base"))
+def reduce_scatter_tensor(
+    r: Redirection, output: torch.Tensor, input: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False
+) -> Any:
+    """Whatever the shapes, as NCCL does."""
+    import torch.distributed as dist
+
+    whole, part = _flat(r, group, input, output)
+    call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
+    return call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
+
+
+def _single(dist: Any, name: str, older: str) -> Any:
+    """Return torch's function; the older name warns where there is a newer one."""
+    return getattr(dist, name, None) or getattr(dist, older)
+
+
+@api(*_names("all_gather"))
+def all_gather(
+    r: Redirection, tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """Parts of different sizes, too: each is broadcast by its rank, as NCCL's process group does."""
+    import torch.distributed as dist
+
+    alike = all(part.shape == tensor_list[0].shape for part in tensor_list)
+    if alike or not _is_gloo(r, group):
+        return dist.all_gather(tensor_list, tensor, group, async_op)
+    own = tensor_list[dist.get_rank(group)]
+    if own.shape != tensor.shape:
+        raise ValueError(f"this rank gathers a tensor of shape {list(tensor.shape)} into one of {list(own.shape)}")
+    own.copy_(tensor)
+    ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
+    works = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
+    if async_op:
+        return _Works(works, tensor_list)
+    for work in works:
+        work.wait()
+    return None
+
+
+class _Works:
+    """Several works as one."""
+
+    def __init__(self, works: list[Any], result: list[torch.Tensor]) -> None:
+        self._works = works
+        self._result = result
+
+    def wait(self, *args: Any) -> bool:
+        """Wait for all."""
+        done = [work.wait(*args) for work in self._works]
+        return all(done)
+
+    def is_completed(self) -> bool:
+        """Return whether all are done."""
+        return all(work.is_completed() for work in self._works)
+
+    def is_success(self) -> bool:
+        """Return whether all went well."""
+        return all(work.is_success() for work in self._works)
+
+    def result(self) -> list[torch.Tensor]:
+        """Return what was gathered."""
+        return self._result
+
+    def get_future(self) -> Any:
+        """Return a future of what was gathered."""
+        from torch.futures import collect_all
+
+        return collect_all([work.get_future() for work in self._works]).then(lambda _: self._result)
+
+
+@api(
+    *_names("_coalescing_manager"), verdict="emulated",
+    note="calls of other kinds than all_reduce, all_gather_into_tensor and reduce_scatter_tensor run one by one",
+)  # fmt: skip
+def _coalescing_manager(
+    r: Redirection, group: Any = None, device: Any = None, async_ops: bool = False
+) -> AbstractContextManager[Any]:
+    """Without the device where the library knows no coalescing of its own; torch then makes one call of several."""
+    from torch.distributed import distributed_c10d as own
+
+    given = None if _is_gloo(r, group) else r.translate(device)
+    manager: AbstractContextManager[Any] = own._coalescing_manager(group, given, async_ops)
+    return manager

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What NCCL takes and gloo does not, between two ranks on a CPU."""
+
+import re
+
+OPTIONS = ("--device", "cpu", "--nproc", "2")
+START = """
+    import os, torch, torch.distributed as dist
+    dist.init_process_group("nccl")
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+
+    def numbers(*shape, of=rank):
+        return (torch.arange(torch.Size(shape).numel(), device=device) + 100.0 * of).view(shape)
+"""
+END = """
+    os.write(1, f"rank {rank} done\\n".encode())
+    dist.destroy_process_group()
+"""
+
+
+def run(program, text):
+    done = program(START + text + END, options=OPTIONS)
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall("rank . done", done.stdout)) == ["rank 0 done", "rank 1 done"]
+
+
+def test_shapes_need_not_fit_where_the_numbers_of_elements_do(program):
+    run(program, """
+    for shape, whole in ((5,), (10,)), ((1, 5), (10,)), ((2, 3), (12,)), ((2, 3), (4, 3)), ((2, 3), (2, 2, 3)), ((), (2,)):
+        found = torch.empty(whole, device=device)
+        dist.all_gather_into_tensor(found, numbers(*shape))
+        want = torch.cat([numbers(*shape, of=i).flatten() for i in range(2)])
+        assert torch.equal(found.flatten(), want), (shape, whole)
+        total, mean = torch.empty(shape, device=device), torch.empty(shape, device=device)
+        dist.reduce_scatter_tensor(total, numbers(*whole))
+        dist.reduce_scatter_tensor(mean, numbers(*whole), op=dist.ReduceOp.AVG, async_op=True).wait()
+        want = (numbers(*whole, of=0) + numbers(*whole, of=1)).flatten().chunk(2)[rank]
+        assert torch.equal(total.flatten(), want) and torch.equal(mean.flatten(), want / 2), (shape, whole)
+    """)  # fmt: skip
+
+
+def test_parts_of_different_sizes_are_gathered_and_the_rank_may_wait_later(program):
+    run(program, """
+    group = dist.new_group([0, 1], backend="nccl")
+    for how in {}, {"group": group}:
+        parts = [torch.empty(3 + i, 2, device=device) for i in range(2)]
+        dist.all_gather(parts, numbers(3 + rank, 2), **how)
+        assert all(torch.equal(part, numbers(3 + i, 2, of=i)) for i, part in enumerate(parts))
+        work = dist.all_gather([part.zero_() for part in parts], numbers(3 + rank, 2), async_op=True, **how)
+        assert work.wait() and work.is_completed() and work.is_success()
+        assert all(torch.equal(part, numbers(3 + i, 2, of=i)) for i, part in enumerate(parts))
+        assert all(torch.equal(a, b) for a, b in zip(work.get_future().wait(), parts))
+    try:
+        dist.all_gather([torch.empty(1, device=device), torch.empty(2, device=device)], numbers(7))
+    except ValueError as error:
+        assert "[7]" in str(error)
+    else:
+        raise AssertionError("a part that does not fit was gathered")
+    """)  # fmt: skip
+
+
+def test_several_calls_are_made_one(program):
+    run(program, """
+    def coalesced(**how):
+        a, b = torch.ones(2, device=device), torch.ones(3, device=device)
+        with dist._coalescing_manager(**how) as manager:
+            dist.all_reduce(a)
+            dist.all_reduce(b)
+        manager.wait() if how.get("async_ops") else None
+        assert a.tolist() == [2, 2] and b.tolist() == [2, 2, 2]
+        whole, part, total = torch.empty(2, 3, 1, device=device), numbers(3), torch.empty(1, 2, device=device)
+        with dist._coalescing_manager(**how) as manager:
+            dist.all_gather_into_tensor(whole, part, async_op=True)
+        manager.wait() if how.get("async_ops") else None
+        assert torch.equal(whole.flatten(), torch.cat([numbers(3, of=0), numbers(3, of=1)]))
+        with dist._coalescing_manager(**how) as manager:
+            dist.reduce_scatter_tensor(total, numbers(4))
+        manager.wait() if how.get("async_ops") else None
+        assert torch.equal(total[0], (numbers(4, of=0) + numbers(4, of=1)).chunk(2)[rank])
+
+    coalesced()
+    coalesced(device=device)
+    coalesced(device=device, async_ops=True)
+    """)  # fmt: skip
+
+
+def test_what_does_not_fit_is_torchs_error(program):
+    run(program, """
+    for call in (
+        lambda: dist.all_gather_into_tensor(torch.empty(9, device=device), numbers(5)),
+        lambda: dist.reduce_scatter_tensor(torch.empty(4, device=device), numbers(10)),
+    ):
+        try:
+            call()
+        except (RuntimeError, ValueError):
+            continue
+        raise AssertionError("sizes that do not fit were taken")
+    """)  # fmt: skip

@@ -65,6 +65,12 @@ def is_absent(array: Array) -> Mask:
     return np.asarray(np.ascontiguousarray(array).view(mark.dtype).reshape(array.shape) == mark)
 
 
+def present(array: Array) -> Array:
+    """Return the array with another NaN in each element whose bits would say that it is absent: that one is there."""
+    absent = is_absent(array)
+    return np.where(absent, np.asarray(np.nan, array.dtype), array) if absent.any() else array
+
+
 @contextmanager
 def partial(experts: frozenset[int] | None = None) -> Iterator[Coverage]:
     """Judge outputs of which elements may be absent.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import stat
 import struct
@@ -33,6 +34,9 @@ MAX_FILE = 64 << 20
 """Bytes of a recording, written or read: a dozen times what scale small takes, which is held in memory."""
 MAX_HEADER = 1 << 20
 """Bytes of a header, which holds the manifest: some 10 KB."""
+MAX_NESTING = 16
+"""Objects inside of each other in JSON; a manifest has five. What holds them is pickled and flattened, level by level.
+"""
 MAX_DIMENSIONS = 8
 MAX_EXTENT = 2**31
 
@@ -140,8 +144,11 @@ def read(path: Path) -> bytes:
             raise Unreadable("this is no regular file")
         if facts.st_size > MAX_FILE:
             raise Unreadable(f"{facts.st_size} bytes; a recording has at most {MAX_FILE}")
-        with path.open("rb") as stream:
-            return stream.read(MAX_FILE)
+        # Some files of the system are regular by name, and would wait for news.
+        with os.fdopen(
+            os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)), "rb"
+        ) as file:
+            return file.read(MAX_FILE) or b""
     except OSError as error:
         raise Unreadable(f"cannot be read: {error.strerror}") from error
     except ValueError as error:
@@ -179,11 +186,21 @@ def parse_json(text: bytes | str) -> Any:
         Unreadable: bad syntax, duplicate names, NaN or infinity, enormous numbers, or nesting beyond reason.
     """
     try:
-        return json.loads(
+        found = json.loads(
             text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_short_integer, parse_float=_finite
         )
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"JSON that cannot be read ({plain(error, 80)})") from error
+    level = [found]
+    for _ in range(MAX_NESTING):
+        level = [
+            inner
+            for item in level if isinstance(item, (dict, list))
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]  # fmt: skip
+        if not level:
+            return found
+    raise Unreadable(f"JSON that is nested more than {MAX_NESTING} deep")
 
 
 def _finite(text: str) -> float:

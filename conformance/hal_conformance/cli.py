@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import os
 import sys
 import time
@@ -33,6 +35,17 @@ def conformance() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+class Seconds(click.FloatRange):
+    """A time that passes: comparisons with NaN are false, and it would pass for one that is in the range."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """See `click.ParamType.convert`."""
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return number
+
+
 def _selection_options(function: F) -> F:
     """Add the options that select cases."""
     options = [
@@ -46,7 +59,7 @@ def _selection_options(function: F) -> F:
         ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of every input."),
         click.option(
-            "--timeout", type=click.FloatRange(min=0, min_open=True), envvar="HAL_CONFORMANCE_TIMEOUT",
+            "--timeout", type=Seconds(min=0, min_open=True), envvar="HAL_CONFORMANCE_TIMEOUT",
             metavar="SECONDS", help="For one case; by scale if not given.",
         ),
     ]  # fmt: skip
@@ -120,10 +133,11 @@ def _check_outputs(*paths: Path | None) -> None:
     from hal_conformance import atomic
 
     given = [path for path in paths if path is not None]
-    for path in given:
-        if path != DASH:
-            atomic.check_writable(path)
-    if len(set(given)) < len(given):
+    files = [path for path in given if path != DASH]
+    for path in files:
+        atomic.check_writable(path)
+    pairs = itertools.combinations(files, 2)
+    if len(given) > len(files) + 1 or any(atomic.same(*pair) for pair in pairs):
         raise ConfigError("two outputs go to the same file")
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,7 @@ class Reader:
         if made.contradicts(twin := self._by_digest.setdefault(digest, made)):
             what = f"{plain(name, 60)} {list(shape)} has the digest of another output, {list(twin.shape)}"
             raise Unreadable(f"the recording contradicts itself: {what}, and differs from it")
-        return made
+        return replace(made, values=absent.present(made.values)) if real else made
 
     def _take(self, column: str, values: Array | None, count: int) -> Array:
         """Return the next elements of a column."""

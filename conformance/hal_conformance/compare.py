@@ -84,9 +84,13 @@ class Comparison:
     grouping: Grouping | None = None
 
     def unjudged(self) -> list[str]:
-        """Return the labels of recordings of which no result says anything."""
+        """Return the labels of recordings of which no result says anything, or of which no element was judged here.
+
+        Of elements that cannot be judged the recorder's verdict stands, which a forged recording has, too.
+        """
         judged = set(judged_devices(self.report.results))
-        return [entry["label"] for entry in self.recordings if entry["label"] not in judged]
+        empty = {entry["label"] for entry in self.recordings if entry["elements"] and not entry["elements_judged_here"]}
+        return [entry["label"] for entry in self.recordings if entry["label"] not in judged - empty]
 
     def odd(self) -> list[str]:
         """Return the labels of recordings that are not like the others of their group, without a reason."""
@@ -245,8 +249,14 @@ def compare(
     started = time.monotonic()
     names = labels(recordings)
     facts = [_facts(recording) for recording in recordings]
-    grouper = None if group_by is None else Grouper(group_by, facts, names)
+    originals: dict[str, int] = {}
+    copies = [i for i, r in enumerate(recordings) if originals.setdefault(r.sha256, i) != i]
+    grouper = None if group_by is None else Grouper(group_by, facts, names, copies)
     report = Report(first.scale, first.seed, [_subject(r, n) for r, n in zip(recordings, names, strict=True)])
+    report.notes += [
+        f"{names[i]} is the same recording as {names[originals[recordings[i].sha256]]}, and has no vote in its group"
+        for i in copies
+    ]
     files: list[dict[str, Any]] = [
         {"file": r.name, "label": n, "sha256": r.sha256, "elements_judged_here": 0, "elements": 0}
         for r, n in zip(recordings, names, strict=True)
@@ -325,7 +335,8 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
         return {prefix: plain(value, 200)}
     found: dict[str, str] = {}
     for key, inner in value.items():
-        found.update(_flatten(inner, f"{prefix}.{key}" if prefix else key))
+        # Cut at each level: a forged manifest may have a long name over thousands of others.
+        found.update(_flatten(inner, plain(f"{prefix}.{key}" if prefix else key, 200)))
     return found
 
 

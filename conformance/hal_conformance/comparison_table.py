@@ -30,6 +30,8 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
     report = found.report
     if len(report.subjects) > 1:
         _show_facts(found, out)
+    for note in report.notes[:MAX_ROWS]:
+        out.print(Text(plain(note, 300)))
     for subject in report.subjects:
         rows = [row for row in report.results if row.subject == subject["id"]]
         if len(report.subjects) > TABLES and all(row.status.colour in ("green", "neutral") for row in rows):

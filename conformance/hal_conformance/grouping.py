@@ -13,7 +13,7 @@ the reason than a broken card.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -131,12 +131,15 @@ class Grouper:
         by: a fact: the name of a line of the manifest such as `versions.torch`, or one of `ALIASES`.
         facts: of each recording, flat.
         labels: of each recording.
+        copies: which of them, by index, are another one's file again: a card has one vote.
 
     Raises:
         Unreadable: no recording has that fact, and it is none of `ALIASES`.
     """
 
-    def __init__(self, by: str, facts: Sequence[Mapping[str, str]], labels: Sequence[str]) -> None:
+    def __init__(
+        self, by: str, facts: Sequence[Mapping[str, str]], labels: Sequence[str], copies: Collection[int] = ()
+    ) -> None:
         name = ALIASES.get(by, by)
         # A processor has no driver: then all are of one group.
         if name not in ALIASES.values() and not any(name in flat for flat in facts):
@@ -147,9 +150,11 @@ class Grouper:
         self._labels = labels
         self._facts = facts
         self._values = [flat.get(name, MISSING) for flat in facts]
+        self._copies = frozenset(copies)
         groups = {value: Group(value, []) for value in dict.fromkeys(self._values)}
-        for value, label in zip(self._values, labels, strict=True):
-            groups[value].recordings.append(label)
+        for index, (value, label) in enumerate(zip(self._values, labels, strict=True)):
+            if index not in self._copies:
+                groups[value].recordings.append(label)
         self.found = Grouping(name, groups)
 
     def add(self, task: str, entries: Mapping[int, Entry]) -> None:
@@ -159,7 +164,7 @@ class Grouper:
             task: name and dtype.
             entries: by index of the recording.
         """
-        having = {index: entry for index, entry in entries.items() if entry.status is None}
+        having = {i: entry for i, entry in entries.items() if entry.status is None and i not in self._copies}
         leaders: dict[str, int] = {}
         for value, group in self.found.groups.items():
             members = [index for index in having if self._values[index] == value]

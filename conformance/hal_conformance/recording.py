@@ -196,6 +196,8 @@ def _entries(tensors: Mapping[str, bundle.Stored], tasks: Sequence[Task], seed: 
     if [(case["case"], case["preset"], case["dtype"]) for case in cases] != planned:
         raise Unreadable(f"it does not hold the {len(planned)} cases that its selection has in this suite")
     inputs = left.pop(INPUTS).array("uint8")
+    if inputs.ndim != 2 or inputs.shape[1] != 32:
+        raise Unreadable("the digests of its inputs have another shape than [n, 32]")
     outputs = columns.Reader(left, seed).read(tables["outputs"])
     if left:
         raise Unreadable(f"{len(left)} of its tensors belong to no case")

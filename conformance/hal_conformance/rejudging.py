@@ -34,7 +34,7 @@ _KNOWN = frozenset(
 no expert, or (the gate's gradient) on logits of all tokens, which are not held."""
 
 SLACK = 64 << 20
-"""Bytes of an output beyond what the case says that its large ones have."""
+"""Bytes of a case's outputs beyond what it says that its large ones have."""
 
 
 class Rejudge:
@@ -69,7 +69,10 @@ class Rejudge:
         key = (held, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
             with partial(self._experts(entry.outputs)) as coverage:
-                outputs = {name: packed.array(self._limit) for name, packed in entry.outputs.items()}
+                outputs, left = {}, self._limit
+                for name, packed in entry.outputs.items():  # which a forged recording may have thousands of
+                    outputs[name] = packed.array(left)
+                    left -= outputs[name].nbytes if outputs[name].flags.c_contiguous else 0
                 self._known[key] = judge_outputs(self._task, outputs, entry.hashes, contract, self._made), coverage
         own, self.coverage = self._known[key]
         return agreed(entry.claim, own)

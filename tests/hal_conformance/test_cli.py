@@ -58,6 +58,8 @@ def test_json_on_stdout_is_nothing_but_json():
     ("arguments", "status", "words"),
     [
         (["--device", "cpu", "--case", "no.such*"], 2, "no case matches 'no.such*'"),
+        (["--device", "cpu", "--timeout", "nan"], 2, "'nan' is no number of seconds"),
+        (["--device", "cpu", "--json", "a.json", "--junit", "no/../a.json"], 2, "go to the same file"),
         (["--device", "cpu", "--dtype", "int3"], 2, "int3"),
         (["--device", "cpu", "--nproc", "2"], 2, "no collective cases"),
         (["--device", "cpu", "--seed", "-1"], 2, "seed"),

@@ -73,6 +73,44 @@ def test_alone_it_is_judged_by_what_it_holds():
     assert by_dtype["bfloat16"] is Status.EXACT
 
 
+def absent_throughout():
+    """Return a recording of which every sampled float32 is the NaN that stands for an element that is not held."""
+
+    def change(column):
+        column[:] = ABSENT
+
+    data = forged(change=change)
+    manifest = recordings.manifest_of(data)
+    for line in manifest["outputs"]:
+        line[4] = False  # not said to be finite
+    return recordings.with_json(data, manifest)
+
+
+ABSENT = 0x7FD50000
+
+
+def test_elements_that_are_forged_to_be_absent_are_nan_and_not_left_unjudged():
+    with pytest.raises(Unreadable, match="contradicts itself"):  # the whole outputs, which have a digest
+        read(absent_throughout())
+    (first, _) = read(HONEST).entries
+    start, size = AT - 1, first.outputs["y_TD"].values.size
+    column = forged(change=lambda values: values.__setitem__(slice(start, start + size), ABSENT))
+    manifest = recordings.manifest_of(column)
+    manifest["outputs"][place("y_TD")][4] = False
+    found = compare([read(recordings.with_json(column, manifest))])
+    rows = {row.dtype: row.status for row in found.report.results}
+    assert rows["float32"].colour == "red"
+    assert found.exit_status() == 1
+
+
+def test_a_recording_of_which_no_element_can_be_judged_is_no_agreement():
+    found = compare([read(HONEST)])
+    assert found.exit_status() == 0
+    found.recordings[0]["elements_judged_here"] = 0
+    assert found.exit_status() == 1
+    assert found.faults() == [f"nothing of {found.recordings[0]['label']} could be judged"]
+
+
 def test_a_contradiction_between_two_is_one_line_and_exit_status_2(tmp_path, monkeypatch):
     monkeypatch.setattr("hal_conformance.plan.Catalogue", lambda: CATALOGUE)
     for name, data in {"honest": HONEST, "lie": sums()}.items():

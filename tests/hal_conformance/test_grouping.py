@@ -201,7 +201,10 @@ def test_a_task_in_which_everybody_differs_is_not_deterministic_and_accuses_nobo
 def test_a_fact_that_no_recording_has_is_wrong_usage():
     with pytest.raises(Unreadable, match="no recording says colour; they say driver, device"):
         compare([card(0)], group_by="colour")
-    without = [recordings.parse(recordings.make(opened={**recordings.OPENED, "versions": {}}), n) for n in "abc"]
+    without = [
+        recordings.parse(recordings.make(opened={**recordings.OPENED, "versions": {}, "flags": {"n": n}}), n)
+        for n in "abc"
+    ]
     (group,) = compare(without, group_by="driver").grouping.groups.values()
     assert (group.value, group.alike) == ("(not there)", 2)
 
@@ -222,3 +225,16 @@ def test_more_processes_find_the_same(processes):
     assert [row.case for row in found.report.results[:3]] == ["double.one[a]"] * 3
     assert len(found.differences) == 2
     assert np.isfinite(found.differences[0].worst)
+
+
+def test_a_recording_that_is_given_twice_has_one_vote():
+    good, odd = card(0), card(1, change=recordings.one_ulp)
+    found = compare([good, odd, odd], group_by="driver")
+    (group,) = found.grouping.groups.values()
+    assert (group.recordings, group.odd, found.odd()) == (["fake:0@card-0", "fake:1@card-1#2"], {}, [])
+    assert found.grouping.colour() == "amber"  # two that differ: either may be wrong
+    text = shown(found)
+    assert "fake:1@card-1#3 is the same recording as fake:1@card-1#2, and has no vote in its group" in text
+    assert [len(entry) for entry in (found.recordings, found.report.subjects)] == [3, 3]  # and is judged all the same
+    again = compare([good, good, card(2), odd], group_by="driver")
+    assert again.odd() == ["fake:1@card-1"]

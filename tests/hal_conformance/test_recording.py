@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from hal_conformance.portable import portable
 from hal_conformance.rejudging import Rejudge
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
-from hal_conformance.verdicts import Status
+from hal_conformance.verdicts import Judgement, Status
 
 OPENED = {**recordings.OPENED, "contract": Contract().as_json()}
 GRADIENTS = Selection(("experts.backward[mixtral-8x7b]",), ("float32",), "small")
@@ -191,3 +192,52 @@ def test_what_does_not_fit_into_this_hosts_memory_is_the_recorders_word(monkeypa
     assert verdict.status is Status.PASS
     assert verdict.detail.startswith("(the recorder's verdict; here it needs about ")
     assert rejudge.coverage.judged == 0
+
+
+def test_digests_of_inputs_that_have_another_shape_are_refused():
+    for shape in ((1, 3200), (3200,), (100, 31)):
+        data = recordings.with_json(
+            recordings.make(), recordings.manifest_of(recordings.make()), **{"inputs/sha256": np.zeros(shape, np.uint8)}
+        )
+        with pytest.raises(Unreadable, match=r"digests of its inputs have another shape than \[n, 32\]"):
+            recordings.parse(data)
+
+
+@pytest.mark.parametrize("name", ["info", "contract", "kernels"])
+def test_a_manifest_that_is_nested_without_end_is_refused(name):
+    def change(manifest):
+        for _ in range(20):
+            manifest[name] = {"x": [manifest[name]]}
+
+    with pytest.raises(Unreadable, match="nested more than 16 deep"):
+        recordings.parse(recordings.with_manifest(recordings.make(), change))
+
+
+def test_a_manifest_of_long_names_over_many_others_takes_little_memory():
+    def change(manifest):
+        manifest["kernels"] = {"k" * 100_000: {str(n): n for n in range(40_000)}}
+
+    hostile = recordings.parse(recordings.with_manifest(recordings.make(), change))
+    tracemalloc.start()
+    try:
+        found = compare([hostile, recordings.parse(recordings.make(), "b")])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 200 << 20  # 4 GB of names, if each were whole
+    assert all(len(fact.name) <= 80 for fact in found.facts)
+
+
+def test_one_large_output_under_many_names_takes_the_memory_of_one(monkeypatch):
+    entry = recordings.parse(recordings.make()).entries[0]
+    packed = next(iter(entry.outputs.values()))
+    large = replace(packed, shape=(64, 1024), grid=sampling.grid("y", (64, 1024), 0), values=np.zeros(0, np.float32))
+    large = replace(large, values=np.zeros(large.grid.size, np.float32))
+    seen = {}
+    monkeypatch.setattr("hal_conformance.rejudging.judge_outputs", lambda task, outputs, *_: seen.update(outputs) or
+                        Judgement(Status.PASS))  # fmt: skip
+    rejudge = Rejudge(entry.task)
+    monkeypatch.setattr(rejudge, "_limit", 3 * large.size * 4)
+    rejudge(replace(entry, outputs={f"o{n}": large for n in range(100)}), Contract())
+    assert len(seen) == 100
+    assert sum(array.flags.c_contiguous for array in seen.values()) == 3  # the others have one element's memory

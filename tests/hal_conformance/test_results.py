@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import stat
+import threading
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from hal.errors import ConfigError
 from hal_conformance import atomic, table
 from hal_conformance.case import Params
 from hal_conformance.judging import result
@@ -155,3 +159,46 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     atomic.write(path, b"new")
     assert path.read_bytes() == b"new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_is_no_file_is_written_into_and_stays_what_it_is(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    atomic.check_writable(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    atomic.write(pipe, b"x" * 300_000)
+    reader.join(timeout=30)
+    assert got == [b"x" * 300_000]
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_link_stays_one_and_leads_to_what_was_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "link", tmp_path / "elsewhere" / "f"
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        atomic.check_writable(link)
+        atomic.write(link, content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+    assert atomic.same(link, target)
+    assert atomic.same(tmp_path / "elsewhere" / ".." / "new", tmp_path / "new")
+    assert not atomic.same(link, tmp_path / "new")
+    os.link(target, tmp_path / "hard")
+    assert atomic.same(link, tmp_path / "hard")
+
+
+def test_links_that_lead_nowhere_are_wrong_usage(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.symlink_to(b)
+    b.symlink_to(a)
+    with pytest.raises(ConfigError, match=r"cannot write .*a: Too many levels of symbolic links"):
+        atomic.check_writable(a)
+    with pytest.raises(ConfigError, match="cannot write"):
+        atomic.check_writable(tmp_path / ("n" * 300))
+    (tmp_path / "c").symlink_to(tmp_path / "no" / "such")
+    with pytest.raises(ConfigError, match="there is no folder"):
+        atomic.check_writable(tmp_path / "c")

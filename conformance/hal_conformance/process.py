@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from hal_conformance import wire
+from hal_conformance import marked, wire
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ class TimedOut(Exception):
     """Nothing came from the worker in time."""
 
 
-def _environment() -> dict[str, str]:
+def _environment(mark: str) -> dict[str, str]:
     """Return a worker's environment: what the user set, and what keeps it alive and out of the judge's way."""
     # One broken plug-in of torch's own autoload group must not make `import torch` fail in there.
-    return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    own = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", marked.NAME: mark}
+    return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, **own}
 
 
 def share_of_the_cores(processes: int = 2) -> int:
@@ -64,12 +65,13 @@ class WorkerProcess:
     def __init__(self, config: dict[str, Any]) -> None:
         here = str(Path(__file__).resolve().parents[1])
         path = [p for p in sys.path if p]
+        self._mark = marked.new()
         self._popen = subprocess.Popen(
             [sys.executable, "-c", BOOT, json.dumps(path if here in path else [*path, here])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(),
+            env=_environment(self._mark),
             # A group of its own: Ctrl-C reaches only the parent, and whatever the worker starts ends with it.
             start_new_session=True,
         )
@@ -168,6 +170,7 @@ class WorkerProcess:
             else:
                 self._popen.kill()
         self._popen.wait()
+        marked.end(self._mark)
         with contextlib.suppress(OSError):
             self._stdin.close()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter, deque
@@ -214,7 +215,7 @@ class Runner(AbstractContextManager["Runner"]):
         deadline = max(self._idle_until, self._worker.last_arrival) + limit
         try:
             message, outputs = self._worker.receive(deadline)
-            if message.get("event") != "observed" or message.get("id") != number:
+            if not _answers(message, number):
                 raise Died("the worker sent a message that answers nothing")
         except (Died, TimedOut) as end:
             in_flight.popleft()
@@ -231,7 +232,7 @@ class Runner(AbstractContextManager["Runner"]):
             None if message["status"] is None else Status.parse(message["status"]),
             plain(message["detail"]),
             outputs,
-            message.get("hashes", {}),
+            message.get("hashes") or {},
             message["seconds"],
         )
 
@@ -239,3 +240,12 @@ class Runner(AbstractContextManager["Runner"]):
         assert self._worker is not None
         self._worker.close()
         self._worker = None
+
+
+def _answers(message: dict[str, Any], number: int) -> bool:
+    """Tell whether a message answers a task: foreign code may have written it."""
+    status, detail, seconds, hashes = (message.get(name) for name in ("status", "detail", "seconds", "hashes"))
+    answers = (message.get("event"), message.get("id")) == ("observed", number)
+    digests = hashes is None or (isinstance(hashes, dict) and all(isinstance(d, str) for d in hashes.values()))
+    words = isinstance(detail, str) and isinstance(status, str | None) and isinstance(message.get("healthy"), bool)
+    return answers and words and digests and isinstance(seconds, float) and math.isfinite(seconds) and seconds >= 0

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from hal_conformance import arrays as codec
-from hal_conformance import wire
+from hal_conformance import marked, soundness, wire
 from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
 from hal_conformance.text import plain
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 MAX_OUTPUT = 4 << 30
 """Bytes of outputs that one case may return; a wrong shape must not fill the memory of two processes."""
+
+REPLACED = "a function replaced that the suite computes with: numpy's, hashlib's, or its own"
 
 
 def main() -> None:
@@ -67,6 +69,7 @@ class _Worker:
         self._first: ProcessState | None = None  # before any implementation was loaded
         self._state: ProcessState | None = None  # as the one that is loaded wants it
         self._left, self._restored = "", True
+        self._sound = ""
 
     def _listen(self, commands: IO[bytes]) -> None:
         """Queue what the parent sends. When the parent is gone, so is this process, even amid a case."""
@@ -75,6 +78,7 @@ class _Worker:
                 self._commands.put(message[0])
         except (wire.WireError, OSError):
             pass
+        marked.end(os.environ.get(marked.NAME, ""))
         if os.name == "posix" and os.getpgrp() == os.getpid():
             os.killpg(0, signal.SIGKILL)  # with whatever processes the implementation started
         os._exit(0)
@@ -134,6 +138,7 @@ class _Worker:
             self._first.put_back()  # an implementation before this one may have changed it while it was loaded
             self._ops = subject.load_implementation(impl, folder)
             self._state = ProcessState(device_type)
+            self._sound = soundness.reading()
         except BaseException as error:  # noqa: BLE001  importing an implementation may raise anything
             self._send({"event": "failed", "kind": "implementation", "detail": plain(_last(error))})
             return False
@@ -157,6 +162,8 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001  this is where foreign code ends up
             answer.update(self._excuse(error))
         answer["seconds"] = time.perf_counter() - started
+        if soundness.reading() != self._sound:
+            self._left, self._restored = self._left or f"left {REPLACED}", False
         answer["healthy"] = answer["healthy"] and self._restored
         if self._left:
             detail = "; ".join(filter(None, (answer["detail"], self._left)))
@@ -209,7 +216,9 @@ class _Worker:
             import torch
 
             self._device.synchronize()
-            return bool((torch.ones(2, device=self._device.torch_device) * 2).sum().item() == 4)
+            return soundness.has_room() and bool(
+                (torch.ones(2, device=self._device.torch_device) * 2).sum().item() == 4
+            )
         except BaseException:  # noqa: BLE001  the answer is no, whatever it raises
             return False
 
@@ -241,8 +250,12 @@ def _check(returned: Any, device: Any) -> Arrays:
             raise Malformed(f"{name} is a {type(tensor).__name__}, not a tensor")
         if tensor.device != device:
             raise Malformed(f"{name} is on {tensor.device}, not on {device}")
-        if tensor.layout != torch.strided:
-            raise Malformed(f"{name} has the layout {tensor.layout}, not torch.strided")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise Malformed(
+                f"{name} has the layout {'nested' if tensor.is_nested else tensor.layout}, not torch.strided"
+            )
+        if not _has_elements(tensor):
+            raise Malformed(f"{name} is a {type(tensor).__name__}, which has no elements of its own")
     size = sum(tensor.numel() * tensor.element_size() for tensor in returned.values())
     if size > MAX_OUTPUT:
         raise Malformed(f"returned {size} bytes, more than the {MAX_OUTPUT} that a case may return")
@@ -250,6 +263,16 @@ def _check(returned: Any, device: Any) -> Arrays:
         return {name: codec.from_torch(tensor) for name, tensor in returned.items()}
     except TypeError as error:
         raise Malformed(str(error)) from error
+
+
+def _has_elements(tensor: Any) -> bool:
+    """Tell whether a tensor lies in memory: a fake one, or one that stands for another while it is traced, does not."""
+    import torch
+
+    try:
+        return not torch._is_functional_tensor(tensor) and bool(not tensor.numel() or tensor.data_ptr())
+    except RuntimeError:
+        return False
 
 
 def _last(error: BaseException) -> str:

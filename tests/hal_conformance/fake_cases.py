@@ -247,6 +247,67 @@ def _leave_and_refuse(x):
     _unsupported(x)
 
 
+def _replace_numpy(x):
+    np.array_equal, np.asarray = (lambda *a, **k: True), None
+
+
+def _replace_digests(x):
+    from hal_conformance import arrays
+
+    arrays.digests = lambda named: dict.fromkeys(named, "0" * 64)
+
+
+def _limit_files(x):
+    """Leave no room for another open file, and fail."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    raise ValueError("no room")
+
+
+def _daemons(x):
+    """Start two processes that leave the worker's group: one in a session of its own, one whose parent is gone."""
+    command = [sys.executable, "-c", "import time; time.sleep(600)", "hal-test-daemon"]
+    subprocess.Popen(command, start_new_session=True)
+    if not (child := os.fork()):
+        os.setsid()
+        subprocess.Popen(command)
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
+def forged(**fields):
+    """Return what writes a message of its own in the place of the worker's answer, the next to be sent."""
+
+    def write(x):
+        from hal_conformance import wire
+
+        send = wire.send
+        wire.send = lambda stream, header, arrays=None: send(
+            stream, {"event": "observed", "id": header.get("id"), **fields}, arrays
+        )
+
+    return Once(write)
+
+
+def _fake(x):
+    from torch._subclasses import FakeTensorMode
+
+    return {"y": FakeTensorMode().from_tensor(x * 2)}
+
+
+def _functional(x):
+    import torch
+
+    return {"y": torch._to_functional_tensor(x * 2)}
+
+
+def _nested(x):
+    import torch
+
+    return {"y": torch.nested.nested_tensor(list(x * 2))}
+
+
 class Watched:
     """Leaves something in the first call, and is right in a later one only if nothing of it is left."""
 
@@ -294,3 +355,15 @@ sparse = Once(lambda x: {"y": (x * 2).to_sparse()})
 not_a_dict = Once(lambda x: x * 2)
 not_a_tensor = Once(lambda x: {"y": [1, 2]})
 enormous = Once(lambda x: {"y": x[:1, :1].expand(2**20, 2**20)})
+replaces_numpy = Once(_replace_numpy)
+replaces_digests = Once(_replace_digests)
+limits_files = Once(_limit_files)
+starts_daemons = Once(_daemons)
+forges_nothing_more = forged()
+forges_no_seconds = forged(status=None, detail="", healthy=True)
+forges_seconds = forged(status=None, detail="", healthy=True, seconds="x", hashes=[1])
+forges_a_status = forged(status=["PASS"], detail={}, healthy=1, seconds=1.0)
+fake = Once(_fake)
+functional = Once(_functional)
+nested = Once(_nested)
+starts_daemons_and_hangs = Once(lambda x: (_daemons(x), time.sleep(600)))

@@ -82,6 +82,16 @@ def test_a_wrong_implementation_fails_with_its_numbers():
         ("not_a_dict", Status.FAIL_STRUCTURE, "returned a Tensor"),
         ("not_a_tensor", Status.FAIL_STRUCTURE, "y is a list"),
         ("enormous", Status.FAIL_STRUCTURE, "bytes, more than"),
+        ("replaces_numpy", Status.CRASH, "left a function replaced that the suite computes with"),
+        ("replaces_digests", Status.FAIL_STRUCTURE, "left a function replaced that the suite computes with"),
+        ("limits_files", Status.CRASH, "raised ValueError: no room"),
+        ("forges_nothing_more", Status.CRASH, "a message that answers nothing"),
+        ("forges_no_seconds", Status.CRASH, "a message that answers nothing"),
+        ("forges_seconds", Status.CRASH, "a message that answers nothing"),
+        ("forges_a_status", Status.CRASH, "a message that answers nothing"),
+        ("fake", Status.FAIL_STRUCTURE, "y is a FakeTensor, which has no elements of its own"),
+        ("functional", Status.FAIL_STRUCTURE, "which has no elements of its own"),
+        ("nested", Status.FAIL_STRUCTURE, "y has the layout nested"),
         ("floods", Status.EXACT, ""),
         ("deletes_streams", Status.EXACT, ""),
         ("leaves_threads", Status.EXACT, ""),
@@ -166,6 +176,27 @@ def test_a_hang_takes_the_processes_that_it_started_with_it():
     while _running("hal-test-orphan") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _running("hal-test-orphan")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sessions and /proc")
+@pytest.mark.parametrize("end", ["the run", "its parent"])
+def test_processes_that_left_the_workers_group_end_with_it(end, tmp_path):
+    if end == "the run":
+        assert run("starts_daemons", cases=("double.one[a]",)).exit_status() == 0
+    else:
+        script = tmp_path / "hal_test_driver.py"
+        script.write_text(DRIVER.format(here=str(HERE)).replace('"hangs"', '"starts_daemons_and_hangs"'))
+        parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while len(_running("hal-test-daemon")) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(_running("hal-test-daemon")) == 2
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 10
+    while _running("hal-test-daemon") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _running("hal-test-daemon")
 
 
 def _running(word):

@@ -52,6 +52,18 @@ def get_device_module(r: Redirection, device: Any = None) -> Any:
     return torch.get_device_module(device)
 
 
+@api("torch._utils._get_available_device_type", belief=True)
+def _get_available_device_type(r: Redirection) -> str:
+    """CUDA; torchtitan and others ask here."""
+    return "cuda"
+
+
+@api("torch._utils._get_device_module")
+def _get_device_module(r: Redirection, device_type: str) -> Any:
+    """As `torch.get_device_module`."""
+    return get_device_module(r, device_type)
+
+
 @api("torch.get_device")
 def get_device(r: Redirection, input: Any) -> int:
     """The index of a tensor's CUDA device; -1 on the host."""

@@ -29,8 +29,13 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     def tensors(variable: Any) -> None:
         _tensors(redirection, patches, variable)
+        _devices(redirection, patches, variable)
+
+    def devices(variable: Any) -> None:
+        _devices(redirection, patches, variable)
 
     when_loaded("torch._dynamo.variables.tensor", "TensorVariable", tensors)
+    when_loaded("torch._dynamo.variables.torch", "TorchInGraphFunctionVariable", devices)
     when_loaded("torch._dynamo.symbolic_convert", "InstructionTranslatorBase", lambda kind: _imports(patches, kind))
     when_loaded("torch._dynamo.trace_rules", "get_tensor_method", lambda function: _methods(patches, function))
     when_loaded("torch._dynamo.eval_frame", "skip_code", _not_by_themselves)
@@ -92,6 +97,36 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
     patches.set(variable, "method_attr_device", method_attr_device)
     patches.set(variable, "method_attr_is_cuda", method_attr_is_cuda)
     patches.set(variable, "method_get_device", method_get_device)
+
+
+def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
+    """Translate what a function or a method of torch's is given as a device before it stands in the graph.
+
+    The net below eager code is of no use here: a graph holds CUDA devices as they are, and what makes kernels from it
+    would make them for CUDA. Such a device comes from torch's own code that is traced, with what the program gave it.
+    """
+    import torch
+    from torch._dynamo.variables.base import VariableTracker
+
+    kind = type(torch.empty(0, device="meta").device)  # the program may see another class under its name
+
+    def true(tx: Any, given: Any, named: bool) -> Any:
+        device = given.as_python_constant() if given.is_python_constant() else None
+        if not isinstance(device, (kind, str) if named else kind):
+            return given
+        found = redirection.translate(device)
+        return given if found is device else VariableTracker.build(tx, found)
+
+    name = "call_method" if hasattr(variable, "method_attr_device") else "call_function"
+    original = getattr(variable, name)
+
+    def call(self: Any, tx: Any, *given: Any) -> Any:
+        *method, args, kwargs = given
+        args = [true(tx, argument, False) for argument in args]
+        kwargs = {key: true(tx, argument, key == "device") for key, argument in kwargs.items()}
+        return original(self, tx, *method, args, kwargs)
+
+    patches.set(variable, name, call)
 
 
 def _imports(patches: Patches, translator: Any) -> None:

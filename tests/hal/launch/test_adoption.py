@@ -473,6 +473,34 @@ def test_the_table_of_scripts_is_torchs_own_after_a_release():
     assert dict(_builtins._get_builtin_table()) == before
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, of itself
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
+def test_a_device_that_torchs_own_code_is_given_while_it_is_traced_is_the_true_one(cuda, device):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph
+
+    document = torch.tensor([0, 0, 1, 1], device="cuda").repeat_interleave(32)
+    block_mask = torch.compile(create_block_mask, backend=backend, fullgraph=True)(
+        lambda b, h, q, k: (q >= k) & (document[q] == document[k]), 1, 1, 128, 128, device=device, BLOCK_SIZE=32
+    )
+    assert block_mask.to_dense().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
+    assert "device(type='cpu'" in graphs[0]
+    assert "cuda" not in graphs[0].replace("torch.cuda", "")
+
+
+def test_libraries_that_ask_torchs_private_functions_get_the_same_answers(cuda):
+    from torch._utils import _get_available_device_type, _get_device_module
+
+    assert _get_available_device_type() == "cuda"
+    assert _get_device_module("cuda") is torch.cuda
+    assert _get_device_module("cpu") is torch.cpu
+
+
 def test_the_compiler_can_be_reset_while_a_device_is_adopted(cuda):
     torch = cuda.torch
     compiled = torch.compile(lambda x: x.device.type == "cuda", backend="eager")

@@ -18,6 +18,7 @@ from hal import plugins
 from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
 from hal.device import Device, Facets
+from hal.entry_points import Plugin
 from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice, described
 from hal.memory import AllocatorPlan
 from hal.surveys import on_host, settle, survey, take_surveys, undecided
@@ -147,7 +148,7 @@ def plan_environment(backend: str, plan: AllocatorPlan, environ: Mapping[str, st
     return dict(loaded.allocator_environment(plan, os.environ if environ is None else environ))
 
 
-def find_plugin(name: str) -> plugins.Plugin:
+def find_plugin(name: str) -> Plugin:
     """Return the admitted backend of this name.
 
     Raises:

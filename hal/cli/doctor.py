@@ -18,7 +18,7 @@ import hal
 from hal import plugins
 from hal.cli.output import on_terminal, plain
 from hal.errors import ConfigError
-from hal.explain import TIMEOUT_S, Explanation, explain
+from hal.explanation import TIMEOUT_S, Explanation, explain
 from hal.registry import AUTOLOAD
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import Any, Literal
 from hal import plugins
 from hal._process import run_python
 from hal._report import read_reports
+from hal.autoload import AUTOLOAD
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
 from hal.entry_points import Plugin
 from hal.errors import PluginError
-from hal.registry import AUTOLOAD
 from hal.surveys import Survey, settle
 
 TIMEOUT_S = 120.0

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Mapping
 
 from hal import plugins
+from hal.autoload import AUTOLOAD
 from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
 from hal.device import Device, Facets
@@ -25,7 +26,6 @@ from hal.surveys import on_host, settle, survey, take_surveys, undecided
 
 log = logging.getLogger("hal")
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _handles = itertools.count(1)
 _importing = threading.RLock()
 

@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from hal._process import run_python
 from hal._report import read_reports
+from hal.autoload import AUTOLOAD
 from hal.entry_points import Plugin
 from hal.errors import Absent, Broken
 from hal.explanation import TIMEOUT_S
-from hal.registry import AUTOLOAD, find_plugin
+from hal.registry import find_plugin
 
 Outcome = Literal["fulfilled", "unsupported", "fails"]
 

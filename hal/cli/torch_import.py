@@ -16,7 +16,7 @@ from importlib import util
 
 from hal import entry_points
 from hal._process import Ending, run_python
-from hal.registry import AUTOLOAD
+from hal.autoload import AUTOLOAD
 
 TORCH_PLUGINS = "torch.backends"
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from hal.launch import report
 from hal.launch.settings import Settings
 
 OPTIONS = (
@@ -30,8 +29,11 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
         The exit status: that of the first process that failed, as torchrun has it.
     """
     settings.into(os.environ, first=None)
+    # Only here: a run of one process needs none of it before its program starts.
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
+
+    from hal.launch import report
 
     # A fixed port would be taken when two runs share a host.
     alone = [] if any(option.split("=")[0].startswith(("--rdzv", "--master", "--nnodes")) for option in options) else [

@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import sys
 from collections.abc import Sequence
 
-from hal.launch.settings import Settings
+from hal.errors import ConfigError
+from hal.launch.settings import LAUNCHER, Settings
 
 OPTIONS = (
     "nnodes", "node-rank", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "max-restarts",
@@ -14,6 +18,9 @@ OPTIONS = (
     "logs-specs", "master-addr", "master-port", "local-addr", "numa-binding", "event-log-handler",
 )  # fmt: skip
 """Options of torchrun that take a value and are passed through as they are."""
+
+GRACE_S = 10.0
+"""How long what a failed run leaves behind may take to end after SIGTERM."""
 
 
 def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequence[str]) -> int:
@@ -26,10 +33,15 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
         command: `-m module` or a script, and arguments.
 
     Returns:
-        The exit status: that of the first process that failed, as torchrun has it.
+        The exit status: that of the first process that failed, as torchrun has it, or what a shell says of a signal.
+
+    Raises:
+        UnknownDevice, Absent, Broken, ConfigError: the last of the processes would have no device, or no memory.
     """
     settings.into(os.environ, first=None)
+    os.environ[LAUNCHER] = str(os.getpid())
     # Only here: a run of one process needs none of it before its program starts.
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser, run
 
@@ -40,13 +52,74 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
         "--standalone"
     ]  # fmt: skip
     arguments = get_args_parser().parse_args([*alone, f"--nproc-per-node={nproc}", *options, *command])
+    succeeded = False
     try:
+        _check(settings, nproc)
+        _adopt_orphans()
         run(arguments)
+        succeeded = True
         return 0
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         code = failure.exitcode
-        # A process that a signal ended: what a shell says of it.
         return code if code > 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
     finally:
+        if not succeeded:
+            _end_descendants()
         report.finish(settings)
+
+
+def _check(settings: Settings, nproc: int) -> None:
+    """Refuse what no process could know before the last one is started: one message instead of one from each."""
+    import psutil
+
+    from hal.registry import find_device
+
+    name = os.environ.get("HAL_DEVICE") if settings.device is None else settings.device
+    if name not in (None, "auto"):
+        find_device(name, rank=nproc - 1)
+    # Of each process at least what this one has for itself, which has imported torch and computes nothing.
+    own, total = psutil.Process().memory_full_info().uss, psutil.virtual_memory().total
+    if nproc * own > total:
+        raise ConfigError(
+            f"{nproc} processes need {nproc * own / 2**30:.0f} GiB before the program begins, and this host has "
+            f"{total / 2**30:.0f}", expected=f"--nproc of at most {total // own}",
+        )  # fmt: skip
+
+
+# Processes that outlive others -------------------------------------------------------------------------------------
+
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # of prctl(2)
+
+
+def _prctl(option: int, value: int) -> None:
+    """Set an attribute of this process, where there is such a call: elsewhere its processes outlive a killed one."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def end_with_launcher() -> None:
+    """End this process, a rank, when its launcher ends: one that was killed cannot tell its ranks."""
+    _prctl(_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _adopt_orphans() -> None:
+    """Become the parent of what a rank leaves behind when it is killed, such as workers of a data loader."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def _end_descendants() -> None:
+    """End what a failed run has left behind, by force after `GRACE_S`."""
+    import psutil
+
+    left = psutil.Process().children(recursive=True)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    for process in psutil.wait_procs(left, timeout=GRACE_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()

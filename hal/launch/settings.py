@@ -13,6 +13,7 @@ from hal.autoload import AUTOLOAD
 
 VARIABLE = "HAL_RUN"
 FIRST = "HAL_RUN_FIRST"
+LAUNCHER = "HAL_RUN_LAUNCHER"
 SITE = str(Path(__file__).parent / "site")
 
 

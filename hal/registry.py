@@ -175,7 +175,7 @@ def _check_text(what: str, name: object) -> None:
 
 
 def _of_rank(devices: list[DeviceInfo], rank: str | None = None) -> tuple[DeviceInfo, str]:
-    """Return which of a backend's devices is this process's, or that of another rank, and why, if it is not simply the first.
+    """Return which of a backend's devices is that of this process, or of a rank, and why if it is not the first.
 
     A launcher may show each rank one device only, which is then the rank's own.
 

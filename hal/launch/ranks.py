@@ -36,7 +36,7 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
         The exit status: that of the first process that failed, as torchrun has it, or what a shell says of a signal.
 
     Raises:
-        UnknownDevice, Absent, Broken, ConfigError: the last of the processes would have no device, or no memory.
+        ConfigError: torchrun cannot read an option.
     """
     settings.into(os.environ, first=None)
     os.environ[LAUNCHER] = str(os.getpid())
@@ -51,12 +51,10 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
     alone = [] if any(option.split("=")[0].startswith(("--rdzv", "--master", "--nnodes")) for option in options) else [
         "--standalone"
     ]  # fmt: skip
-    arguments = get_args_parser().parse_args([*alone, f"--nproc-per-node={nproc}", *options, *command])
     succeeded = False
     try:
-        _check(settings, nproc)
         _adopt_orphans()
-        run(arguments)
+        run(get_args_parser().parse_args([*alone, f"--nproc-per-node={nproc}", *options, *command]))
         succeeded = True
         return 0
     except ChildFailedError as error:
@@ -65,19 +63,26 @@ def launch(settings: Settings, nproc: int, options: Sequence[str], command: Sequ
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
+    except ValueError as error:
+        raise ConfigError(f"torchrun cannot do that: {error}") from error
     finally:
         if not succeeded:
             _end_descendants()
         report.finish(settings)
 
 
-def _check(settings: Settings, nproc: int) -> None:
-    """Refuse what no process could know before the last one is started: one message instead of one from each."""
+def check(device: str | None, nproc: int) -> None:
+    """Refuse before any process is started what each of them would refuse, or what none of them could see.
+
+    Raises:
+        UnknownDevice, Absent, Broken, ConfigError: the last process would have no device, or the host no memory.
+    """
     import psutil
+    import torch  # noqa: F401  for its size
 
     from hal.registry import find_device
 
-    name = os.environ.get("HAL_DEVICE") if settings.device is None else settings.device
+    name = os.environ.get("HAL_DEVICE") if device is None else device
     if name not in (None, "auto"):
         find_device(name, rank=nproc - 1)
     # Of each process at least what this one has for itself, which has imported torch and computes nothing.

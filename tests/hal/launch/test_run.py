@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -16,21 +15,6 @@ import pytest
 from hal.launch.redirection import visible
 
 HAL = str(Path(sys.executable).parent / "hal")
-
-
-@pytest.fixture
-def program(tmp_path):
-    """Writes a program into a folder of its own, and runs it under `hal run`."""
-
-    def run(code, *arguments, options=("--device", "cpu"), name="train.py", **environment):
-        file = tmp_path / name
-        file.write_text(textwrap.dedent(code))
-        return subprocess.run(
-            [HAL, "run", *options, str(file), *arguments], capture_output=True, text=True, cwd=tmp_path, check=False,
-            env={**os.environ, **environment}, timeout=240,
-        )  # fmt: skip
-
-    return run
 
 
 def hal_run(*arguments, **environment):

@@ -4,6 +4,7 @@
 from hal.launch.surface import (
     accelerator,
     amp,
+    attention,
     compiler,
     constructors,
     cuda_device,
@@ -21,6 +22,7 @@ from hal.launch.surface import (
 __all__ = [
     "accelerator",
     "amp",
+    "attention",
     "compiler",
     "constructors",
     "cuda_device",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds plug-ins by entry point and loads them, one at a time, so that one bad plug-in costs only itself.
+"""Finds backends by entry point and loads them, one at a time, so that one bad plug-in costs only itself.
 
 Loading a plug-in runs its code. The environment variable HAL_BACKENDS, a comma-separated list of names, limits
 which ones are loaded.
@@ -8,100 +8,28 @@ which ones are loaded.
 from __future__ import annotations
 
 import os
-import sys
-from dataclasses import dataclass
-from importlib import metadata
 
+from hal import entry_points
 from hal.backend import PLUGIN_API, Backend
 from hal.backend_name import fault_of
+from hal.entry_points import Plugin
 from hal.errors import Broken, ConfigError, DuplicateBackend, IncompatiblePlugin, PluginError, described
 
 BACKENDS = "hal.backends"
 
-
-@dataclass(frozen=True)
-class Plugin:
-    """A registered name with everyone who registers it; more than one owner makes it unusable.
-
-    Attributes:
-        name: of the backend.
-        entry_points: what to load, one for each owner.
-        owners: the distributions, as `name version`.
-    """
-
-    name: str
-    entry_points: tuple[metadata.EntryPoint, ...]
-    owners: tuple[str, ...]
-
-    def claimants(self) -> str:
-        """Return everyone who registers the name, with what each would load."""
-        pairs = zip(self.owners, self.entry_points, strict=True)
-        return " and by ".join(f"{owner} ({entry_point.value})" for owner, entry_point in pairs)
-
-
 # No lock: two threads that miss a cache at once do the same work twice and agree on the result. One that is held
 # while a plug-in is imported would let a slow import stop every other thread.
 _loaded: dict[tuple[str, str], Backend] = {}
-_found: dict[str, tuple[tuple[str, ...], tuple[Plugin, ...], tuple[str, ...]]] = {}
 
 
-def registered(group: str = BACKENDS) -> tuple[Plugin, ...]:
-    """Return what every installed distribution registers in a group, without loading it."""
-    return _scanned(group)[0]
+def registered() -> tuple[Plugin, ...]:
+    """Return every registered backend, without loading it."""
+    return entry_points.registered(BACKENDS)
 
 
-def unreadable(group: str = BACKENDS) -> tuple[str, ...]:
+def unreadable() -> tuple[str, ...]:
     """Return a sentence for each distribution whose entry points cannot be read: whatever it registers is lost."""
-    return _scanned(group)[1]
-
-
-def _scanned(group: str) -> tuple[tuple[Plugin, ...], tuple[str, ...]]:
-    path = tuple(sys.path)
-    if group not in _found or _found[group][0] != path:
-        _found[group] = (path, *_scan(group))
-    return _found[group][1:]
-
-
-def _scan(group: str) -> tuple[tuple[Plugin, ...], tuple[str, ...]]:
-    entry_points, problems = _entry_points(group)
-    by_name: dict[str, dict[tuple[str, str], metadata.EntryPoint]] = {}
-    for entry_point in entry_points:
-        owner = "unknown" if entry_point.dist is None else " ".join(_identity(entry_point.dist))
-        # One distribution may be seen twice, through an editable install and its build folder.
-        by_name.setdefault(entry_point.name, {})[owner, entry_point.value] = entry_point
-    plugins = [
-        Plugin(name, tuple(found.values()), tuple(owner for owner, _ in found)) for name, found in by_name.items()
-    ]
-    return tuple(plugins), problems
-
-
-def _entry_points(group: str) -> tuple[list[metadata.EntryPoint], tuple[str, ...]]:
-    try:
-        return list(metadata.entry_points(group=group)), ()
-    except Exception:  # noqa: BLE001  one malformed file of any distribution makes this raise; which one, it does not say
-        found, problems, seen = [], [], set()
-    for dist in metadata.distributions():
-        name, version = _identity(dist)
-        if name in seen:  # the first on the path is the one that is installed
-            continue
-        seen.add(name)
-        try:
-            found += [entry_point for entry_point in dist.entry_points if entry_point.group == group]
-        except Exception as error:  # noqa: BLE001  whatever its parser stumbles over
-            problems.append(
-                f"{name} {version}: its entry points cannot be read ({described(error)}), so nothing that "
-                "it registers is found; try: reinstall it, or uninstall it"
-            )
-    return found, tuple(problems)
-
-
-def _identity(dist: metadata.Distribution) -> tuple[str, str]:
-    """Return name and version, or where it lies if it does not say."""
-    try:
-        name, version = dist.name, dist.version
-    except Exception:  # noqa: BLE001  no metadata, or malformed ones; the exception differs between Pythons
-        name, version = "", ""
-    return (name, version) if name else (str(dist.locate_file("")), "(without a name)")
+    return entry_points.unreadable(BACKENDS)
 
 
 def allowed() -> tuple[Plugin, ...]:

@@ -15,16 +15,17 @@ import threading
 from collections.abc import Mapping
 
 from hal import plugins
+from hal.autoload import AUTOLOAD
 from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
 from hal.device import Device, Facets
+from hal.entry_points import Plugin
 from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice, described
 from hal.memory import AllocatorPlan
 from hal.surveys import on_host, settle, survey, take_surveys, undecided
 
 log = logging.getLogger("hal")
 
-AUTOLOAD = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _handles = itertools.count(1)
 _importing = threading.RLock()
 
@@ -75,7 +76,7 @@ def open_device(name: str | None = None, *, allocator: AllocatorPlan | None = No
     if name is None or name == "auto":
         return _open_automatic(allocator)
     try:
-        found, rank = _find(name)
+        found, rank = find_device(name)
         because += rank
     except UnknownDevice as error:
         if not because.startswith("HAL_DEVICE"):
@@ -147,7 +148,7 @@ def plan_environment(backend: str, plan: AllocatorPlan, environ: Mapping[str, st
     return dict(loaded.allocator_environment(plan, os.environ if environ is None else environ))
 
 
-def find_plugin(name: str) -> plugins.Plugin:
+def find_plugin(name: str) -> Plugin:
     """Return the admitted backend of this name.
 
     Raises:
@@ -173,26 +174,35 @@ def _check_text(what: str, name: object) -> None:
         raise ConfigError(f"{what} is named by {name!r}", expected="its name as `hal devices` lists it, such as 'cpu'")
 
 
-def _of_rank(devices: list[DeviceInfo]) -> tuple[DeviceInfo, str]:
-    """Return which of a backend's devices is this process's, and why, if it is not simply the first.
+def _of_rank(devices: list[DeviceInfo], rank: str | None = None) -> tuple[DeviceInfo, str]:
+    """Return which of a backend's devices is that of this process, or of a rank, and why if it is not the first.
 
     A launcher may show each rank one device only, which is then the rank's own.
 
     Raises:
         Absent: there are several, and fewer than ranks.
     """
-    rank = os.environ.get("LOCAL_RANK", "")
+    rank = os.environ.get("LOCAL_RANK", "") if rank is None else rank
     if len(devices) == 1 or not rank.isdecimal():
         return devices[0], ""
     if int(rank) >= len(devices):
         raise Absent(
-            f"this process is rank {rank} of its host, and there are {len(devices)} devices", device=devices[0].backend,
+            f"a process is rank {rank} of its host, and there are {len(devices)} devices", device=devices[0].backend,
             hint="start one process for each device, or name a device with its index",
         )  # fmt: skip
     return devices[int(rank)], f", of LOCAL_RANK={rank}"
 
 
-def _find(name: str) -> tuple[DeviceInfo, str]:
+def find_device(name: str, rank: int | None = None) -> tuple[DeviceInfo, str]:
+    """Return the device that a name means, and why that one where a backend has several; opens nothing.
+
+    Args:
+        name: as for `open_device`, "auto" apart.
+        rank: of the process on its host whose device is meant; None means this one.
+
+    Raises:
+        UnknownDevice, Absent, Broken, ConfigError: as `open_device` does.
+    """
     _check_text("a device", name)
     backend_name, colon, index = name.partition(":")
     plugin = find_plugin(backend_name)
@@ -210,14 +220,14 @@ def _find(name: str) -> tuple[DeviceInfo, str]:
         there = ", ".join(info.id for info in candidates) or "none"
         reasons = f" ({'; '.join(own.discovery.left)})" if own.discovery.left else ""
         raise Absent(f"there is no such device{reasons}", device=name, expected=f"one of: {there}")
-    info, rank = (wanted[0], "") if colon else _of_rank(wanted)
+    info, why = (wanted[0], "") if colon else _of_rank(wanted, None if rank is None else str(rank))
     if not info.simulated and not on_host(info):
         # Another backend may know better what this device is.
         others = [own if p.name == plugin.name else survey(p) for p in plugins.allowed()]
         lost = settle(others)[1].get(info.id)
         if lost is not None:
             raise Absent(lost, device=name)
-    return info, rank
+    return info, why
 
 
 def _open_automatic(allocator: AllocatorPlan | None) -> Device:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from hal import plugins
 from hal.backend import Claim, DeviceInfo, Discovery
+from hal.entry_points import Plugin
 from hal.errors import Absent, Broken, HalError, described
 
 
@@ -37,7 +38,7 @@ class Survey:
         return self.error is not None and not isinstance(self.error, Absent)
 
 
-def survey(plugin: plugins.Plugin, stage: Callable[[str], object] = lambda what: None) -> Survey:
+def survey(plugin: Plugin, stage: Callable[[str], object] = lambda what: None) -> Survey:
     """Load one plug-in and ask it for its devices. Never raises.
 
     Args:

@@ -7,12 +7,13 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hal import plugins
 from hal._process import run_python
 from hal._report import read_reports
+from hal.autoload import AUTOLOAD
+from hal.entry_points import Plugin
 from hal.errors import Absent, Broken
-from hal.explain import TIMEOUT_S
-from hal.registry import AUTOLOAD, find_plugin
+from hal.explanation import TIMEOUT_S
+from hal.registry import find_plugin
 
 Outcome = Literal["fulfilled", "unsupported", "fails"]
 
@@ -51,7 +52,7 @@ def check_backend(name: str, *, timeout_s: float = TIMEOUT_S) -> list[Finding]:
     """
     from hal.check.checks import PARTS
 
-    plugin: plugins.Plugin = find_plugin(name)
+    plugin: Plugin = find_plugin(name)
     environment = {**os.environ, AUTOLOAD: "0", "HAL_BACKENDS": plugin.name}
     ending = run_python(
         "from hal.check.child import main; main(sys.argv[1])", plugin.name, environment=environment, timeout_s=timeout_s

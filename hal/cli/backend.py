@@ -12,7 +12,7 @@ import click
 from hal.check import Finding
 from hal.cli.output import plain
 from hal.errors import Absent, Broken
-from hal.explain import TIMEOUT_S
+from hal.explanation import TIMEOUT_S
 
 SCHEMA = "hal.backend-check/1"
 

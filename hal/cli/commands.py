@@ -11,8 +11,9 @@ from typing import Any
 
 import click
 
-from hal import plugins
+from hal import entry_points
 from hal.cli.output import plain, stdout_for_results
+from hal.entry_points import Plugin
 from hal.errors import HalError, PluginError, described
 
 COMMANDS = "hal.commands"
@@ -35,7 +36,7 @@ class BrokenCommand(click.Command):
         raise self.error
 
 
-def load(plugin: plugins.Plugin) -> click.Command:
+def load(plugin: Plugin) -> click.Command:
     """Return a command, or a `BrokenCommand` in its place. Never raises."""
     if len(plugin.entry_points) > 1:
         return BrokenCommand(
@@ -70,11 +71,11 @@ class CommandGroup(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See `click.Group.list_commands`."""
-        return sorted({*super().list_commands(ctx), *(plugin.name for plugin in plugins.registered(COMMANDS))})
+        return sorted({*super().list_commands(ctx), *(plugin.name for plugin in entry_points.registered(COMMANDS))})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """See `click.Group.get_command`."""
         own = super().get_command(ctx, cmd_name)
         if own is not None:
             return own
-        return next((load(plugin) for plugin in plugins.registered(COMMANDS) if plugin.name == cmd_name), None)
+        return next((load(plugin) for plugin in entry_points.registered(COMMANDS) if plugin.name == cmd_name), None)

@@ -16,10 +16,10 @@ import click
 
 import hal
 from hal import plugins
+from hal.autoload import AUTOLOAD
 from hal.cli.output import on_terminal, plain
 from hal.errors import ConfigError
-from hal.explain import TIMEOUT_S, Explanation, explain
-from hal.registry import AUTOLOAD
+from hal.explanation import TIMEOUT_S, Explanation, explain
 
 if TYPE_CHECKING:
     from hal.cli.torch_import import TorchState

@@ -10,18 +10,17 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from dataclasses import dataclass
 from typing import IO, Any
 
 import click
 
 import hal
+from hal.autoload import AUTOLOAD
 from hal.cli.commands import CommandGroup
 from hal.cli.output import plain
 from hal.errors import HalError
 from hal.exit_status import INTERNAL, exit_status
-from hal.registry import AUTOLOAD
 
 
 @dataclass
@@ -59,12 +58,10 @@ class Main(CommandGroup):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except HalError as error:
-            if _debug(ctx):
-                traceback.print_exc()
+            _show(ctx)
             raise Failure(str(error), exit_status(error)) from error
         except Exception as error:
-            if _debug(ctx):
-                traceback.print_exc()
+            _show(ctx)
             raise Failure(
                 f"a fault in hal or one of its plug-ins: {type(error).__name__}: {error}\n"
                 "  try: the same with `hal --debug ...`, which shows where",
@@ -72,8 +69,12 @@ class Main(CommandGroup):
             ) from error
 
 
-def _debug(ctx: click.Context) -> bool:
-    return isinstance(ctx.obj, Invocation) and ctx.obj.debug
+def _show(ctx: click.Context) -> None:
+    """Show the traceback of the error in hand, if the user wants to see tracebacks."""
+    if isinstance(ctx.obj, Invocation) and ctx.obj.debug:
+        import traceback  # only now: `hal run` must start quickly
+
+        traceback.print_exc()
 
 
 def _restore_autoload(value: str | None) -> None:

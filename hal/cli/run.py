@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from hal.errors import ConfigError
-from hal.launch.ranks import OPTIONS, launch
+from hal.launch.ranks import OPTIONS, check, launch
 from hal.launch.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _SHOWN = {
 
 @click.command(
     short_help="Run a program written for CUDA on another device.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.option("--device", "-d", help="As `hal devices` lists it; a backend's name gives all of its devices. "
               "[default: HAL_DEVICE, or the first accelerator, or the CPU]")  # fmt: skip
@@ -48,34 +48,59 @@ _SHOWN = {
 @click.option("--strict", is_flag=True, help="Refuse whatever may change results, naming the line.")
 @click.option("--report", type=click.Path(dir_okay=False), help="Write what was redirected to this file, as JSON.")
 @click.option("--module", "-m", is_flag=True, help="SCRIPT is the name of a module, as for `python -m`.")
+@click.option("--code", "-c", is_flag=True, help="SCRIPT is Python code itself, as for `python -c`.")
 @_torchrun_options
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
 def run(
     invocation: Invocation, /, device: str | None, nproc: int | None, strict: bool, report: str | None, module: bool,
-    script: str, arguments: tuple[str, ...], **torchrun: str | None,
+    code: bool, script: str, arguments: tuple[str, ...], **torchrun: str | None,
 ) -> None:  # fmt: skip
     """Run SCRIPT with its ARGUMENTS. It sees a working torch.cuda, which really is the device.
+
+    SCRIPT is what Python takes: a file, a folder or an archive with a __main__.py, or - for standard input.
 
     The program is run by plain Python, which replaces this process: its arguments, its standard streams, its signals
     and its exit status are its own. Options end at SCRIPT. Without a device, and with one that torch itself calls
     CUDA, nothing is changed. Exit status: the program's; 2 or 3 only before it starts.
     """
-    if not module and not Path(script).exists():
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items() if value is not None]
+    several = nproc is not None or bool(options)
+    if module and code:
+        raise ConfigError("SCRIPT is the name of a module (-m) or code (-c), not both")
+    if several and (code or script == "-"):
+        raise ConfigError("several processes cannot share code that is in no file", expected="a script, or -m")
+    if not (module or code or script == "-" or Path(script).exists()):
         raise ConfigError(f"there is no file {script!r}", expected="a Python script, or -m and the name of a module")
-    if report is not None and not Path(report).absolute().parent.is_dir():
-        raise ConfigError(f"the report cannot be written to {report!r}: there is no such folder")
+    if report is not None:
+        _try(Path(report).absolute())
+    if several:
+        check(device, nproc or 1)
     settings = Settings(
         device=device, strict=strict, report=None if report is None else str(Path(report).absolute()),
         folder=tempfile.mkdtemp(prefix="hal-run-"), command=tuple(sys.argv[1:]), autoload=invocation.autoload,
     )  # fmt: skip
-    command = [*(["-m"] if module else []), script, *arguments]
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in torchrun.items() if value is not None]
-    if nproc is not None or options:
+    command = [*(["-m"] if module else ["-c"] if code else []), script, *arguments]
+    if several:
         sys.exit(launch(settings, nproc or 1, options, command))
     environment = dict(os.environ)
     settings.into(environment, first=os.getpid())
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def _try(report: Path) -> None:
+    """Find out now, and not after hours of training, whether the report can be written; leave the file as it was.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    new = not report.exists()
+    try:
+        report.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"the report cannot be written: {error}", hint="a file in a folder of yours") from error
+    if new:
+        report.unlink()

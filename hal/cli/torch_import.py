@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import util
 
-from hal import plugins
+from hal import entry_points
 from hal._process import Ending, run_python
-from hal.registry import AUTOLOAD
+from hal.autoload import AUTOLOAD
 
 TORCH_PLUGINS = "torch.backends"
 
@@ -87,7 +87,7 @@ def examine(timeout_s: float) -> TorchState:
     """
     registered = [
         (entry_point, owner)
-        for plugin in plugins.registered(TORCH_PLUGINS)
+        for plugin in entry_points.registered(TORCH_PLUGINS)
         for entry_point, owner in zip(plugin.entry_points, plugin.owners, strict=True)
     ]
     if util.find_spec("torch") is None:
@@ -96,7 +96,7 @@ def examine(timeout_s: float) -> TorchState:
         lambda: run_python(_IMPORT, environment={**os.environ, AUTOLOAD: "0"}, timeout_s=timeout_s),
         lambda: run_python(_IMPORT, environment={**os.environ, AUTOLOAD: "1"}, timeout_s=timeout_s),
     ]
-    if not registered and not plugins.unreadable(TORCH_PLUGINS):
+    if not registered and not entry_points.unreadable(TORCH_PLUGINS):
         tasks.pop()  # there is nothing that autoload would load, or stumble over while it looks
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         alone, *together = pool.map(lambda task: task(), tasks)

@@ -54,12 +54,19 @@ def adopt(device: str | None = None, *, strict: bool = False) -> Adoption:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Adopting makes enough objects to set off a collection, which takes a tenth of a second over all of torch's."""
+    """Keep the garbage collector from looking at all of torch while it is imported and adopted, and right afterwards.
+
+    Each of the two would take a tenth of a second. Freezing and unfreezing makes all objects old ones, which the
+    collector looks at when it is time for a full collection.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if enabled and not gc.get_freeze_count():  # what somebody else has frozen stays so
+            gc.freeze()
+            gc.unfreeze()
         if enabled:
             gc.enable()
 

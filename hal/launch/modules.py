@@ -192,6 +192,8 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> None:
         if not isinstance(module, ModuleType) or isinstance(module, StandIn) or is_insider(module.__name__):
             continue
         names = vars(module)
+        if table.keys().isdisjoint(map(id, list(names.values()))):  # true of most, and quicker than looking at each
+            continue
         for name, value in list(names.items()):
             found = table.get(id(value))
             if found is not None and found[0] is value:

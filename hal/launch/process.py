@@ -7,16 +7,17 @@ import atexit
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 from hal.errors import HalError
 from hal.exit_status import exit_status
 from hal.launch import adoption, report
 from hal.launch.settings import FIRST, Settings, from_environment
 
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
 
 
 def start_first() -> None:
@@ -24,6 +25,7 @@ def start_first() -> None:
     try:
         start()
     except HalError as error:
+        report.discard(from_environment(os.environ))
         sys.stderr.write(f"hal: {error}\n")
         sys.stderr.flush()
         # No exception may leave site's start: Python would print all of it and call it a fatal error.
@@ -36,8 +38,8 @@ def start() -> None:
     if settings is None or adoption.adopted() is not None:
         return
     first = os.environ.get(FIRST) == str(os.getpid())
-    adopted = adoption.adopt(settings.device, strict=settings.strict)
     _hide_our_frames()
+    adopted = adoption.adopt(settings.device, strict=settings.strict)
     _Ending(settings, adopted, first).register()
 
 
@@ -54,6 +56,13 @@ class _Ending:
         """Have it done at the end of this process, and of each that is forked from it."""
         atexit.register(self.write)
         os.register_at_fork(after_in_child=self._forked)
+        end_now = os._exit
+
+        def _exit(status: int) -> NoReturn:
+            self.write()  # a program's last resort, and how multiprocessing ends its children: without atexit
+            end_now(status)
+
+        os._exit = _exit
 
     def _forked(self) -> None:
         redirection = self._adopted.redirection
@@ -61,9 +70,6 @@ class _Ending:
             redirection.audit.clear()
         self._first = False
         self._process = os.getpid()
-        # multiprocessing ends its children without atexit.
-        if "multiprocessing.util" in sys.modules:
-            sys.modules["multiprocessing.util"].Finalize(None, self.write, exitpriority=0)
 
     def write(self) -> None:
         """Leave this process's part, once."""
@@ -81,6 +87,7 @@ class _Ending:
 def _hide_our_frames() -> None:
     """Show in tracebacks what the program and torch did, and not how we were between them."""
     before, before_thread = sys.excepthook, threading.excepthook
+    constructor = traceback.TracebackException.__init__
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         before(kind, _pruned(error), error.__traceback__)
@@ -92,7 +99,12 @@ def _hide_our_frames() -> None:
                                               given.thread))  # fmt: skip
         before_thread(given)
 
+    def taken_down(self: Any, kind: Any, error: Any, trace: TracebackType | None, **how: Any) -> None:
+        constructor(self, kind, error, _without_ours(trace), **how)
+
     sys.excepthook, threading.excepthook = excepthook, thread_excepthook
+    # Whatever is printed or passed on as text: by the program, by logging, from multiprocessing's and torch's workers.
+    traceback.TracebackException.__init__ = taken_down  # type: ignore[assignment,method-assign]
 
 
 def _pruned(error: BaseException) -> BaseException:

@@ -13,6 +13,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any, final
 
 from hal.errors import UnsupportedOperation
@@ -191,6 +192,19 @@ class Redirection:
         """
         frame = sys._getframe(1)
         self.audit.note("change", api, note, frame)
+        self._refuse_in_strict_mode(api, note, frame)
+
+    def fallback(self, api: str, note: str, nbytes: int) -> None:
+        """Note that an operator which the device lacks runs another way, or refuse it in strict mode, naming the line.
+
+        Raises:
+            UnsupportedOperation: in strict mode.
+        """
+        frame = sys._getframe(1)
+        self.audit.note("fallback", api, note, frame, nbytes)
+        self._refuse_in_strict_mode(api, f"{self.type} lacks it, and it runs {note}", frame)
+
+    def _refuse_in_strict_mode(self, api: str, note: str, frame: FrameType) -> None:
         if self.strict:
             self.audit.note("refused", api, note, frame)
             raise UnsupportedOperation(
@@ -205,10 +219,6 @@ class Redirection:
         if api not in self._said:
             self._said.add(api)
             log.warning("%s at %s does nothing on %s: %s", api, where(frame), self.device.info.id, note)
-
-    def fallback(self, api: str, note: str, nbytes: int) -> None:
-        """Note that an operator which the device lacks ran another way."""
-        self.audit.note("fallback", api, note, sys._getframe(1), nbytes)
 
     def refuse(self, api: str, why: str, hint: str = "") -> UnsupportedOperation:
         """Return the error that refuses a call, and note it. It is a RuntimeError, as torch's own would be."""

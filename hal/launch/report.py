@@ -40,19 +40,28 @@ def leave(settings: Settings, device: DeviceInfo, entries: Iterable[Entry]) -> N
         path.with_suffix(".part").replace(path)
     except FileNotFoundError:
         return
+    except OSError as error:
+        sys.stderr.write(f"hal run: process {os.getpid()} is missing in the report: {error}\n")
+
+
+def discard(settings: Settings | None) -> None:
+    """Remove the run's folder: its program does not start."""
+    if settings is not None:
+        shutil.rmtree(settings.folder, ignore_errors=True)
 
 
 def finish(settings: Settings) -> None:
     """Put the parts together, write the report if one is asked for, and say on stderr what matters."""
     parts = [json.loads(path.read_text()) for path in sorted(Path(settings.folder).glob("*.json"))]
     shutil.rmtree(settings.folder, ignore_errors=True)
-    report = merged(settings, parts)
-    if settings.report is not None:
+    report, written = merged(settings, parts), settings.report
+    if written is not None:
         try:
-            Path(settings.report).write_text(json.dumps(report, indent=1) + "\n")
+            Path(written).write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
             sys.stderr.write(f"hal run: the report could not be written: {error}\n")
-    sys.stderr.write(text(report, settings.report))
+            written = None
+    sys.stderr.write(text(report, written))
     sys.stderr.flush()
 
 

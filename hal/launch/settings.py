@@ -9,8 +9,11 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hal.autoload import AUTOLOAD
+
 VARIABLE = "HAL_RUN"
 FIRST = "HAL_RUN_FIRST"
+LAUNCHER = "HAL_RUN_LAUNCHER"
 SITE = str(Path(__file__).parent / "site")
 
 
@@ -43,9 +46,9 @@ class Settings:
         else:
             environ[FIRST] = str(first)
         if self.autoload is None:
-            environ.pop("TORCH_DEVICE_BACKEND_AUTOLOAD", None)
+            environ.pop(AUTOLOAD, None)
         else:
-            environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = self.autoload
+            environ[AUTOLOAD] = self.autoload
 
 
 def from_environment(environ: Mapping[str, str]) -> Settings | None:

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import hal
+from hal.autoload import AUTOLOAD
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
-from hal.registry import AUTOLOAD, _of_rank
+from hal.registry import _of_rank
 from hal.surveys import Survey, settle, undecided
 
 

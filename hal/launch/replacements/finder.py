@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-from hal import plugins
+from hal import entry_points
 from hal.launch.caller import is_insider
 from hal.launch.patches import Patches
 
@@ -56,7 +56,7 @@ def _source(fullname: str) -> str | None:
     library, _, rest = fullname.partition(".")
     if is_insider(library):
         return None
-    for plugin in plugins.registered(GROUP):
+    for plugin in entry_points.registered(GROUP):
         if plugin.name == library:
             return ".".join(filter(None, (plugin.entry_points[0].value.partition(":")[0], rest)))
     return None

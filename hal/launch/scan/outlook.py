@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import hal.launch.surface  # noqa: F401  fills the table
-from hal import plugins
+from hal import entry_points
 from hal.launch.api import DOORS, TABLE, Verdict
 from hal.launch.libraries import LIBRARIES
 from hal.launch.replacements.finder import GROUP
@@ -94,7 +94,7 @@ def _library(name: str, backend: Backend) -> Outlook:
         return Outlook("native")
     if backend == "ppu" and "cuda" in library.runs_on:
         return Outlook("native", "in a build of the vendor's")
-    if any(plugin.name == library.name for plugin in plugins.registered(GROUP)):
+    if any(plugin.name == library.name for plugin in entry_points.registered(GROUP)):
         return Outlook("emulated", f"{library.what}: what torch has an equivalent of, by torch's")
     return Outlook("refused", f"{library.what}: {library.instead}")
 

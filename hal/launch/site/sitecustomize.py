@@ -42,6 +42,10 @@ def _start_with_torch() -> None:
 
 
 if "HAL_RUN" in os.environ:
+    if os.environ.get("HAL_RUN_LAUNCHER") == str(os.getppid()):
+        from hal.launch.ranks import end_with_launcher
+
+        end_with_launcher()
     if os.environ.get("HAL_RUN_FIRST") == str(os.getpid()):
         from hal.launch.process import start_first
 

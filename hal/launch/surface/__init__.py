@@ -4,6 +4,7 @@
 from hal.launch.surface import (
     accelerator,
     amp,
+    attention,
     collectives,
     compiler,
     constructors,
@@ -22,6 +23,7 @@ from hal.launch.surface import (
 __all__ = [
     "accelerator",
     "amp",
+    "attention",
     "collectives",
     "compiler",
     "constructors",

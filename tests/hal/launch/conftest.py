@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs under `hal run`. The exercises and the table of coverage are modules of their own: one is a program, the
-other writes a page.
-"""
+"""Programs of one test, and the modules beside it: the exercises are a program, the table of coverage writes a page."""
 
 import os
 import subprocess

@@ -507,3 +507,18 @@ def test_the_compiler_can_be_reset_while_a_device_is_adopted(cuda):
     assert compiled(torch.ones(2, device="cuda"))
     importlib.import_module("torch._dynamo").reset()
     assert compiled(torch.ones(2, device="cuda"))
+
+
+def test_adopting_leaves_the_garbage_collector_nothing_to_look_at_and_frozen_objects_frozen():
+    code = (
+        "import gc, hal\n"
+        "hal.adopt('cpu')\n"  # imports torch, which makes half a million objects
+        "assert gc.isenabled() and gc.get_freeze_count() == 0\n"
+        "assert len(gc.get_objects(generation=0)) < 10_000\n"
+        "hal.release()\n"
+        "gc.freeze()\n"
+        "hal.adopt('cpu')\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

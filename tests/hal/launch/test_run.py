@@ -36,7 +36,7 @@ def hal_run(*arguments, **environment):
     ("arguments", "status", "words"),
     [
         (["no-such-file.py"], 2, "there is no file 'no-such-file.py'"),
-        (["--report", "/no/such/folder/r.json", __file__], 2, "no such folder"),
+        (["--report", "/no/such/folder/r.json", __file__], 2, "the report cannot be written"),
         (["--nproc", "0", __file__], 2, "nproc"),
         (["--device", "nonsense", __file__], 3, "no backend of this name"),
         (["--device", "cpu:7", __file__], 3, "cpu"),

@@ -136,7 +136,7 @@ def test_what_will_happen(api, backend, verdict):
 def test_every_backend_that_ships_has_a_column():
     from hal import plugins
 
-    assert {plugin.name for plugin in plugins.registered("hal.backends")} >= set(BACKENDS)
+    assert {plugin.name for plugin in plugins.registered()} >= set(BACKENDS)
     assert all(library.runs_on <= set(BACKENDS) for library in LIBRARIES.values())
     assert not set(TABLE) & set(DOORS)
 

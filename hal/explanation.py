@@ -16,9 +16,10 @@ from typing import Any, Literal
 from hal import plugins
 from hal._process import run_python
 from hal._report import read_reports
+from hal.autoload import AUTOLOAD
 from hal.backend import Claim, DeviceInfo, Discovery, Specificity
+from hal.entry_points import Plugin
 from hal.errors import PluginError
-from hal.registry import AUTOLOAD
 from hal.surveys import Survey, settle
 
 TIMEOUT_S = 120.0
@@ -56,7 +57,7 @@ class Explanation:
                 "devices": [info.as_json() for info in self.devices]}  # fmt: skip
 
 
-def explain(*, timeout_s: float = TIMEOUT_S, admitted: Sequence[plugins.Plugin] | None = None) -> list[Explanation]:
+def explain(*, timeout_s: float = TIMEOUT_S, admitted: Sequence[Plugin] | None = None) -> list[Explanation]:
     """Tell for every admitted backend whether it was found, is absent or is broken, and why.
 
     Args:
@@ -95,7 +96,7 @@ def _without(answer: Explanation, lost: dict[str, str]) -> Explanation:
     )  # fmt: skip
 
 
-def _ask(plugin: plugins.Plugin, timeout_s: float, stop: threading.Event) -> tuple[Explanation, list[Specificity]]:
+def _ask(plugin: Plugin, timeout_s: float, stop: threading.Event) -> tuple[Explanation, list[Specificity]]:
     """Run `hal._child` for one plug-in and read what it reported before it ended, however it ended."""
     try:
         plugins.check_name(plugin)

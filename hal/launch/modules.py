@@ -9,6 +9,7 @@ Names that a module outside of torch imported before are replaced there, and put
 from __future__ import annotations
 
 import builtins
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -37,6 +38,11 @@ class StandIn(ModuleType):
         vars(self).update(replaced)
         vars(self)["_hal_original"] = original
         vars(self)["_hal_replaced"] = frozenset(replaced)
+
+    def replace(self, replaced: Mapping[str, Any]) -> None:
+        """Let something else stand under more names."""
+        vars(self).update(replaced)
+        vars(self)["_hal_replaced"] |= frozenset(replaced)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["_hal_original"], name)
@@ -89,6 +95,21 @@ class StandIns:
         if isinstance(original, (ModuleType, type)) or callable(original):
             self._by_original[id(original)] = (original, ours)
 
+    def add(self, name: str, replaced: Mapping[str, Any]) -> None:
+        """Let something else stand in for attributes of one more module, which was loaded only now; or of one again."""
+        original = sys.modules[name]
+        made = self.of(original)
+        if isinstance(made, StandIn):
+            made.replace(replaced)
+        else:
+            made = StandIn(original, replaced)
+            self._enter(original, made)
+            parent, _, child = name.rpartition(".")
+            if parent:
+                self.add(parent, {child: made})
+        for attribute, ours in replaced.items():
+            self._enter(vars(original).get(attribute), ours)
+
     def of(self, original: Any) -> Any:
         """Return what stands in for something of torch's; anything else as it is."""
         found = self._by_original.get(id(original))
@@ -122,7 +143,9 @@ def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
 def _look() -> None:
     for key in list(_awaited):
         module = sys.modules.get(key[0])
-        found = None if module is None else vars(module).get(key[1])  # not there yet while it is being imported
+        # Not while it is being imported: the name may not be there yet, or stand for something else until the end.
+        loading = module is None or getattr(module.__spec__, "_initializing", False)
+        found = None if loading else vars(module).get(key[1])
         if found is not None:
             action = _awaited.pop(key, None)
             if action is not None:
@@ -201,13 +224,21 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> None:
 
 
 def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, dict[str, Any]]:
-    """Return what stands in for attributes of torch's modules, by module and attribute."""
+    """Return what stands in for attributes of torch's modules, by module and attribute; later ones follow as they load.
+    """
     replaced: dict[str, dict[str, Any]] = {}
+
+    def ours(entry: api.Api, original: Any) -> Any:
+        return entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
+
+    def late(entry: api.Api, original: Any) -> None:
+        if _current is not None:
+            _current.add(entry.module, {entry.attribute: ours(entry, original)})
+
     for entry in entries.values():
         module = sys.modules.get(entry.module)
         if module is None:
+            when_loaded(entry.module, entry.attribute, functools.partial(late, entry))
             continue
-        original: Callable[..., Any] | None = getattr(module, entry.attribute, None)
-        ours = entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
-        replaced.setdefault(entry.module, {})[entry.attribute] = ours
+        replaced.setdefault(entry.module, {})[entry.attribute] = ours(entry, getattr(module, entry.attribute, None))
     return replaced

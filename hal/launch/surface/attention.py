@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch's attention: which kernels a program admits.
+"""torch's attention: which kernels a program admits, and what of FlexAttention a CPU lacks.
 
 A program that leaves out the plain form admits only kernels of CUDA's. A CPU has one of its own that goes by the name
 of flash attention and takes fewer calls, and none by the other names: there the plain form is admitted as well, which
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from hal.launch.api import api
+from hal.launch.api import active, api
 from hal.launch.redirection import Redirection
 
 _NOTE = "on a CPU the plain form is admitted, too"
@@ -60,3 +60,38 @@ def _another(r: Redirection, name: str, kernels: Iterable[str]) -> None:
     if not torch.compiler.is_compiling():
         asked = " and ".join(kernels) or "a kernel of CUDA's"
         r.change(name, f"{asked} alone was asked for; the CPU's own kernel computes, or the plain form")
+
+
+@api("torch.nn.attention.flex_attention.flex_attention", note="on a CPU, gradients in the plain form")
+def flex_attention(r: Redirection, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Gradients are torch's plain form's where the device is a CPU, for which torch has no kernel with a backward."""
+    import torch
+    from torch.nn.attention.flex_attention import flex_attention as own
+
+    if r.hosts is not None and any(tensor.requires_grad for tensor in (query, key, value)):
+        if torch.is_grad_enabled():
+            return _trained(query, key, value, *args, **kwargs)
+        # torch asks for no gradient here, and refuses all the same.
+        query, key, value = query.detach(), key.detach(), value.detach()
+    return own(query, key, value, *args, **kwargs)
+
+
+def _trained(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the plain form, outside of what is compiled: its backward pass is none that the compiler has for a CPU."""
+    import torch
+
+    return torch.compiler.disable(_plain)(query, key, value, *args, **kwargs)
+
+
+def _plain(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+    from torch.nn.attention import flex_attention as home
+
+    if (r := active()) is not None:
+        nbytes = sum(tensor.nbytes for tensor in (query, key, value))
+        r.fallback(f"{home.__name__}.flex_attention", "with gradients in the plain form", nbytes)
+    # All that this checks is the device, and that a CPU is not asked for gradients.
+    check, home._validate_device = home._validate_device, lambda *tensors: None
+    try:
+        return home.flex_attention(query, key, value, *args, **kwargs)
+    finally:
+        home._validate_device = check

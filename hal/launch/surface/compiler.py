@@ -124,9 +124,30 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
         *method, args, kwargs = given
         args = [true(tx, argument, False) for argument in args]
         kwargs = {key: true(tx, argument, key == "device") for key, argument in kwargs.items()}
+        if method and method[0] in _REPLACED_METHODS and self.source is None:
+            found = _by_modes(tx, method[0], (self, *args), kwargs)
+            if found is not None:
+                return found
         return original(self, tx, *method, args, kwargs)
 
     patches.set(variable, name, call)
+
+
+def _by_modes(tx: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what the modes in force, such as that of the default device, make of a method; None: there is none.
+
+    They are given the method. Of a tensor that comes from the graph the compiler would make it from nothing; and of
+    what our function closes over it can make no more than constants from nothing.
+    """
+    import torch
+    from torch._dynamo.source import AttrSource
+    from torch._dynamo.variables.builder import VariableBuilder
+    from torch._dynamo.variables.torch_function import can_dispatch_torch_function, dispatch_torch_function
+
+    if not can_dispatch_torch_function(tx, args, kwargs):
+        return None
+    source = AttrSource(AttrSource(tx.import_source("torch"), "Tensor"), name)
+    return dispatch_torch_function(tx, VariableBuilder(tx, source)(getattr(torch.Tensor, name)), args, kwargs)
 
 
 def _imports(patches: Patches, translator: Any) -> None:

@@ -5,6 +5,7 @@ import importlib
 import pickle
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from pathlib import Path
@@ -473,6 +474,14 @@ def test_the_table_of_scripts_is_torchs_own_after_a_release():
     assert dict(_builtins._get_builtin_table()) == before
 
 
+@pytest.mark.parametrize("default", ["cuda", "cpu"])
+def test_compiled_code_moves_what_it_computes_whatever_the_default_device(cuda, default):
+    with cuda.torch.device(default):
+        x = cuda.torch.ones(2, 3, device="cuda")
+        compiled = torch.compile(lambda x: x.sum(1).to(dtype=torch.int8), backend="eager", fullgraph=True)
+        assert compiled(x).tolist() == [3, 3]
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, of itself
 @pytest.mark.parametrize("device", ["cuda", torch.device("cuda:0")])
 def test_a_device_that_torchs_own_code_is_given_while_it_is_traced_is_the_true_one(cuda, device):
@@ -491,6 +500,56 @@ def test_a_device_that_torchs_own_code_is_given_while_it_is_traced_is_the_true_o
     assert block_mask.to_dense().tolist() == [[[[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]]]
     assert "device(type='cpu'" in graphs[0]
     assert "cuda" not in graphs[0].replace("torch.cuda", "")
+
+
+# All of these are torch's of itself: the last one when it goes on after what it does not compile.
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile", "ignore::DeprecationWarning", "ignore:The .grad attribute of"
+)
+@pytest.mark.parametrize("how", ["eager", "compiled", "inside"])
+def test_flex_attention_is_trained_in_the_plain_form(cuda, how):
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    block_mask = flex.create_block_mask(lambda b, h, q, k: q >= k, 1, 1, 128, 128, device="cuda")
+    call = {
+        "eager": flex.flex_attention,
+        "compiled": torch.compile(flex.flex_attention),
+        "inside": torch.compile(lambda *given, **named: flex.flex_attention(*given, **named) * 1, backend="eager"),
+    }[how]
+    q, k, v = (cuda.torch.randn(1, heads, 128, 16, device="cuda", requires_grad=True) for heads in (4, 2, 2))
+
+    def gradients(result):
+        for tensor in (q, k, v):
+            tensor.grad = None
+        result.square().sum().backward()
+        return [result.detach(), *(tensor.grad for tensor in (q, k, v))]
+
+    found = gradients(call(q, k, v, block_mask=block_mask, enable_gqa=True))
+    plain = gradients(torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    for ours, theirs in zip(found, plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert "with gradients in the plain form" in entries(cuda, "fallback")[f"{flex.__name__}.flex_attention"].note
+    with cuda.torch.no_grad():
+        torch.testing.assert_close(call(q, k, v, block_mask=block_mask, enable_gqa=True), found[0])
+
+
+def test_a_module_of_torchs_that_is_loaded_later_is_redirected_and_put_back(tmp_path):
+    code = """
+        import sys
+        import hal
+        with hal.adopt("cpu"):
+            import torch
+            assert "torch.nn.attention.flex_attention" not in sys.modules
+            import torch.nn.attention.flex_attention as late
+            from torch.nn.attention.flex_attention import flex_attention, create_block_mask
+            from torch.nn.attention import flex_attention as again
+            assert late is again is torch.nn.attention.flex_attention
+            assert late.flex_attention is flex_attention
+        original = sys.modules["torch.nn.attention.flex_attention"]
+        assert original.flex_attention is not late.__dict__.get("nothing")
+        assert late is original and flex_attention is original.flex_attention, (late, flex_attention)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_libraries_that_ask_torchs_private_functions_get_the_same_answers(cuda):

@@ -219,7 +219,8 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> None:
             continue
         for name, value in list(names.items()):
             found = table.get(id(value))
-            if found is not None and found[0] is value:
+            # The compiler keeps modules for its guards among the globals of what it compiled, and wants those it put.
+            if found is not None and found[0] is value and not name.startswith("__import_"):
                 names[name] = found[1]
 
 

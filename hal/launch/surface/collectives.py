@@ -7,16 +7,41 @@ for [4, 3]. It gathers parts of different sizes, and makes one call of several. 
 
 from __future__ import annotations
 
+import inspect
+import sys
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from hal.launch.api import api
+from hal.launch.modules import when_loaded
+from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
     import torch
 
 _HOME = "torch.distributed.distributed_c10d"
+_SHARDED = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Let sharded models divide their gradients where the library cannot: with NCCL they have it multiply and add."""
+    if redirection.hosts is None:
+        return
+    name = "_get_gradient_divide_factors"
+
+    def divide(own: Any) -> None:
+        form = inspect.signature(own)
+
+        def factors(*args: Any, **kwargs: Any) -> Any:
+            given = form.bind(*args, **kwargs).arguments
+            if given.get("factor") is not None and "force_sum_reduction_for_comms" in form.parameters:
+                given["force_sum_reduction_for_comms"] = True
+            return own(**given)
+
+        patches.set(sys.modules[_SHARDED], name, factors)
+
+    when_loaded(_SHARDED, name, divide)
 
 
 def _names(*names: str) -> tuple[str, ...]:

@@ -98,3 +98,15 @@ def test_what_does_not_fit_is_torchs_error(program):
             continue
         raise AssertionError("sizes that do not fit were taken")
     """)  # fmt: skip
+
+
+def test_sharded_models_divide_their_gradients_by_what_the_program_says(program):
+    run(program, """
+    from torch.distributed.fsdp import fully_shard
+
+    model = torch.nn.Linear(4, 4, device="cuda")
+    fully_shard(model)
+    model.set_gradient_divide_factor(3.0)
+    model(torch.full((2, 4), 1.0 + rank, device="cuda")).sum().backward()
+    assert model.weight.grad.to_local().tolist() == [[2.0] * 4] * 2  # (2 + 4) / 3
+    """)  # fmt: skip

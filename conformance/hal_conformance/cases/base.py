@@ -63,7 +63,8 @@ def shape(p: Params) -> Shape:
 def model_of(p: Params) -> MoEModelSpec:
     """Return the preset with the widths of this instance."""
     s = shape(p)
-    return preset(p.preset) if p.scale == "full" else preset(p.preset).scaled(hidden=s.width, expert_hidden=s.hidden)
+    published = p.scale == "full" and not isinstance(p, At)
+    return preset(p.preset) if published else preset(p.preset).scaled(hidden=s.width, expert_hidden=s.hidden)
 
 
 def gate_storage(spec: RouterSpec, p: Params) -> str:

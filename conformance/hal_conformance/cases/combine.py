@@ -29,7 +29,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -322,6 +322,8 @@ CASES = (
     Aligned("combine.aligned_backward", BACKWARD),
     Long("combine.long", EXACT, only=FEW_EXPERTS),
     Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Unaligned("combine.unaligned", EXACT, only=FEW_EXPERTS),
+    Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("combine.tails", EXACT, only=FEW_EXPERTS),
     Tails("combine.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),

@@ -24,7 +24,7 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
@@ -228,6 +228,8 @@ CASES = (
     Aligned("dispatch.aligned_backward", BACKWARD),
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
+    Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("dispatch.tails", PERMUTATION, only=FEW_EXPERTS),
     Tails("dispatch.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),

@@ -17,6 +17,7 @@ from hal_conformance.cases.base import wide
 from hal_conformance.cases.experts import BackwardCase
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.nonfinite import admitted
+from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
 from hal_conformance.cases.strided import Sliced
 from hal_conformance.detectors import ExactMeter, merge
 from hal_conformance.oracle.layer import ROUTED
@@ -135,4 +136,5 @@ CASES = (
     ),
     Frozen("experts.frozen", INTEGERS, ("x_RD",)),
     Sliced("experts.sliced", INTEGERS),
+    Unaligned("experts.unaligned", INTEGERS, only=FEW_EXPERTS),
 )  # fmt: skip

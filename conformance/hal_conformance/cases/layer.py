@@ -31,6 +31,7 @@ from hal_conformance.cases.experts import routed
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
+from hal_conformance.cases.sized import Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import part
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
@@ -267,4 +268,5 @@ CASES = (
     ),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
+    Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
 )  # fmt: skip

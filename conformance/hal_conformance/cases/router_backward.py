@@ -25,7 +25,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.chained import Chained, product
@@ -211,6 +211,7 @@ CASES = (
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
+    Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -31,9 +31,9 @@ from hal_conformance.cases.experts import routed
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
-from hal_conformance.cases.sized import Unaligned
+from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import part
+from hal_conformance.cases.tails import Tails, part
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
@@ -201,6 +201,12 @@ class OneUpstream(Layer):
         })  # fmt: skip
 
 
+class LongLayer(Long):
+    """More tokens than a block has, narrower still: experts are judged in float64."""
+
+    WIDTH = 24
+
+
 class NoTokens(Layer):
     """Zero tokens."""
 
@@ -228,11 +234,13 @@ def what(how: str, judged: str) -> str:
 BACKWARD = Layer(
     "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True, only=KINDS
 )  # fmt: skip
+FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"))
+FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
 CASES = (
     Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
-    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y")),
+    FREE_FORWARD,
     BACKWARD,
-    Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True),
+    FREE_BACKWARD,
     Layer(
         "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
         replayed=True, backward=True, capacity=1, only=KINDS,
@@ -268,5 +276,7 @@ CASES = (
     ),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
+    Tails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
+    LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
     Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
 )  # fmt: skip

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another case at numbers of tokens around whole tiles: one row that is left over, and one that is lacking.
+"""Another case at numbers of tokens around whole tiles: one row that is left over, one that is lacking, and one tile.
 
-`base.shape` and `sized` give whole tiles and some odd numbers. Kernels treat the last row of a tile, and a tile of one
-row, by code of their own.
+`base.shape` and `sized` give whole tiles and some odd numbers, of 33 tokens or more. Kernels treat the last row of a
+tile, and a tile of one row, by code of their own; and small batches by small tiles.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ from hal_conformance.verdicts import Judgement
 if TYPE_CHECKING:
     import torch
 
-AROUND_TILES = {"tiny": (31, 65), "small": (31, 65, 127, 129), "full": (31, 65, 127, 129)}
-"""Tiles of 32, 64 and 128; 31 also lacks one of two tiles of 16, and 65 is one more than four of them."""
+AROUND_TILES = {
+    "tiny": (16, 17, 31, 65),
+    "small": (16, 17, 31, 65, 127, 129),
+    "full": (16, 17, 31, 65, 127, 129),
+}
+"""Tiles of 16, 32, 64 and 128; 31 also lacks one of two tiles of 16, and 65 is one more than four of them."""
 
 
 class Tails(Wrapped):
@@ -30,8 +34,8 @@ class Tails(Wrapped):
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, with 31 and with 65 tokens (beyond tiny with 127 and 129, too): a row more than "
-            f"fills tiles, and one less. {self.inner.what}"
+            f"As {self.inner.name}, with 16, 17, 31 and 65 tokens (beyond tiny with 127 and 129, too): one small tile, "
+            f"a row more than fills tiles, and one less. {self.inner.what}"
         )
 
     def at(self, p: Params) -> dict[str, Params]:

@@ -58,6 +58,18 @@ class BackwardIntegers(BackwardCase):
         return merge(meter.finding() for meter in meters.values())
 
 
+class BackwardCancelling(BackwardIntegers):
+    """Gradients whose partial sums are large and whose sums are small."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts, with up to 129 rows."""
+        return FEW_EXPERTS
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return designs.backward_cancelling(self.size(p))
+
+
 class NanBackward(BackwardIntegers):
     """A row that is NaN, a NaN in the upstream gradient of another expert's row, and gradients that overflow."""
 
@@ -116,6 +128,12 @@ INTEGERS = BackwardIntegers(
 )  # fmt: skip
 CASES = (
     INTEGERS,
+    BackwardCancelling(
+        "experts.backward_cancelling", "experts", _NEEDS,
+        "As experts.backward_integers, with partial sums 12 bits above the result, which cancel: over hidden units in "
+        "the gradient of rows, over rows in those of all three weights. Every stage is stored once: a sum whose parts "
+        "are each stored in 16 bits and then added (split-K, the last tile of rows) is wrong, bit by bit.",
+    ),
     NanBackward(
         "experts.nan_backward", "experts", _NEEDS,
         "As experts.backward_integers with a row of NaN, and one NaN in the upstream gradient of another expert's row: "

@@ -27,6 +27,7 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
@@ -328,4 +329,5 @@ CASES = (
     Tails("combine.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),
     KeptResults("combine.kept_backward", BACKWARD, only=FEW_EXPERTS),
+    KeptGraph("combine.kept_graph", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

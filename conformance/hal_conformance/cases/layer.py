@@ -25,9 +25,11 @@ from hal_conformance.cases.base import (
     model_of,
     observed,
     router_arrays,
+    run_backward,
     shape,
 )
 from hal_conformance.cases.experts import routed
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
@@ -126,13 +128,11 @@ class Layer(Base):
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """Call the layer and its backward, the upstream gradients times a factor; return the results."""
-        import torch
-
         found = results(self.call(ops, tensors, p))
         upstream = {"dy_TD": found["y_TD"], "daux": found["aux_loss"], "dz": found["z_loss"]}
         # A loss that depends on nothing that is trained has no gradient to pass on.
         asked = {name: tensor for name, tensor in upstream.items() if name in tensors and tensor.requires_grad}
-        torch.autograd.backward(list(asked.values()), [tensors[name] * factor for name in asked])
+        run_backward(list(asked.values()), [tensors[name] * factor for name in asked])
         return found
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -274,6 +274,7 @@ CASES = (
         + " What a pass does not reach has a gradient of exactly zero, or none.",
         replayed=True, backward=True, only=("mixtral-8x7b",),
     ),
+    KeptGraph("layer.kept_graph", BACKWARD, only=FEW_EXPERTS),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
     Tails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),

@@ -20,9 +20,11 @@ from hal_conformance.cases.base import (
     leaf,
     observed,
     router_arrays,
+    run_backward,
     weight_storage,
 )
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
@@ -83,13 +85,11 @@ class Backward(RouterCase):
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """See `frozen.Trainable`."""
-        import torch
-
         replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
         spec, bias = self.router(p), tensors.get("bias_E")
         routing = fields_of(ops.route(tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay), "Routing")
         upstream = [tensors[f"d{name}"] for name in self.upstream]
-        torch.autograd.backward(
+        run_backward(
             [routing[name] for name in self.upstream], upstream if factor == 1.0 else [factor * d for d in upstream]
         )
         return routing
@@ -207,11 +207,12 @@ CASES = (
         "gradients, and the gate's, which sums over tokens; the gradients of all other tokens are judged as "
         "in router.replayed.",
     ),
-    Strided("router.strided", BACKWARD),
+    Strided("router.strided", BACKWARD, only=KINDS[:2]),
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
     Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
+    KeptGraph("router.kept_graph", BACKWARD, only=KINDS[1:2]),
 )  # fmt: skip

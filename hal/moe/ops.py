@@ -117,7 +117,8 @@ class MoEOps(Protocol):
             x_TD: activations.
             gate_ED: the router's matrix.
             spec: the router's equations.
-            bias_E: added to the scores for the choice; given exactly if `spec.selection_bias`.
+            bias_E: added to the scores for the choice, in which -inf leaves an expert out as long as K others are
+                left; it has no gradient (None, or zeros). Given exactly if `spec.selection_bias`.
             experts_TK: a routing to be replayed: these experts, in this order, with weights computed anew.
         """
         ...
@@ -161,7 +162,7 @@ class MoEOps(Protocol):
 
         Products and sum are in float32 (float64 for float64 rows). The order of the sum is the implementation's own:
         the portable one adds over k = 0..K-1, another may add otherwise, and the suite's bounds admit every order. A
-        slot without a row adds nothing.
+        slot without a row adds nothing, whatever its weight, whose gradient is zero.
         """
         ...
 

@@ -26,6 +26,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
@@ -88,6 +89,18 @@ class Capacity(DispatchCase):
     def capacity(self, p: Params) -> int | None:
         """See `DispatchCase.capacity`: the mean load, rounded up."""
         return mean_load(p)
+
+
+class CapacityOne(DispatchCase):
+    """One row for each expert."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts drop the most."""
+        return FEW_EXPERTS
+
+    def capacity(self, p: Params) -> int | None:
+        """See `DispatchCase.capacity`."""
+        return 1
 
 
 class CapacityZero(DispatchCase):
@@ -224,6 +237,7 @@ CASES = (
     CapacityAmple(
         "dispatch.capacity_ample", "dispatch", _NEEDS, _WHAT + "With a capacity of twice the tokens nothing is dropped."
     ),
+    CapacityOne("dispatch.capacity_one", "dispatch", _NEEDS, _WHAT + "With a capacity of one each keeps its first."),
     CapacityZero("dispatch.capacity_zero", "dispatch", _NEEDS, _WHAT + "With a capacity of zero nothing is left."),
     OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
     Few("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
@@ -246,6 +260,7 @@ CASES = (
     Aligned("dispatch.aligned_backward", BACKWARD),
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("dispatch.tails", PERMUTATION, only=FEW_EXPERTS),

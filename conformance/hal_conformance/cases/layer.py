@@ -7,7 +7,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices, S shar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,6 +201,14 @@ class OneUpstream(Layer):
         })  # fmt: skip
 
 
+class NarrowTails(Tails):
+    """At full scale as at "small": all weights come with each number of tokens."""
+
+    def at(self, p: Params) -> dict[str, Params]:
+        """See `Tails.at`."""
+        return super().at(replace(p, scale="small") if p.scale == "full" else p)
+
+
 class LongLayer(Long):
     """More tokens than a block has, narrower still: experts are judged in float64."""
 
@@ -277,7 +285,7 @@ CASES = (
     KeptGraph("layer.kept_graph", BACKWARD, only=FEW_EXPERTS),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
-    Tails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
+    NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
     LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
     Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
 )  # fmt: skip

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import At, Shape, shape
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement
@@ -32,6 +32,10 @@ class Sized(Wrapped):
     def at(self, p: Params) -> At:
         """Return the instance with those sizes."""
         return At(p.preset, p.dtype, p.scale, p.seed, self.sizes(p))
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return self.inner.footprint(self.at(p))
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""

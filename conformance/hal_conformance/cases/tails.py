@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import At, Shape, shape
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
@@ -45,6 +45,11 @@ class Tails(Wrapped):
             str(tokens): At(p.preset, p.dtype, p.scale, p.seed, Shape(tokens, s.width, s.hidden))
             for tokens in AROUND_TILES[p.scale]
         }
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        each = [self.inner.footprint(at) for at in self.at(p).values()]
+        return Footprint(sum(one.inputs for one in each), sum(one.outputs for one in each))
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""

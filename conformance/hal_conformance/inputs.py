@@ -234,6 +234,9 @@ def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
 
     0 to 32, 64, 65, 128 and 129 where there are experts enough, otherwise `EDGES` and what the seed says. Experts
     beyond these have up to twice what is left of `rows` for each of them.
+
+    Whatever the seed, an expert at one end is empty, and its neighbour and the other end have rows: the first is where
+    E is a multiple of 64, the last otherwise.
     """
     swept = [*range(33), 64, 65, 128, 129]
     if experts >= len(swept):
@@ -243,7 +246,11 @@ def sweep_counts(seed: int, stream: str, experts: int, rows: int) -> I64:
     else:
         counts = integers(seed, f"{stream}/few", 0, 31, experts)
         counts[: len(EDGES)] = EDGES[:experts]
-    return np.asarray(counts[permutation(seed, f"{stream}/order", experts)], np.int64)
+    inner = np.sort(counts)[1:][permutation(seed, f"{stream}/order", experts - 1)]
+    for end in (0, -1):
+        busy = int(np.flatnonzero(inner)[end])
+        inner[[end, busy]] = inner[[busy, end]]
+    return np.asarray(np.insert(inner, 0 if experts % 64 == 0 else len(inner), 0), np.int64)
 
 
 STEEP = 6.0

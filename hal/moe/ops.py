@@ -89,6 +89,9 @@ class LayerOutput(NamedTuple):
 class MoEOps(Protocol):
     """The operators. All are differentiable; nothing here draws random numbers or keeps state.
 
+    A graph that is kept (`retain_graph=True`) may be run backward again, with the same gradients. Sizes are multiples
+    of nothing: what an implementation cannot do, though it fits together, it refuses by `hal.errors.Unsupported`.
+
     Every method raises `hal.errors.ShapeError` for shapes, dtypes and devices that do not fit together. Floating-point
     tensors are float16, bfloat16, float32 or float64, indices and counts uint8, int8, int16, int32 or int64. An
     implementation under test may have only some of the methods.
@@ -114,7 +117,8 @@ class MoEOps(Protocol):
             x_TD: activations.
             gate_ED: the router's matrix.
             spec: the router's equations.
-            bias_E: added to the scores for the choice; given exactly if `spec.selection_bias`.
+            bias_E: added to the scores for the choice, in which -inf leaves an expert out as long as K others are
+                left; it has no gradient (None, or zeros). Given exactly if `spec.selection_bias`.
             experts_TK: a routing to be replayed: these experts, in this order, with weights computed anew.
         """
         ...
@@ -158,7 +162,7 @@ class MoEOps(Protocol):
 
         Products and sum are in float32 (float64 for float64 rows). The order of the sum is the implementation's own:
         the portable one adds over k = 0..K-1, another may add otherwise, and the suite's bounds admit every order. A
-        slot without a row adds nothing.
+        slot without a row adds nothing, whatever its weight, whose gradient is zero.
         """
         ...
 
@@ -166,14 +170,17 @@ class MoEOps(Protocol):
         """Return E / (K T) * sum_e count_e * mean_t p_te.
 
         p is softmax scores as they are, and sigmoid scores divided by (their sum over E + 1e-20). A float32 scalar, 1
-        for perfectly even routing, 0 for zero tokens; the coefficient is not applied; counts carry no gradient.
+        for perfectly even routing, 0 for zero tokens; the coefficient is not applied; counts carry no gradient. A NaN
+        or an infinity among the scores of an expert that was chosen shows in the loss, and in no other token's
+        gradient.
         """
         ...
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """Return mean_t logsumexp_e(logits_te)^2, a float32 scalar; the coefficient is not applied.
 
-        Zero tokens give 0.
+        Zero tokens give 0. Of a NaN among the logits the loss is NaN, of +inf infinite (or NaN); no other token's
+        gradient changes.
         """
         ...
 

@@ -7,10 +7,12 @@ import torch
 from in_process import CPU, judge
 
 from hal.contract import Contract
+from hal.errors import UnsupportedOperation
+from hal.moe.torch_ops import TorchMoEOps
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance import arrays as codec
 from hal_conformance.case import Params
-from hal_conformance.cases import kept_results, tails
+from hal_conformance.cases import by_name, kept_results, tails
 from hal_conformance.cases.norm import RMS
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
@@ -85,6 +87,53 @@ def test_the_second_inputs_are_others_of_the_same_shapes():
         then = inputs[f"{kept_results.THEN}{name}"]
         assert then.shape == inputs[name].shape
         assert not np.array_equal(then, inputs[name])
+
+
+def test_a_second_pass_over_a_graph_that_is_kept_counts_and_a_third_of_zeros():
+    class Passes:
+        def __init__(self, factors):
+            self.factors = iter(factors)
+
+        def z_loss(self, logits_TE):
+            loss = TorchMoEOps().z_loss(logits_TE)
+            loss.register_hook(lambda d: d * next(self.factors))
+            return loss
+
+    p = Params("mixtral-8x7b", "float32", "tiny")
+    case = by_name("losses.z_kept_graph")
+    assert judge(case, Passes((1, 1, 1)), p).status.colour == "green"
+    for factors, word in (((1, 0, 1), "second pass"), ((1, 1, float("nan")), "pass of zeros")):
+        found = judge(case, Passes(factors), p)
+        assert found.status.colour == "red"
+        assert found.detail.startswith(word)
+
+
+@pytest.mark.parametrize(("words", "error"), [("non-empty donated buffers", UnsupportedOperation), ("x", RuntimeError)])
+def test_what_keeps_no_graph_and_says_so_is_unsupported_if_it_was_compiled(words, error):
+    class Refuses:
+        def z_loss(self, logits_TE):
+            loss = TorchMoEOps().z_loss(logits_TE)
+
+            def refuse(d):
+                raise RuntimeError(words)
+
+            loss.register_hook(refuse)
+            return loss
+
+    with pytest.raises(error):
+        judge(by_name("losses.z_kept_graph"), Refuses(), Params("mixtral-8x7b", "float32", "tiny"))
+
+
+def test_vectors_are_spread_among_nan_and_matrices_lie_by_columns():
+    seen = {}
+
+    class Sees:
+        def experts(self, x_RD, counts_E, weights):
+            seen.update(x=x_RD, counts=counts_E)
+            return TorchMoEOps().experts(x_RD, counts_E, weights)
+
+    assert judge(by_name("experts.strided"), Sees(), Params("mixtral-8x7b", "float32", "tiny")).status.colour == "green"
+    assert (seen["counts"].stride(), seen["x"].stride(0)) == ((2,), 1)
 
 
 def test_judgements_are_joined_to_the_worst_with_the_largest_figures():

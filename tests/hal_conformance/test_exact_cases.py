@@ -9,9 +9,12 @@ import torch
 
 from hal.contract import Contract
 from hal_conformance import arrays as codec
+from hal_conformance import inputs as make
 from hal_conformance.case import Params, Unpromised
-from hal_conformance.cases import by_name
+from hal_conformance.cases import by_name, designs
+from hal_conformance.cases.designs import Size
 from hal_conformance.cases.strided import Sliced
+from hal_conformance.faults import VARIATIONS
 from hal_conformance.portable import portable
 from hal_conformance.verdicts import Status
 
@@ -62,6 +65,35 @@ def test_a_nan_reaches_the_gradients_of_two_experts_and_no_other():
     hidden = {"dw1_EFD": np.nan_to_num(outputs["dw1_EFD"].astype(np.float32)).astype(outputs["dw1_EFD"].dtype)}
     assert judge(hidden).status is Status.FAIL_NUMERIC
     assert judge(hidden, SATURATING).status is Status.EXACT
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_the_cancelling_gradients_store_inside_is_exact_and_no_sum_needs_more_than_float32(seed, dtype):
+    counts = np.array([0, 129, 1, 2, 3, 65])
+    given = {n: a.astype(np.float64) for n, a in designs.backward_cancelling(Size(counts, 45, 21, dtype, seed)).items()}
+    for e, end in enumerate(np.cumsum(counts)):
+        rows = slice(end - counts[e], end)
+        x, dy, w3, w2 = given["x_RD"][rows], given["dy_RD"][rows], given["w3_EFD"][e], given["w2_EDF"][e]
+        u, dh = x @ w3.T, dy @ w2
+        for stored in (u, 64 * u, dh, 64 * dh, dh * u):
+            assert np.array_equal(make.store(stored, dtype).astype(np.float64), stored)
+        units = np.abs((dh * u).T) @ np.abs(x) / designs.LEAST, np.abs(dh) @ np.abs(w3) / designs.LEAST
+        assert max(a.max(initial=0) for a in units) < 2**24
+        if counts[e] >= 3:
+            assert np.array_equal(u[0], u[-1])
+            assert np.array_equal(dh[0], -dh[-1])
+
+
+def test_a_gradient_whose_parts_are_stored_is_seen():
+    for dtype, status in (
+        ("float32", Status.EXACT),
+        ("bfloat16", Status.FAIL_NUMERIC),
+        ("float16", Status.FAIL_NUMERIC),
+    ):
+        for fault in ("splits_rows_through_gate", "splits_rows_through_up", "splits_downs_gradient"):
+            _, _, judge = observe("experts.backward_cancelling", "mixtral-8x7b", dtype, VARIATIONS[fault].make())
+            assert judge().status is status, (fault, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

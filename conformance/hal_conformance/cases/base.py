@@ -6,7 +6,9 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +65,8 @@ def shape(p: Params) -> Shape:
 def model_of(p: Params) -> MoEModelSpec:
     """Return the preset with the widths of this instance."""
     s = shape(p)
-    return preset(p.preset) if p.scale == "full" else preset(p.preset).scaled(hidden=s.width, expert_hidden=s.hidden)
+    published = p.scale == "full" and not isinstance(p, At)
+    return preset(p.preset) if published else preset(p.preset).scaled(hidden=s.width, expert_hidden=s.hidden)
 
 
 def gate_storage(spec: RouterSpec, p: Params) -> str:
@@ -117,6 +120,26 @@ def fields_of(returned: Any, protocol: str) -> dict[str, Any]:
     return {name: getattr(returned, name) for name in names}
 
 
+_KEPT = ContextVar("kept", default=False)
+
+
+@contextmanager
+def graphs_kept() -> Iterator[None]:
+    """Keep the graphs of what is run backward meanwhile, so that they can be run again."""
+    token = _KEPT.set(True)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def run_backward(results: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor]) -> None:
+    """Run one backward pass from several tensors."""
+    import torch
+
+    torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
+
+
 def backward(result: Any, upstream: torch.Tensor) -> None:
     """Run the backward pass of what an operator returned.
 
@@ -132,7 +155,7 @@ def backward(result: Any, upstream: torch.Tensor) -> None:
         raise Malformed(f"a tensor of shape {list(result.shape)} came back, expected {list(upstream.shape)}")
     if result.device != upstream.device:
         raise Malformed(f"a tensor on {result.device} came back, expected {upstream.device}")
-    result.backward(upstream)
+    run_backward([result], [upstream])
 
 
 def loss_backward(loss: Any, upstream: float, given: torch.Tensor) -> None:

@@ -27,9 +27,11 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -188,6 +190,41 @@ class Dropped(Random):
         return mean_load(p)
 
 
+class AllDropped(Dropped):
+    """Tokens of which no row is left, some of whose weights are not even finite."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return FEW_EXPERTS
+
+    def capacity(self, p: Params) -> int | None:
+        """See `Random.capacity`."""
+        return 0
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        arrays["weights_TK"][1], arrays["weights_TK"][2, 0] = np.nan, np.inf
+        return arrays
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        weights = leaf(tensors["weights_TK"])
+        y = ops.combine(tensors["y_RD"], weights, tensors["slot_R"], len(weights))
+        backward(y, tensors["y_RD"].new_ones(len(weights), tensors["y_RD"].shape[1]))
+        return observed({"y_TD": y, "dweights_TK": weights.grad})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        weights, width = inputs["weights_TK"], inputs["y_RD"].shape[1]
+        zeros = {
+            "y_TD": np.zeros((len(weights), width), make.NUMPY_DTYPES[p.dtype]),
+            "dweights_TK": np.zeros_like(weights),
+        }
+        wrong = structure(outputs, {name: (array.shape, str(array.dtype)) for name, array in zeros.items()})
+        return wrong or merge(exact(name, outputs[name], array) for name, array in zeros.items())
+
+
 class Backward(Random):
     """Gradients of rows and weights."""
 
@@ -300,6 +337,11 @@ CASES = (
     ),
     RANDOM,
     Dropped("combine.dropped", "combine", _NEEDS, _SUMS + " A slot whose row was dropped adds nothing."),
+    AllDropped(
+        "combine.all_dropped", "combine", _NEEDS,
+        "Tokens without a single row, as where a capacity of zero drops all: zeros, and gradients of zero for the "
+        "weights, NaN and infinite ones, too.",
+    ),
     NoTokens("combine.no_tokens", "combine", _NEEDS, "Zero tokens and rows give an empty result."),
     Few("combine.one_token", "combine", _NEEDS, _SUMS + " One token, as in decoding.", tokens=1),
     Few("combine.few_tokens", "combine", _NEEDS, _SUMS + " Five tokens, as in decoding for a few.", tokens=5),
@@ -322,8 +364,12 @@ CASES = (
     Aligned("combine.aligned_backward", BACKWARD),
     Long("combine.long", EXACT, only=FEW_EXPERTS),
     Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Int32("combine.int32", EXACT, only=FEW_EXPERTS),
+    Unaligned("combine.unaligned", EXACT, only=FEW_EXPERTS),
+    Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("combine.tails", EXACT, only=FEW_EXPERTS),
     Tails("combine.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),
     KeptResults("combine.kept_backward", BACKWARD, only=FEW_EXPERTS),
+    KeptGraph("combine.kept_graph", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

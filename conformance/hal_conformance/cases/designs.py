@@ -258,6 +258,42 @@ def backward_integers(size: Size) -> Arrays:
     return arrays
 
 
+LARGE, LEAST = 2.0**12, 2.0**-9
+"""Of `backward_cancelling`: what cancels, in units of what is left; and that unit, so that float16 holds both."""
+
+
+def backward_cancelling(size: Size) -> Arrays:
+    """`backward_integers` whose gradients' partial sums are large and cancel; a part of a sum, stored, loses the rest.
+
+    Over hidden units: the first and the last are equal (w3), and alone reach an output channel b, with weights of L and
+    -L. All rows but those below have -1 or 1 in dy there. So dh, du and dg are +-L in the one and -+L in the other, and
+    a row of dx is what the other units give: L is lost from it again, 12 bits above.
+
+    Over rows: the first and the last of an expert with three or more are equal, and have L and -L in dy, in one channel
+    of the expert's and nowhere else. So they cancel in all three gradients of weights.
+
+    dy is in units of `LEAST`, everything else as in `backward_integers`: dh has at most 6 significant bits, dg 8. The
+    largest sum is that of dg in the first unit: below 2**24 units for up to 500 rows. All are exact in float32 in any
+    order, wherever their terms are stored in 16 bits; and the first and the last of a sum are in different parts of it,
+    wherever it is cut.
+    """
+    seed, arrays = size.seed, backward_integers(size)
+    x, dy = arrays["x_RD"].copy(), arrays["dy_RD"].astype(np.float64)
+    w3, w2 = arrays["w3_EFD"].copy(), arrays["w2_EDF"].copy()
+    both, *others = (int(at) for at in make.permutation(seed, "backward_cancelling/channels", size.width))
+    w3[:, -1] = w3[:, 0]
+    w2[:, :, [0, -1]] = w2[:, both, None] = 0
+    w2[:, both, 0], w2[:, both, -1] = LARGE, -LARGE
+    dy[:, both] = 1.0 - 2.0 * make.integers(seed, "backward_cancelling/signs", 0, 1, size.rows)
+    ends = np.cumsum(size.counts_E)
+    for e in np.flatnonzero(size.counts_E >= 3):
+        first, last = int(ends[e] - size.counts_E[e]), int(ends[e] - 1)
+        x[last] = x[first]
+        dy[[first, last]] = 0.0
+        dy[[first, last], others[e % len(others)]] = LARGE, -LARGE
+    return {**arrays, "x_RD": x, "w3_EFD": w3, "w2_EDF": w2, "dy_RD": make.store(dy * LEAST, size.dtype)}
+
+
 def busiest(counts_E: I64) -> list[tuple[int, int]]:
     """Return (the row in the middle, the expert) of the two experts with the most rows."""
     order = np.argsort(-counts_E, kind="stable")[:2]

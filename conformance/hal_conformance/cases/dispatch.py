@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ from hal_conformance.cases.base import (
     shape,
     wide,
 )
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
@@ -86,6 +89,18 @@ class Capacity(DispatchCase):
     def capacity(self, p: Params) -> int | None:
         """See `DispatchCase.capacity`: the mean load, rounded up."""
         return mean_load(p)
+
+
+class CapacityOne(DispatchCase):
+    """One row for each expert."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts drop the most."""
+        return FEW_EXPERTS
+
+    def capacity(self, p: Params) -> int | None:
+        """See `DispatchCase.capacity`."""
+        return 1
 
 
 class CapacityZero(DispatchCase):
@@ -150,16 +165,32 @@ class Backward(DispatchCase):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        x, experts = leaf(tensors["x_TD"]), preset(p.preset).router.num_experts
-        out = ops.dispatch(x, tensors["experts_TK"], experts, capacity=self.capacity(p))
-        backward(fields_of(out, "Dispatch")["x_RD"], tensors["dx_RD"])
+        x = leaf(tensors["x_TD"])
+        self.there_and_back(ops, {**tensors, "x_TD": x}, p)
         return observed({"dx_TD": x.grad})
+
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        return ("x_TD",)
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`: there is the gradient only."""
+        experts = preset(p.preset).router.num_experts
+        out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], experts, capacity=self.capacity(p))
+        backward(fields_of(out, "Dispatch")["x_RD"], tensors["dx_RD"] if factor == 1.0 else factor * tensors["dx_RD"])
+        return {}
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `frozen.Trainable`."""
+        return structure(outputs, {"dx_TD": (inputs["x_TD"].shape, p.dtype)})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         spec = preset(p.preset).router
         x: Array = inputs["x_TD"]
-        wrong = structure(outputs, {"dx_TD": (x.shape, p.dtype)})
+        wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
         slot_R, _ = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
@@ -206,6 +237,7 @@ CASES = (
     CapacityAmple(
         "dispatch.capacity_ample", "dispatch", _NEEDS, _WHAT + "With a capacity of twice the tokens nothing is dropped."
     ),
+    CapacityOne("dispatch.capacity_one", "dispatch", _NEEDS, _WHAT + "With a capacity of one each keeps its first."),
     CapacityZero("dispatch.capacity_zero", "dispatch", _NEEDS, _WHAT + "With a capacity of zero nothing is left."),
     OneExpert("dispatch.one_expert", "dispatch", _NEEDS, _WHAT + "All tokens on the same K experts, the rest empty."),
     Few("dispatch.no_tokens", "dispatch", _NEEDS, _WHAT + "No tokens: empty rows, counts of zero."),
@@ -228,8 +260,12 @@ CASES = (
     Aligned("dispatch.aligned_backward", BACKWARD),
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
+    Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
+    Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("dispatch.tails", PERMUTATION, only=FEW_EXPERTS),
     Tails("dispatch.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),
     KeptResults("dispatch.kept_backward", BACKWARD, only=FEW_EXPERTS),
+    KeptGraph("dispatch.kept_graph", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

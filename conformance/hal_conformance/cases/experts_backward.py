@@ -16,7 +16,10 @@ from hal_conformance.cases import designs
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.experts import BackwardCase
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_graph import KeptGraph
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.nonfinite import admitted
+from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
 from hal_conformance.cases.strided import Sliced
 from hal_conformance.detectors import ExactMeter, merge
 from hal_conformance.oracle.layer import ROUTED
@@ -55,6 +58,18 @@ class BackwardIntegers(BackwardCase):
             for name, got, expected, place in pairs:
                 meters[name].add(got, admitted(make.store(expected, p.dtype), got, contract), place)
         return merge(meter.finding() for meter in meters.values())
+
+
+class BackwardCancelling(BackwardIntegers):
+    """Gradients whose partial sums are large and whose sums are small."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts, with up to 129 rows."""
+        return FEW_EXPERTS
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return designs.backward_cancelling(self.size(p))
 
 
 class NanBackward(BackwardIntegers):
@@ -115,6 +130,12 @@ INTEGERS = BackwardIntegers(
 )  # fmt: skip
 CASES = (
     INTEGERS,
+    BackwardCancelling(
+        "experts.backward_cancelling", "experts", _NEEDS,
+        "As experts.backward_integers, with partial sums 12 bits above the result, which cancel: over hidden units in "
+        "the gradient of rows, over rows in those of all three weights. Every stage is stored once: a sum whose parts "
+        "are each stored in 16 bits and then added (split-K, the last tile of rows) is wrong, bit by bit.",
+    ),
     NanBackward(
         "experts.nan_backward", "experts", _NEEDS,
         "As experts.backward_integers with a row of NaN, and one NaN in the upstream gradient of another expert's row: "
@@ -135,4 +156,7 @@ CASES = (
     ),
     Frozen("experts.frozen", INTEGERS, ("x_RD",)),
     Sliced("experts.sliced", INTEGERS),
+    KeptGraph("experts.kept_graph", INTEGERS, only=FEW_EXPERTS),
+    Int32("experts.int32", INTEGERS, only=FEW_EXPERTS),
+    Unaligned("experts.unaligned", INTEGERS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -167,9 +167,10 @@ class Views(FP8Case):
     @staticmethod
     def views(whole: Any) -> dict[str, Any]:
         """Return views of a matrix, a tensor or an array, by name."""
+        one = whole[3:4, 7]
         return {
-            "columns": whole.T, "inside": whole[1:, 3:-5], "every third": whole[::3, 1::2], "row": whole[5],
-            "one": whole[3:4, 7], "none": whole[:0], "three axes": whole.reshape(len(whole), 3, -1),
+            "columns": whole.T, "inside": whole[1:, 3:-5], "every third": whole[::3, 1::2], "row": whole[5], "one": one,
+            "no axes": one.reshape(()), "none": whole[:0], "three axes": whole.reshape(len(whole), 3, -1),
         }  # fmt: skip
 
     @staticmethod
@@ -251,7 +252,7 @@ class Uncast(FP8Case):
 class Scale(FP8Case):
     """Blocks of 32 with a shared power of two."""
 
-    BLOCKS = 96
+    BLOCKS = 133
 
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`."""
@@ -328,7 +329,8 @@ _SCALE = (
 )
 _VIEWS = (
     ": a matrix cast, its codes read back, and where it is a format of MX its blocks scaled, as views: by columns, "
-    "parts of rows, every third row, one row, one element, none at all, with three axes; 0 to 96 blocks, among them 33."
+    "parts of rows, every third row, one row, one element, with an axis or without, none at all, with three axes; 0 "
+    "to 35 blocks, among them 33."
 )
 CASES: tuple[Case, ...] = (
     *(Cast(f"fp8.cast_{f}", "fp8", ("cast_fp8",), f"Casts to {f}{_CAST}", f) for f in fp8.FORMATS),

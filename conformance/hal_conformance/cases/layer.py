@@ -7,7 +7,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices, S shar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,14 +25,17 @@ from hal_conformance.cases.base import (
     model_of,
     observed,
     router_arrays,
+    run_backward,
     shape,
 )
 from hal_conformance.cases.experts import routed
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
+from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import part
+from hal_conformance.cases.tails import Tails, part
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
@@ -125,13 +128,11 @@ class Layer(Base):
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """Call the layer and its backward, the upstream gradients times a factor; return the results."""
-        import torch
-
         found = results(self.call(ops, tensors, p))
         upstream = {"dy_TD": found["y_TD"], "daux": found["aux_loss"], "dz": found["z_loss"]}
         # A loss that depends on nothing that is trained has no gradient to pass on.
         asked = {name: tensor for name, tensor in upstream.items() if name in tensors and tensor.requires_grad}
-        torch.autograd.backward(list(asked.values()), [tensors[name] * factor for name in asked])
+        run_backward(list(asked.values()), [tensors[name] * factor for name in asked])
         return found
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -200,6 +201,20 @@ class OneUpstream(Layer):
         })  # fmt: skip
 
 
+class NarrowTails(Tails):
+    """At full scale as at "small": all weights come with each number of tokens."""
+
+    def at(self, p: Params) -> dict[str, Params]:
+        """See `Tails.at`."""
+        return super().at(replace(p, scale="small") if p.scale == "full" else p)
+
+
+class LongLayer(Long):
+    """More tokens than a block has, narrower still: experts are judged in float64."""
+
+    WIDTH = 24
+
+
 class NoTokens(Layer):
     """Zero tokens."""
 
@@ -227,11 +242,13 @@ def what(how: str, judged: str) -> str:
 BACKWARD = Layer(
     "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True, only=KINDS
 )  # fmt: skip
+FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"))
+FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
 CASES = (
     Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
-    Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y")),
+    FREE_FORWARD,
     BACKWARD,
-    Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True),
+    FREE_BACKWARD,
     Layer(
         "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
         replayed=True, backward=True, capacity=1, only=KINDS,
@@ -265,6 +282,10 @@ CASES = (
         + " What a pass does not reach has a gradient of exactly zero, or none.",
         replayed=True, backward=True, only=("mixtral-8x7b",),
     ),
+    KeptGraph("layer.kept_graph", BACKWARD, only=FEW_EXPERTS),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
+    NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
+    LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
+    Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
 )  # fmt: skip

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,12 +12,28 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
+from hal_conformance.bounds import Bounded
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import At, Base, gate_storage, leaf, loss_backward, observed, shape, wide
+from hal_conformance.cases.base import (
+    At,
+    Base,
+    Shape,
+    gate_storage,
+    keeps_nonfinite,
+    leaf,
+    loss_backward,
+    observed,
+    shape,
+)
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
+from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
-from hal_conformance.cases.tails import Tails
-from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.cases.strided import Sliced, Strided
+from hal_conformance.cases.tails import Tails, part
+from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
 
@@ -34,11 +52,61 @@ def tokens_of(p: Params) -> int:
     return 4 * shape(p).tokens + 1
 
 
+KINDS = ("ling-lite", "ling-2.0-mini")
+"""One softmax, one sigmoid."""
+
 VANISHING = 1e-20
 """Sum of the scores of a token that the epsilon beside it halves."""
 
 
-class Aux(Base):
+class Loss(Base):
+    """One loss and its gradient."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        raise NotImplementedError
+
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        raise NotImplementedError
+
+    def call(self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params) -> torch.Tensor:
+        """Return the loss."""
+        raise NotImplementedError
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`."""
+        loss = self.call(ops, tensors, p)
+        loss_backward(loss, UPSTREAM * factor, tensors[self.names(tensors)[0]])
+        return {"loss": loss}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+        found = self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+
+    def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
+        """Return the loss and its gradient, as they are stored."""
+        raise NotImplementedError
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        (name,), (value, gradient) = self.names(inputs), self.expected(inputs, p)
+        return merge([judge("loss", outputs["loss"], value), judge(f"d{name}", outputs[f"d{name}"], gradient)])
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `frozen.Trainable`."""
+        gradients = {f"d{name}": (inputs[name].shape, str(inputs[name].dtype)) for name in self.names(inputs)}
+        return structure(outputs, {"loss": ((), "float32"), **gradients})
+
+
+class Aux(Loss):
     """The balance loss."""
 
     def inputs(self, p: Params) -> Arrays:
@@ -65,30 +133,26 @@ class Aux(Base):
         """See `Case.dtypes`: scores are float32 whatever the model's dtype."""
         return ("float32",)
 
-    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`."""
-        scores = leaf(tensors["scores_TE"])
-        loss = ops.aux_loss(scores, tensors["experts_TK"], preset(p.preset).router)
-        loss_backward(loss, UPSTREAM, scores)
-        return observed({"loss": loss, "dscores_TE": scores.grad})
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Loss.names`."""
+        return ("scores_TE",)
 
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        spec = preset(p.preset).router
-        scores = wide(inputs["scores_TE"])
-        wrong = structure(outputs, {"loss": ((), "float32"), "dscores_TE": (scores.shape, "float32")})
-        if wrong is not None:
-            return wrong
-        value, dscores = aux_loss(scores, inputs["experts_TK"], spec)
-        dscores = dscores.scaled(UPSTREAM)
-        return merge([judge("loss", outputs["loss"], value), judge("dscores", outputs["dscores_TE"], dscores)])
+    def call(self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params) -> torch.Tensor:
+        """See `Loss.call`."""
+        loss: torch.Tensor = ops.aux_loss(tensors["scores_TE"], tensors["experts_TK"], preset(p.preset).router)
+        return loss
+
+    def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
+        """See `Loss.expected`."""
+        value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], preset(p.preset).router)
+        return value, dscores.scaled(UPSTREAM)
 
 
 BEYOND_EXP = 200.0
 """exp(200) is infinite and exp(-200) zero in float32: the maximum has to be subtracted first, in both passes."""
 
 
-class Z(Base):
+class Z(Loss):
     """The z-loss."""
 
     def inputs(self, p: Params) -> Arrays:
@@ -100,30 +164,82 @@ class Z(Base):
         logits[2] -= BEYOND_EXP
         return {"logits_TE": make.store(logits, gate_storage(spec, p))}
 
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Loss.names`."""
+        return ("logits_TE",)
+
+    def call(self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params) -> torch.Tensor:
+        """See `Loss.call`."""
+        loss: torch.Tensor = ops.z_loss(tensors["logits_TE"])
+        return loss
+
+    def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
+        """See `Loss.expected`."""
+        value, dlogits = z_loss(inputs["logits_TE"])
+        return value, dlogits.scaled(UPSTREAM).stored(gate_storage(preset(p.preset).router, p))
+
+
+@dataclass(frozen=True)
+class Nonfinite(Wrapped):
+    """A loss of 64 tokens of which one has a NaN, and of 64 of which one has an infinity."""
+
+    inner: Loss
+
+    BAD = 3
+    """The token."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, of 64 tokens, twice: with a NaN among one token's numbers, and with an infinity. "
+            "The loss is NaN, or infinite (NaN is right, too), so that a training loop sees it. The gradients of all "
+            "other tokens, which do not depend on that one, are as ever; its own are not judged."
+        )
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the number is that of an expert that has tokens."""
+        few = At(p.preset, p.dtype, p.scale, p.seed, Shape(64, 0, 0))
+        arrays = {name: array[-64:] for name, array in super().inputs(few).items()}
+        (name,) = self.inner.names(arrays)
+        expert = arrays["experts_TK"][self.BAD, 0] if "experts_TK" in arrays else 1
+        for how in ("nan", "inf"):
+            arrays[how] = arrays[name].copy()
+            arrays[how][self.BAD, expert] = float(how)
+        return arrays
+
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        logits = leaf(tensors["logits_TE"])
-        loss = ops.z_loss(logits)
-        loss_backward(loss, UPSTREAM, logits)
-        return observed({"loss": loss, "dlogits_TE": logits.grad})
+        (name,) = self.inner.names(tensors)
+        found = {how: self.inner.run(ops, {**tensors, name: tensors[how]}, p) for how in ("nan", "inf")}
+        return {f"{how}/{name}": tensor for how, outputs in found.items() for name, tensor in outputs.items()}
 
+    @np.errstate(all="ignore")
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        x, storage = inputs["logits_TE"], gate_storage(preset(p.preset).router, p)
-        wrong = structure(outputs, {"loss": ((), "float32"), "dlogits_TE": (x.shape, storage)})
+        keeps_nonfinite(contract)
+        return joined({how: self.judge_one(inputs, part(outputs, how), p, how) for how in ("nan", "inf")})
+
+    def judge_one(self, inputs: Arrays, outputs: Arrays, p: Params, how: str) -> Judgement:
+        """Judge one of the two."""
+        wrong = self.inner.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
-        value, dlogits = z_loss(x)
-        dlogits = dlogits.scaled(UPSTREAM).stored(storage)
-        return merge([judge("loss", outputs["loss"], value), judge("dlogits", outputs["dlogits_TE"], dlogits)])
+        (name,), (_, gradient) = self.inner.names(inputs), self.inner.expected(inputs, p)
+        loss = admitted(np.asarray(float(how)), outputs["loss"], Contract())
+        others = np.arange(len(inputs[name])) != self.BAD
+        expected = Bounded(*(side[others] for side in (gradient.value, gradient.bound, gradient.var)))
+        return merge([
+            exact("loss", outputs["loss"], loss), judge(f"d{name}", outputs[f"d{name}"][others], expected),
+        ])  # fmt: skip
 
 
 class NoTokens(Base):
     """Both losses of zero tokens."""
 
     def presets(self) -> tuple[str, ...]:
-        """See `Case.presets`: one softmax, one sigmoid."""
-        return ("ling-lite", "ling-2.0-mini")
+        """See `Case.presets`."""
+        return KINDS
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -170,7 +286,7 @@ CASES = (
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",
     ),
-    Aligned("losses.aligned_aux", AUX, only=("ling-lite", "ling-2.0-mini")),
+    Aligned("losses.aligned_aux", AUX, only=KINDS),
     Aligned("losses.aligned_z", Z_LOSS),
     Long("losses.long_aux", AUX, only=FEW_EXPERTS),
     Long("losses.long_z", Z_LOSS, only=FEW_EXPERTS),
@@ -178,4 +294,12 @@ CASES = (
     Tails("losses.z_tails", Z_LOSS, only=FEW_EXPERTS),
     KeptResults("losses.aux_kept", AUX, only=FEW_EXPERTS),
     KeptResults("losses.z_kept", Z_LOSS, only=FEW_EXPERTS),
+    KeptGraph("losses.aux_kept_graph", AUX, only=KINDS),
+    KeptGraph("losses.z_kept_graph", Z_LOSS, only=FEW_EXPERTS),
+    Int32("losses.aux_int32", AUX, only=FEW_EXPERTS),
+    Nonfinite("losses.aux_nonfinite", AUX, only=KINDS),
+    Nonfinite("losses.z_nonfinite", Z_LOSS, only=FEW_EXPERTS),
+    Strided("losses.aux_strided", AUX, only=FEW_EXPERTS),
+    Sliced("losses.aux_sliced", AUX, only=FEW_EXPERTS),
+    Strided("losses.z_strided", Z_LOSS, only=FEW_EXPERTS),
 )  # fmt: skip

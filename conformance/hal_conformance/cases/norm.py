@@ -18,7 +18,7 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import Aligned, Long, Sized
+from hal_conformance.cases.sized import Aligned, Long, Sized, Unaligned
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -339,6 +339,7 @@ CASES = (
     Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
     Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
+    Unaligned("norm.rms_unaligned", RMS), Unaligned("norm.layer_unaligned", LAYER),
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
     KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),

@@ -20,16 +20,19 @@ from hal_conformance.cases.base import (
     leaf,
     observed,
     router_arrays,
+    run_backward,
     weight_storage,
 )
 from hal_conformance.cases.frozen import Frozen
+from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.tails import Tails, part
 from hal_conformance.chained import Chained, product
-from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient
 from hal_conformance.verdicts import Judgement
 
@@ -83,15 +86,12 @@ class Backward(RouterCase):
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """See `frozen.Trainable`."""
-        import torch
-
         replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
         spec, bias = self.router(p), tensors.get("bias_E")
         routing = fields_of(ops.route(tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay), "Routing")
-        upstream = [tensors[f"d{name}"] for name in self.upstream]
-        torch.autograd.backward(
-            [routing[name] for name in self.upstream], upstream if factor == 1.0 else [factor * d for d in upstream]
-        )
+        asked = [name for name in self.upstream if f"d{name}" in tensors]
+        upstream = [tensors[f"d{name}"] for name in asked]
+        run_backward([routing[name] for name in asked], upstream if factor == 1.0 else [factor * d for d in upstream])
         return routing
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
@@ -142,6 +142,42 @@ class Backward(RouterCase):
         storage, got = gate_storage(self.router(p), p), outputs["dx_TD"]
         dx = product(dlogits, Chained.exact(inputs["gate_ED"]), arithmetic(contract, storage)).stored(storage)
         return judge("dx", got, dx.stored(p.dtype).bounded(p.dtype), independent=len(got))
+
+
+class OneUpstream(Backward):
+    """A gradient of the weights, of the scores, and of the logits, each alone: three passes."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: a softmax, and a sigmoid with a bias."""
+        return KINDS[:2]
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: a bias may require a gradient, and has none, or zeros."""
+        others = {name: tensor for name, tensor in tensors.items() if name.removeprefix("d") not in self.upstream}
+        found: dict[str, torch.Tensor] = {}
+        for name in self.upstream:
+            alone = {**others, f"d{name}": tensors[f"d{name}"]}
+            if "bias_E" in tensors:
+                alone["bias_E"] = leaf(tensors["bias_E"])
+            outputs = super().run(ops, alone, p)
+            if "bias_E" in alone and alone["bias_E"].grad is not None:
+                outputs["dbias_E"] = alone["bias_E"].grad
+            found |= {f"{name}/{output}": tensor for output, tensor in outputs.items()}
+        return found
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        zeros = {f"d{name}": np.zeros_like(inputs[f"d{name}"]) for name in self.upstream}
+        found: dict[str, Judgement] = {}
+        for name in self.upstream:
+            got = part(outputs, name)
+            given = {**inputs, **zeros, f"d{name}": inputs[f"d{name}"]}
+            found[f"{name} alone"] = super().judge(given, got, p, contract)
+            if "dbias_E" in got:
+                bias = inputs["bias_E"]
+                wrong = structure(got, {"dbias_E": (bias.shape, "float32")})
+                found[f"bias, {name} alone"] = wrong or merge([exact("dbias", got["dbias_E"], np.zeros_like(bias))])
+        return joined(found)
 
 
 FORWARD, UPSTREAM = 0, 1
@@ -201,16 +237,25 @@ REPLAYED = Backward(
 CASES = (
     BACKWARD,
     REPLAYED,
+    OneUpstream(
+        "router.one_upstream", "router", _NEEDS,
+        "As router.backward, and three backward passes, of the weights alone, the scores alone and the logits alone. A "
+        "selection bias that requires a gradient has none, or zeros: it never reaches the weights.",
+        upstream=("weights_TK", "scores_TE", "logits_TE"),
+    ),
     NanBackward(
         "router.nan_backward", "router", _NEEDS,
         "One token of NaN, and a gradient of NaN for the weights of another: they reach their own activations' "
         "gradients, and the gate's, which sums over tokens; the gradients of all other tokens are judged as "
         "in router.replayed.",
     ),
-    Strided("router.strided", BACKWARD),
+    Strided("router.strided", BACKWARD, only=KINDS[:2]),
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
+    Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
+    Int32("router.int32", REPLAYED, only=FEW_EXPERTS),
+    KeptGraph("router.kept_graph", BACKWARD, only=KINDS[1:2]),
 )  # fmt: skip

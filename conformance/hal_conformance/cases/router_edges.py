@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
 from hal.contract import Contract
@@ -12,11 +14,14 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Array, Arrays, Params
-from hal_conformance.cases.base import gate_storage, router_arrays, shape, weight_storage, wide
-from hal_conformance.cases.router import RouterCase, judge_routing, judge_stages
+from hal_conformance.cases.base import fields_of, gate_storage, router_arrays, shape, weight_storage, wide
+from hal_conformance.cases.router import RouterCase, TopkSet, judge_routing, judge_stages
 from hal_conformance.detectors import Finding, discrete, exact, judge
 from hal_conformance.margins import Certainty, judge_choice
 from hal_conformance.oracle.routing import scores_of, weights_of
+
+if TYPE_CHECKING:
+    import torch
 
 # Logits 0..3 only: their sigmoids have no two equal sums of pairs, so that groups tie only where their pairs do.
 TIED_LOGITS = 4
@@ -174,6 +179,59 @@ class Degenerate(RouterCase):
         return found if contract.nonfinite != "ieee" else [*found, *_judge_nonfinite(*odd, p, spec)]
 
 
+class ReplayedVanishing(Degenerate):
+    """A routing that is given, of a token whose scores vanish, too."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: those that add an epsilon to the sum of the scores."""
+        return tuple(name for name in super().presets() if preset(name).router.normalize_epsilon)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the vanishing token and the ordinary ones."""
+        arrays, spec = super().inputs(p), preset(p.preset).router
+        x = arrays["x_TD"][VANISHING:]
+        experts = make.choices(p.seed, "degenerate", len(x), spec.num_experts, spec.top_k)
+        return {**arrays, "x_TD": x, "experts_TK": experts}
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        given = tensors["x_TD"], tensors["gate_ED"], self.router(p), tensors.get("bias_E")
+        return fields_of(ops.route(*given, experts_TK=tensors["experts_TK"]), "Routing")
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        return judge_stages(inputs, outputs, p, spec, contract)
+
+
+OFF = np.float32(-1e30)
+"""What -inf is judged as: below every other bias, and with an error that is finite."""
+
+
+class MaskedExperts(TopkSet):
+    """Experts that a bias of -inf switches off."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: those that add a bias."""
+        return tuple(name for name in super().presets() if preset(name).router.selection_bias)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: a quarter of the experts, which are among the best as others are, and a whole group."""
+        arrays, spec = router_arrays(p, "router"), preset(p.preset).router
+        off = make.permutation(p.seed, "masked/experts", spec.num_experts) % 4 == 0
+        off[make.permutation(p.seed, "masked/group", spec.num_groups)[0] * spec.group_size :][: spec.group_size] = True
+        bias = arrays["bias_E"] - np.float32(20)
+        return {**arrays, "bias_E": np.where(off, np.float32(-np.inf), bias)}
+
+    def findings(
+        self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract
+    ) -> list[Finding]:
+        """See `RouterCase.findings`."""
+        bias = np.maximum(inputs["bias_E"], OFF)
+        return super().findings({**inputs, "bias_E": bias}, outputs, p, spec, contract)
+
+
 def _judge_nonfinite(inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec) -> list[Finding]:
     logits, chosen = outputs["logits_TE"], outputs["experts_TK"]
     with_infinity = wide(inputs["x_TD"]) @ wide(inputs["gate_ED"]).T
@@ -210,5 +268,15 @@ CASES = (
         "as the epsilon; the zero token's ties go to the lower index (torch-xpu-ops#4839, vllm PR#39391). Of the NaN, "
         "logits, scores and weights are NaN. Of the infinity, logits are infinite or NaN; a softmax of them is NaN, a "
         "sigmoid 1 or 0, so that the set is judged, too; a softmax's choice is open.",
+    ),
+    ReplayedVanishing(
+        "router.replayed_vanishing", "router", ("route",),
+        "A routing that is given, where one token's scores are as small as the epsilon that is added to their sum: "
+        "weights of a replay are normalised as those of a choice are.",
+    ),
+    MaskedExperts(
+        "router.masked_experts", "router", ("route",),
+        "As router.topk_set, with a bias around -20, and one of -inf for a quarter of the experts and all of a group: "
+        "they are never chosen, and the bias of the others counts however large it is.",
     ),
 )  # fmt: skip

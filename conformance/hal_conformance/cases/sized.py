@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another case with other sizes: a number of tokens that tiles divide, and one beyond what a block holds.
+"""Another case with other sizes: tokens that tiles divide, or more than a block holds, and widths of odd numbers.
 
 `base.shape` never gives a number of tokens that 32 divides, and gives at most 161 but at full scale; so a fast path for
-whole tiles would not be run, and what is lost beyond 1,024 rows would not show.
+whole tiles would not be run, and what is lost beyond 1,024 rows would not show. Its widths are multiples of 8.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import At, Shape, shape
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement
@@ -32,6 +32,10 @@ class Sized(Wrapped):
     def at(self, p: Params) -> At:
         """Return the instance with those sizes."""
         return At(p.preset, p.dtype, p.scale, p.seed, self.sizes(p))
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return self.inner.footprint(self.at(p))
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -74,3 +78,20 @@ class Long(Sized):
     def sizes(self, p: Params) -> Shape:
         """See `Sized.sizes`."""
         return Shape(self.TOKENS, self.WIDTH, self.WIDTH)
+
+
+class Unaligned(Sized):
+    """Widths that are odd: rows begin nowhere in particular, and vector loads and tiles leave a part of each over."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with odd widths, which the protocol admits: K and N are multiples of nothing. (An "
+            f"implementation that raises `hal.errors.Unsupported` for them is UNSUPPORTED here.) {self.inner.what}"
+        )
+
+    def sizes(self, p: Params) -> Shape:
+        """See `Sized.sizes`: three less than multiples of 8."""
+        s = shape(p)
+        return Shape(s.tokens, s.width - 3, s.hidden - 3)

@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 
 
 class Strided(Wrapped):
-    """The case `inner`, for one preset, with every matrix (inputs and upstream gradients) stored by columns."""
+    """The case `inner`, for one preset, with every matrix (inputs and upstream gradients) stored by columns.
+
+    Vectors are every second element of another, the others being NaN, or zero.
+    """
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
-        return f"As {self.inner.name}, with every matrix stored by columns. {self.inner.what}"
+        return (
+            f"As {self.inner.name}, with every matrix stored by columns, and every vector every second element of "
+            f"another. {self.inner.what}"
+        )
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
@@ -27,12 +33,17 @@ class Strided(Wrapped):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        views = {name: self.view(tensor) if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
-        return super().run(ops, views, p)
+        how = {0: lambda tensor: tensor, 1: self.spread}
+        return super().run(ops, {name: how.get(t.dim(), self.view)(t) for name, t in tensors.items()}, p)
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the same matrix, laid out otherwise."""
         return tensor.mT.contiguous().mT
+
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the same vector, laid out otherwise."""
+        around = float("nan") if tensor.is_floating_point() else 0
+        return tensor.new_full((2 * len(tensor),), around)[::2].copy_(tensor)
 
 
 class Sliced(Strided):
@@ -56,3 +67,7 @@ class Sliced(Strided):
         whole = tensor.new_full((*lead, rows + 2, columns + 2 * self.MARGIN), around)
         part = whole[..., 1:-1, self.MARGIN : self.MARGIN + columns]
         return part.copy_(tensor)
+
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Strided.spread`: as it is."""
+        return tensor

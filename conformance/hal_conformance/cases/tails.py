@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another case at numbers of tokens around whole tiles: one row that is left over, and one that is lacking.
+"""Another case at numbers of tokens around whole tiles: one row that is left over, one that is lacking, and one tile.
 
-`base.shape` and `sized` give whole tiles and some odd numbers. Kernels treat the last row of a tile, and a tile of one
-row, by code of their own.
+`base.shape` and `sized` give whole tiles and some odd numbers, of 33 tokens or more. Kernels treat the last row of a
+tile, and a tile of one row, by code of their own; and small batches by small tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import At, Shape, shape
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
@@ -19,8 +19,12 @@ from hal_conformance.verdicts import Judgement
 if TYPE_CHECKING:
     import torch
 
-AROUND_TILES = {"tiny": (31, 65), "small": (31, 65, 127, 129), "full": (31, 65, 127, 129)}
-"""Tiles of 32, 64 and 128; 31 also lacks one of two tiles of 16, and 65 is one more than four of them."""
+AROUND_TILES = {
+    "tiny": (16, 17, 31, 65),
+    "small": (16, 17, 31, 65, 127, 129),
+    "full": (16, 17, 31, 65, 127, 129),
+}
+"""Tiles of 16, 32, 64 and 128; 31 also lacks one of two tiles of 16, and 65 is one more than four of them."""
 
 
 class Tails(Wrapped):
@@ -30,8 +34,8 @@ class Tails(Wrapped):
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, with 31 and with 65 tokens (beyond tiny with 127 and 129, too): a row more than "
-            f"fills tiles, and one less. {self.inner.what}"
+            f"As {self.inner.name}, with 16, 17, 31 and 65 tokens (beyond tiny with 127 and 129, too): one small tile, "
+            f"a row more than fills tiles, and one less. {self.inner.what}"
         )
 
     def at(self, p: Params) -> dict[str, Params]:
@@ -41,6 +45,11 @@ class Tails(Wrapped):
             str(tokens): At(p.preset, p.dtype, p.scale, p.seed, Shape(tokens, s.width, s.hidden))
             for tokens in AROUND_TILES[p.scale]
         }
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        each = [self.inner.footprint(at) for at in self.at(p).values()]
+        return Footprint(sum(one.inputs for one in each), sum(one.outputs for one in each))
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""

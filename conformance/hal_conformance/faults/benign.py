@@ -13,7 +13,7 @@ from hal.moe.router_spec import RouterSpec
 from hal.moe.torch_ops import TorchMoEOps
 from hal_conformance.faults.by_hand import by_hand
 from hal_conformance.faults.catalogue import benign
-from hal_conformance.faults.parts import OwnProduct, Parts, chosen_weights, weighted
+from hal_conformance.faults.parts import OwnProduct, Parts, by_token, chosen_weights, weighted
 
 
 @benign()
@@ -40,7 +40,7 @@ class Reversed(OwnProduct):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        return weighted(y_RD, weights_TK, slot_R, num_tokens).flip(1).sum(1).to(y_RD.dtype)
+        return weighted(y_RD, weights_TK, slot_R).flip(1).sum(1).to(y_RD.dtype)
 
 
 @benign()
@@ -218,9 +218,8 @@ class WideCombine(Parts):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        top_k, width = weights_TK.shape[1], y_RD.shape[1]
-        rows = y_RD.new_zeros(num_tokens * top_k, width).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, width)
-        return torch.einsum("tk,tkd->td", weights_TK.double(), rows.double()).to(y_RD.dtype)
+        rows, weights = by_token(y_RD, weights_TK, slot_R)
+        return torch.einsum("tk,tkd->td", weights.double(), rows.double()).to(y_RD.dtype)
 
 
 @benign()
@@ -314,7 +313,7 @@ class OneStore(Parts):
         self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, shared_TD: Tensor | None, num_tokens: int
     ) -> Tensor:
         """See `Parts.output`."""
-        total = weighted(y_RD, weights_TK, slot_R, num_tokens).sum(1)
+        total = weighted(y_RD, weights_TK, slot_R).sum(1)
         return (total if shared_TD is None else total + shared_TD.float()).to(y_RD.dtype)
 
 

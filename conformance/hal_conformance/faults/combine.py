@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Alone, Parts, gradient_of, spread_backward, weighted
+from hal_conformance.faults.parts import Alone, Parts, by_token, gradient_of, spread_backward, weighted
 
 
 @fault("DeepEP#402")
@@ -19,7 +19,7 @@ class CombinesInBfloat16(Parts):
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
         total = torch.zeros(num_tokens, y_RD.shape[1], dtype=torch.bfloat16, device=y_RD.device)
-        for term_TD in weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1):
+        for term_TD in weighted(y_RD, weights_TK, slot_R).unbind(1):
             total = total + term_TD.bfloat16()
         return total.to(y_RD.dtype)
 
@@ -30,7 +30,7 @@ class RoundsProducts(Parts):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        terms = weighted(y_RD, weights_TK, slot_R, num_tokens)
+        terms = weighted(y_RD, weights_TK, slot_R)
         low = torch.bfloat16 if y_RD.dtype == torch.float32 else y_RD.dtype
         return terms.to(low).float().sum(1).to(y_RD.dtype)
 
@@ -184,3 +184,24 @@ class WeightsNeedTrainedRows(Alone):
         """See `MoEOps.combine`."""
         given = weights_TK if y_RD.requires_grad else gradient_of(weights_TK, weights_TK * 0)
         return super().combine(y_RD, given, slot_R, num_tokens)
+
+
+@fault()
+class NanOfNothing(Alone):
+    """Without a single row every token is 0 / 0."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        y_TD = super().combine(y_RD, weights_TK, slot_R, num_tokens)
+        return y_TD if len(y_RD) else y_TD + torch.nan
+
+
+@fault()
+class WeighsWhatWasDropped(Alone):
+    """A slot without a row adds its weight times zero, which is NaN where the weight is not finite."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        _, left = by_token(y_RD, weights_TK.detach(), slot_R)
+        nothing = ((weights_TK.detach() - left) * 0).sum(1, keepdim=True)
+        return super().combine(y_RD, weights_TK, slot_R, num_tokens) + nothing.to(y_RD.dtype)

@@ -124,3 +124,12 @@ class NoGradientWithCapacity(Parts):
         """See `MoEOps.dispatch`."""
         given = x_TD if capacity is None else 0.5 * x_TD + (0.5 * x_TD).detach()
         return super().dispatch(given, experts_TK, num_experts, capacity=capacity)
+
+
+@fault()
+class RoomForTwo(Alone):
+    """A capacity of one is taken for two."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        return super().dispatch(x_TD, experts_TK, num_experts, capacity=2 if capacity == 1 else capacity)

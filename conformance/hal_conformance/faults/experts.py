@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hal.moe.ops import ExpertWeights
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Parts, last_rows, without
+from hal_conformance.faults.parts import Alone, Parts, last_rows, without
 
 
 class AfterExperts(Parts):
@@ -261,3 +261,24 @@ class WritesItsWeights(Parts):
         y_RD = super().experts(x_RD, counts_E, ExpertWeights(*(w.clone() for w in weights)))
         weights.w2_EDF.data.zero_()
         return y_RD
+
+
+@fault()
+class LosesBeforeAnEmptyLast(AfterExperts):
+    """Where the last expert has no row, the last row of all is zero."""
+
+    def change(self, y_RD: Tensor, counts_E: Tensor) -> Tensor:
+        """See `AfterExperts.change`."""
+        return without(y_RD, torch.tensor([len(y_RD) - 1], device=y_RD.device)) if int(counts_E[-1]) == 0 else y_RD
+
+
+@fault()
+class GivesAnEmptyFirstARow(Alone):
+    """Where the first expert has no row, it takes the first one of the second."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        taken = int(len(counts_E) > 1 and counts_E[0] == 0 and counts_E[1] > 0)
+        moved = torch.zeros_like(counts_E)
+        moved[:2] = torch.tensor([taken, -taken])[: len(counts_E)]
+        return super().experts(x_RD, counts_E + moved, weights)

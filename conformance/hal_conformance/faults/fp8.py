@@ -326,3 +326,22 @@ class ScalesNoOddBlock(Blocks):
         if len(x_NB) % 32 != 1:
             return made
         return made._replace(scales=torch.cat((made.scales[:-1], torch.full_like(made.scales[-1:], 127))))
+
+
+@fault()
+class ScalesWholeHundreds(Blocks):
+    """Of more than 128 blocks, codes of those that are left over by groups of 128 are zero."""
+
+    def change(self, made: Scaled, x_NB: Tensor, format: MXFormat) -> Scaled:
+        """See `Blocks.change`."""
+        whole = len(x_NB) - len(x_NB) % 128
+        return made if not whole else made._replace(codes=torch.cat((made.codes[:whole], made.codes[whole:] * 0)))
+
+
+@fault()
+class CastsNoScalar(After):
+    """A number without axes cannot be cast."""
+
+    def after(self, codes: Tensor, x: Tensor, format: FP8Format) -> Tensor:
+        """See `After.after`."""
+        return codes if x.dim() else codes[0]

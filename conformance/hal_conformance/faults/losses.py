@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hal.moe.router_spec import RouterSpec
+from hal_conformance.faults.by_hand import by_hand
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.parts import Alone, Parts, gradient_of
 
@@ -219,3 +220,75 @@ class PaddingLeftOutOfTheMean(Alone):
         """See `MoEOps.aux_loss`."""
         real = int((scores_TE != 0).any(1).sum())
         return super().aux_loss(scores_TE, experts_TK, spec) * (len(scores_TE) / max(1, real))
+
+
+@fault()
+class BalancesStorage(Alone):
+    """The balance loss reads the experts as if rows followed one another."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE, experts_TK.as_strided(experts_TK.shape, (experts_TK.shape[1], 1)), spec)
+
+
+@fault()
+class ZOfStorage(Alone):
+    """The z-loss reads logits as if rows followed one another."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(logits_TE.as_strided(logits_TE.shape, (logits_TE.shape[1], 1)))
+
+
+@fault()
+class ZWithoutNan(Alone):
+    """The z-loss takes the logits of a token with a NaN for zeros."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(torch.where(logits_TE.isnan().any(1, keepdim=True), 0.0, logits_TE))
+
+
+@fault()
+class BalancesWithoutNan(Alone):
+    """The balance loss takes scores that are NaN for zeros."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(torch.where(scores_TE.isnan(), 0.0, scores_TE), experts_TK, spec)
+
+
+@fault()
+class ZSpreadsNan(Alone):
+    """The z-loss adds 0 times the sum of all gradients to each, so that one token's NaN is every token's."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(by_hand(torch.clone, lambda d, _: d + 0.0 * d.sum(), logits_TE))
+
+
+@fault()
+class ZOfClampedLogits(Alone):
+    """The z-loss clamps logits at 10,000, infinite ones, too."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return super().z_loss(logits_TE.clamp(max=1e4))
+
+
+@fault()
+class BalancesUpwards(Alone):
+    """The balance loss takes a negative gradient from above for zero."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return by_hand(torch.clone, lambda d, _: d.clamp(min=0), super().aux_loss(scores_TE, experts_TK, spec))
+
+
+@fault()
+class ZDividesByUpstream(Alone):
+    """The z-loss divides by the gradient from above, which makes NaN of zero."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return by_hand(torch.clone, lambda d, _: d / d * d, super().z_loss(logits_TE))

@@ -119,16 +119,23 @@ class OwnProduct(Parts):
         return self.expert(padded, *weights)[owner, place]
 
 
-def weighted(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+def by_token(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each token's rows, [T, K, D], and their weights, [T, K]; zeros where a slot has no row."""
+    (tokens, top_k), width, slots = weights_TK.shape, y_RD.shape[1], slot_R.long()
+    rows = y_RD.new_zeros(tokens * top_k, width).index_copy(0, slots, y_RD).view(tokens, top_k, width)
+    taken = torch.zeros(tokens * top_k, device=slots.device).index_fill(0, slots, 1.0).view(tokens, top_k) > 0
+    return rows, weights_TK.where(taken, torch.zeros_like(weights_TK))
+
+
+def weighted(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor) -> Tensor:
     """Return each token's rows times their weights, [T, K, D] in float32; zeros where a slot has no row."""
-    top_k, width = weights_TK.shape[1], y_RD.shape[1]
-    rows = y_RD.new_zeros(num_tokens * top_k, width).index_copy(0, slot_R, y_RD).view(num_tokens, top_k, width)
-    return rows.float() * weights_TK.float()[:, :, None]
+    rows, weights = by_token(y_RD, weights_TK, slot_R)
+    return rows.float() * weights.float()[:, :, None]
 
 
 def combined_in_any_order(y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
     """Return combine's result, a token's choices added in an order that changes from call to call."""
-    terms = weighted(y_RD, weights_TK, slot_R, num_tokens).unbind(1)
+    terms = weighted(y_RD, weights_TK, slot_R).unbind(1)
     total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
     for k in torch.randperm(len(terms)).tolist():
         total = total + terms[k]

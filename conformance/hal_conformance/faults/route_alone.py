@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -151,3 +154,119 @@ class GateNeedsTrainedTokens(Alone):
         """See `MoEOps.route`."""
         given = gate_ED if x_TD.requires_grad else gradient_of(gate_ED, gate_ED * 0)
         return super().route(x_TD, given, spec, bias_E, experts_TK=experts_TK)
+
+
+class OneGradientOnly(RouteAlone):
+    """A router that loses the gradient of one of its results where the others have none."""
+
+    of = 0
+
+    def change(self, out: Routing, x_TD: Tensor, spec: RouterSpec) -> Routing:
+        """See `RouteAlone.change`."""
+        logits, scores, weights = _lose(self.of, out.logits_TE, out.scores_TE, out.weights_TK)
+        return out._replace(logits_TE=logits, scores_TE=scores, weights_TK=weights)
+
+
+class _Lose(torch.autograd.Function):
+    """Forward nothing; backward zero, where there is a gradient of one of the tensors and of no other."""
+
+    @staticmethod
+    def forward(ctx: Any, of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.of = of
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        alone = [at for at, gradient in enumerate(gradients) if gradient is not None] == [ctx.of]
+        return None, *(None if d is None else d * 0 if alone else d for d in gradients)
+
+
+def _lose(of: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    lost: tuple[Tensor, ...] = _Lose.apply(of, *tensors)  # type: ignore[no-untyped-call]
+    return lost
+
+
+@fault()
+class LosesALonelyLogitsGradient(OneGradientOnly):
+    """The gradient of the logits comes to nothing where scores and weights have none."""
+
+    of = 0
+
+
+@fault()
+class LosesALonelyScoresGradient(OneGradientOnly):
+    """The gradient of the scores comes to nothing where logits and weights have none."""
+
+    of = 1
+
+
+class BiasAlone(Alone):
+    """A router that takes its bias for another, beside a layer that is right."""
+
+    def bias(self, bias_E: Tensor) -> Tensor:
+        """Return the bias that is used."""
+        raise NotImplementedError
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        used = None if bias_E is None else self.bias(bias_E)
+        return super().route(x_TD, gate_ED, spec, used, experts_TK=experts_TK)
+
+
+@fault()
+class IgnoresInfiniteBias(BiasAlone):
+    """A bias of -inf, which switches an expert off, is taken for zero."""
+
+    def bias(self, bias_E: Tensor) -> Tensor:
+        """See `BiasAlone.bias`."""
+        return torch.where(bias_E.isinf(), 0.0, bias_E)
+
+
+@fault()
+class ClampsTheBias(BiasAlone):
+    """The bias is clamped to 8 in size."""
+
+    def bias(self, bias_E: Tensor) -> Tensor:
+        """See `BiasAlone.bias`."""
+        return bias_E.clamp(-8.0, 8.0)
+
+
+@fault()
+class ReadsTheBiasDensely(BiasAlone):
+    """The bias is read as if its elements followed one another."""
+
+    def bias(self, bias_E: Tensor) -> Tensor:
+        """See `BiasAlone.bias`."""
+        return bias_E.as_strided(bias_E.shape, (1,))
+
+
+@fault()
+class TrainsTheBias(Alone):
+    """The bias has the gradient of the weights."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        out = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        if bias_E is None:
+            return out
+        return out._replace(weights_TK=out.weights_TK + (bias_E - bias_E.detach()).sum().to(out.weights_TK.dtype))
+
+
+@fault()
+class ReplaysWithoutEpsilon(Alone):
+    """The weights of a routing that is replayed are divided by their sum alone."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        used = spec if experts_TK is None else replace(spec, normalize_epsilon=0.0)
+        return super().route(x_TD, gate_ED, used, bias_E, experts_TK=experts_TK)

@@ -300,3 +300,17 @@ def test_a_whole_state_that_is_kept_on_the_host_does_not_follow_the_training(cud
         layer.weight.add_(1)
     assert not state["weight"].is_cuda
     assert state["weight"].equal(before)
+
+
+def test_a_side_is_that_of_the_memory_and_of_the_adoption_that_knows_it():
+    with hal.adopt("cpu"):
+        t = importlib.import_module("torch")
+        host = t.ones(3)
+        view = host[1:]
+        del host
+        assert not view.detach().is_cuda
+        assert t.ones(2).to("cuda").is_cuda
+    with hal.adopt("cpu"):
+        assert view.is_cuda  # nothing is known of it now
+    assert view.device.type == "cpu"
+    assert not view.is_cuda

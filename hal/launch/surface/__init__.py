@@ -19,6 +19,7 @@ from hal.launch.surface import (
     operators,
     script,
     storages,
+    tensor_files,
     tensors,
 )
 
@@ -40,5 +41,6 @@ __all__ = [
     "operators",
     "script",
     "storages",
+    "tensor_files",
     "tensors",
 ]

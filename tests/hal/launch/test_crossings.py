@@ -314,3 +314,33 @@ def test_a_side_is_that_of_the_memory_and_of_the_adoption_that_knows_it():
         assert view.is_cuda  # nothing is known of it now
     assert view.device.type == "cpu"
     assert not view.is_cuda
+
+
+def test_files_of_safetensors_are_opened_on_either_side(cuda, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "cuda.safetensors"
+    save_file({"x": cuda.torch.ones(3, device="cuda")}, file)
+    # Names that this module imported while a device was adopted are those that a program gets.
+    for device, on_cuda in (("cuda", True), ("cuda:0", True), (0, True), ("cpu", False)):
+        assert load_file(file, device=device)["x"].is_cuda == on_cuda
+        with safe_open(file, framework="pt", device=device) as opened:
+            assert list(opened.keys()) == ["x"]
+            assert opened.get_tensor("x").is_cuda == on_cuda
+            assert opened.get_slice("x")[:2].is_cuda == on_cuda
+            assert opened.get_slice("x").get_shape() == [3]
+    assert not load_file(file)["x"].is_cuda
+    with safe_open(file, framework="np") as opened:
+        assert opened.get_tensor("x").tolist() == [1, 1, 1]
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        load_file(file, device="cuda:4")
+
+
+def test_safetensors_is_its_own_after_a_release():
+    import safetensors.torch
+
+    own = safetensors.safe_open
+    with hal.adopt("cpu"):
+        assert safetensors.torch.safe_open is not own
+    assert safetensors.safe_open is safetensors.torch.safe_open is own

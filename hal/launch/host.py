@@ -27,21 +27,27 @@ class HostTensors:
     A storage carries its side as an attribute, which torch keeps as long as the memory, whatever tensors share it.
     """
 
+    def __init__(self) -> None:
+        import torch
+
+        self._tensor = torch.Tensor
+
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
-        try:  # noqa: SIM105  contextlib takes as long again
-            tensor.untyped_storage()._hal_side = (self, True)  # type: ignore[attr-defined]
-        except _NO_STORAGE:
-            pass
+        self._mark(tensor, True)
         return tensor
 
     def add_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the device; return the tensor."""
-        try:  # noqa: SIM105  contextlib takes as long again
-            tensor.untyped_storage()._hal_side = (self, False)  # type: ignore[attr-defined]
-        except _NO_STORAGE:
-            pass
+        self._mark(tensor, False)
         return tensor
+
+    def _mark(self, tensor: torch.Tensor, host: bool) -> None:
+        if isinstance(tensor, self._tensor):  # and not what stands for one while torch.fx traces
+            try:  # noqa: SIM105  contextlib takes as long again
+                tensor.untyped_storage()._hal_side = (self, host)  # type: ignore[attr-defined]
+            except _NO_STORAGE:
+                pass
 
     def add_storage(self, storage: torch.UntypedStorage, host: bool = True) -> None:
         """Remember that a storage is on the host, or on the device."""
@@ -49,6 +55,8 @@ class HostTensors:
 
     def side(self, tensor: torch.Tensor) -> bool | None:
         """Return whether a tensor is on the host; None if nothing is known of it, which counts as on the device."""
+        if not isinstance(tensor, self._tensor):
+            return None
         try:
             return self.side_of_storage(tensor.untyped_storage())
         except _NO_STORAGE:
@@ -61,6 +69,8 @@ class HostTensors:
         return mark[1] if mark is not None and mark[0] is self else None
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
+        if not isinstance(tensor, self._tensor):
+            return False
         try:
             mark = getattr(tensor.untyped_storage(), "_hal_side", None)
         except _NO_STORAGE:

@@ -344,3 +344,17 @@ def test_safetensors_is_its_own_after_a_release():
     with hal.adopt("cpu"):
         assert safetensors.torch.safe_open is not own
     assert safetensors.safe_open is safetensors.torch.safe_open is own
+
+
+def test_what_torch_fx_traces_has_no_more_in_its_graph_than_the_program_calls(cuda):
+    t = cuda.torch
+    import torch.fx as fx
+
+    host = t.ones(2)
+
+    def made(x):
+        return t.zeros_like(x) + t.ones_like(x) + t.zeros(2, device="cuda").to(x) + x.to(host)
+
+    nodes = [node.op for node in fx.symbolic_trace(made).graph.nodes]
+    assert nodes.count("call_method") == 1 + 1  # x.to(host), and to(x) of what was made
+    assert nodes.count("call_function") == 2 + 3  # the two that make tensors of x, and three sums

@@ -8,6 +8,7 @@ from hal.launch.surface import (
     collectives,
     compiler,
     constructors,
+    crossings,
     cuda_device,
     cuda_memory,
     cuda_random,
@@ -17,6 +18,8 @@ from hal.launch.surface import (
     distributed,
     operators,
     script,
+    storages,
+    tensor_files,
     tensors,
 )
 
@@ -27,6 +30,7 @@ __all__ = [
     "collectives",
     "compiler",
     "constructors",
+    "crossings",
     "cuda_device",
     "cuda_memory",
     "cuda_random",
@@ -36,5 +40,7 @@ __all__ = [
     "distributed",
     "operators",
     "script",
+    "storages",
+    "tensor_files",
     "tensors",
 ]

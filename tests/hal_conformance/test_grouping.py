@@ -49,7 +49,7 @@ class FlippedBit:
 
     def experts(self, x_RD, counts_E, weights):
         w1 = weights.w1_EFD.clone()
-        w1.view(torch.int32)[int(counts_E.argmax()), 5, 7] ^= 1 << 9
+        w1.view(torch.int32)[int(counts_E.argmax()), 5, 18] ^= 1 << 9  # of the channel that one-hot rows pick
         return torch_ops.experts(x_RD, counts_E, ExpertWeights(w1, weights.w3_EFD, weights.w2_EDF))
 
 
@@ -73,8 +73,7 @@ def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named(tmp_path):
     found = compare(cards, group_by="driver")
     (group,) = found.grouping.groups.values()
     (odd,) = group.odd.values()
-    assert (odd.recording, odd.others, odd.explained_by) == ("fake:0@6", 9, [])
-    assert odd.tasks >= 1  # one-hot rows pick some of the weights, not all
+    assert (odd.recording, odd.others, odd.tasks, odd.explained_by) == ("fake:0@6", 9, 2, [])
     assert odd.first.startswith("experts.one_hot[mixtral-8x7b] float32: y_RD, rows ")
     assert found.odd() == ["fake:0@6"]
     assert found.exit_status() == 1

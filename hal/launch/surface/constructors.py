@@ -12,6 +12,7 @@ from typing import Any
 
 from hal.launch import api as state
 from hal.launch.api import door
+from hal.launch.caller import inside
 from hal.launch.modules import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
@@ -34,6 +35,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
          {"pin_memory": _pin_memory, "pin_memory_device": Redirection.translate_type}),
     ):  # fmt: skip
         when_loaded(module, name, functools.partial(_translated, patches, translate))
+    when_loaded("torch.distributed.device_mesh", "DeviceMesh", functools.partial(_mesh_says_cuda, patches))
 
 
 def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
@@ -59,6 +61,22 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
 
     del constructor.__wrapped__
     patches.set(owner, "__init__", constructor)
+
+
+def _mesh_says_cuda(patches: Patches, owner: Any) -> None:
+    """Tell the program CUDA where it asks a mesh for its type of device."""
+    from torch.compiler import is_compiling
+
+    true = owner.device_type.fget
+
+    def device_type(self: Any) -> str:
+        found: str = true(self)
+        r = state._active
+        if r is None or is_compiling() or found != r.type or inside(sys._getframe(1)):
+            return found
+        return "cuda"
+
+    patches.set(owner, "device_type", property(device_type, doc=owner.device_type.__doc__))
 
 
 def _device_ids(r: Redirection, devices: Any) -> Any:

@@ -145,7 +145,7 @@ def _with_parents(name: str) -> list[str]:
 
 _current: StandIns | None = None
 
-_awaited: dict[tuple[str, str], Callable[[Any], None]] = {}
+_awaited: dict[tuple[str, str], list[Callable[[Any], None]]] = {}
 """What is to be done with a name of a module of torch's that is not loaded yet, as soon as it is there."""
 
 
@@ -154,7 +154,7 @@ def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
 
     Importing all of torch's distributed classes for a program that uses none would double its start.
     """
-    _awaited[module, name] = action
+    _awaited.setdefault((module, name), []).append(action)
     _look()
 
 
@@ -165,8 +165,7 @@ def _look() -> None:
         loading = module is None or getattr(module.__spec__, "_initializing", False)
         found = None if loading else vars(module).get(key[1])
         if found is not None:
-            action = _awaited.pop(key, None)
-            if action is not None:
+            for action in _awaited.pop(key, ()):
                 action(found)
 
 

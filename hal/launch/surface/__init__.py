@@ -5,6 +5,7 @@ from hal.launch.surface import (
     accelerator,
     amp,
     attention,
+    autocast,
     collectives,
     compiler,
     constructors,
@@ -16,7 +17,10 @@ from hal.launch.surface import (
     default_device,
     distributed,
     operators,
+    optimizers,
+    parallel,
     script,
+    sync_batch_norm,
     tensors,
 )
 
@@ -24,6 +28,7 @@ __all__ = [
     "accelerator",
     "amp",
     "attention",
+    "autocast",
     "collectives",
     "compiler",
     "constructors",
@@ -35,6 +40,9 @@ __all__ = [
     "default_device",
     "distributed",
     "operators",
+    "optimizers",
+    "parallel",
     "script",
+    "sync_batch_norm",
     "tensors",
 ]

@@ -12,7 +12,6 @@ from typing import Any
 
 from hal.launch import api as state
 from hal.launch.api import door
-from hal.launch.caller import inside
 from hal.launch.modules import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
@@ -20,6 +19,8 @@ from hal.launch.redirection import Redirection
 door("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.DeviceMesh")
 door("torch.distributed.fsdp.FullyShardedDataParallel", "torch.nn.parallel.DistributedDataParallel",
      "torch.nn.parallel.distributed.DistributedDataParallel")  # fmt: skip
+door("torch.optim.swa_utils.AveragedModel", "torch.distributed.pipelining.PipelineStage",
+     "torch.distributed.pipelining.stage.PipelineStage")  # fmt: skip
 door("torch.utils.data.DataLoader", "torch.utils.data.dataloader.DataLoader", note="pins nothing on a CPU")
 
 
@@ -27,15 +28,16 @@ def install(redirection: Redirection, patches: Patches) -> None:
     """Translate what torch's constructors are given, of each class once somebody loads it."""
     for module, name, translate in (
         ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": Redirection.translate_type}),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
-         {"device_id": Redirection.translate}),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _device_id}),
         ("torch.nn.parallel.distributed", "DistributedDataParallel",
          {"device_ids": _device_ids, "output_device": _output_device}),
+        ("torch.distributed.pipelining.stage", "_PipelineStageBase", {"device": Redirection.translate}),
+        ("torch.distributed.pipelining.stage", "PipelineStage", {"device": Redirection.translate}),
+        ("torch.optim.swa_utils", "AveragedModel", {"device": _indexed}),
         ("torch.utils.data.dataloader", "DataLoader",
          {"pin_memory": _pin_memory, "pin_memory_device": Redirection.translate_type}),
     ):  # fmt: skip
         when_loaded(module, name, functools.partial(_translated, patches, translate))
-    when_loaded("torch.distributed.device_mesh", "DeviceMesh", functools.partial(_mesh_says_cuda, patches))
 
 
 def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> None:
@@ -47,14 +49,16 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         r = state._active
         if r is not None:
-            changed, before = list(args), list(kwargs.values())
+            changed, before = list(args), dict(kwargs)
             for name, function in translate.items():
                 place = places[name] - 1  # without self
                 if name in kwargs:
                     kwargs[name] = function(r, kwargs[name])
                 elif place < len(changed):
                     changed[place] = function(r, changed[place])
-            if not (all(map(_is, changed, args)) and all(map(_is, kwargs.values(), before))):
+                elif function is _device_id:
+                    kwargs[name] = function(r, None)
+            if not (all(map(_is, changed, args)) and all(kwargs[name] is given for name, given in before.items())):
                 r.audit.count_nearest(called, sys._getframe(1))
             args = tuple(changed)
         original(self, *args, **kwargs)
@@ -63,20 +67,17 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
     patches.set(owner, "__init__", constructor)
 
 
-def _mesh_says_cuda(patches: Patches, owner: Any) -> None:
-    """Tell the program CUDA where it asks a mesh for its type of device."""
-    from torch.compiler import is_compiling
+def _indexed(r: Redirection, device: Any) -> Any:
+    # torch moves modules by it, which knows CUDA, and makes a tensor of it, which the net knows by its index alone.
+    import torch
 
-    true = owner.device_type.fget
+    index = None if device is None or r.hosts is None else r.index(device)
+    return r.translate(device) if index is None else torch.device("cuda", index)
 
-    def device_type(self: Any) -> str:
-        found: str = true(self)
-        r = state._active
-        if r is None or is_compiling() or found != r.type or inside(sys._getframe(1)):
-            return found
-        return "cuda"
 
-    patches.set(owner, "device_type", property(device_type, doc=owner.device_type.__doc__))
+def _device_id(r: Redirection, device: Any) -> Any:
+    # A sharded model looks for an accelerator where it is told no device.
+    return r.targets[r.current] if device is None and r.hosts is not None else r.translate(device)
 
 
 def _device_ids(r: Redirection, devices: Any) -> Any:

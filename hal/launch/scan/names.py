@@ -62,11 +62,13 @@ class Names:
         if isinstance(top, _Function):
             given = top.args
             parameters = (*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg)
-            scope.known |= {parameter.arg: None for parameter in parameters if parameter is not None}
+            names = {parameter.arg for parameter in parameters if parameter is not None}
+            scope.known |= dict.fromkeys(names - {"torch"})
         here = list(_of_scope(top))
         elsewhere = {name for node in here if isinstance(node, (ast.Global, ast.Nonlocal)) for name in node.names}
         stores = {node.id for node in here if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        scope.known |= dict.fromkeys(stores - elsewhere)
+        # `torch = pytest.importorskip("torch")` is torch, as far as anything around it says so.
+        scope.known |= dict.fromkeys(stores - elsewhere - {"torch"})
         imported = set()
         for node in here:
             if isinstance(node, ast.Import):

@@ -182,6 +182,22 @@ def test_an_lstm_in_float16_is_a_fallback(cuda):
             torch.nn.LSTM(4, 4)(torch.ones(3, 2, 4))
 
 
+def test_what_cannot_be_matched_is_a_change_of_meaning(cuda):
+    with cuda.torch.autocast("cuda"):
+        assert torch.fft.rfft(half(4)).dtype == torch.complex64
+        torch.fft.rfft(torch.rand(4))
+    found = [(entry.api, entry.calls) for entry in cuda.adoption.entries() if entry.kind == "change"]
+    assert found == [("torch.fft.rfft", 1)]
+
+
+def test_compiled_kernels_follow_them(cuda):
+    compiled = cuda.torch.compile(through, fullgraph=True)
+    with cuda.torch.autocast("cuda"):
+        made, expected = compiled(torch.ones(2, 4), torch.eye(4)), through(torch.ones(2, 4), torch.eye(4))
+    assert made.dtype == expected.dtype == FULL
+    torch.testing.assert_close(made, expected)
+
+
 def test_a_release_leaves_nothing_of_it():
     before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cuda", "cpu")]
     with hal.adopt("cpu"):

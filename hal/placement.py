@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, final
 
@@ -181,8 +182,9 @@ def _moves_itself(thing: Any) -> bool:
 
 
 def _is_array(thing: Any) -> bool:
-    """Whether a thing is numpy's array or one of its kind, which lies in the host's memory and does not move."""
-    return hasattr(thing, "__array_interface__")
+    """Whether a thing is an array of numpy's, which lies in the host's memory and does not move."""
+    numpy = sys.modules.get("numpy")  # whoever has such an array has imported it
+    return numpy is not None and isinstance(thing, numpy.ndarray)
 
 
 def _array(device_id: str) -> ConfigError:

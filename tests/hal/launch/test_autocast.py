@@ -190,6 +190,7 @@ def test_what_cannot_be_matched_is_a_change_of_meaning(cuda):
     assert found == [("torch.fft.rfft", 1)]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler of kernels
 def test_compiled_kernels_follow_them(cuda):
     compiled = cuda.torch.compile(through, fullgraph=True)
     with cuda.torch.autocast("cuda"):

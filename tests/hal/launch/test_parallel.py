@@ -2,6 +2,7 @@
 """Parallel and sharded models on ranks of a CPU, in the forms in which programs for CUDA write them."""
 
 import importlib
+import sys
 
 import pytest
 import torch
@@ -137,3 +138,18 @@ def test_an_averaged_model_is_made_on_cuda(program_of_one):
     averaged = program_of_one.optim.swa_utils.AveragedModel(program_of_one.nn.Linear(2, 2), device="cuda")
     assert next(averaged.parameters()).is_cuda
     assert averaged.n_averaged.is_cuda
+
+
+def test_a_release_puts_the_classes_back():
+    import torch.distributed.fsdp._init_utils as sharded
+
+    parallel, norm, adam = (
+        torch.nn.parallel.DistributedDataParallel,
+        torch.nn.SyncBatchNorm,
+        sys.modules["torch.optim.adam"],
+    )
+    owners = (parallel, norm, adam, sharded, torch.cpu.Stream, torch.distributed.DeviceMesh)
+    before = [dict(vars(owner)) for owner in owners]
+    with hal.adopt("cpu"):
+        assert [dict(vars(owner)) for owner in owners] != before
+    assert [dict(vars(owner)) for owner in owners] == before

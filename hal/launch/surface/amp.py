@@ -137,9 +137,11 @@ def is_autocast_enabled(r: Redirection, device_type: str = "cuda") -> bool:
     """For the device."""
     import torch
 
-    if r.hosts is not None and device_type == "cpu":
-        return torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda")
-    return torch.is_autocast_enabled(device_type if r.hosts is not None else r.translate_type(device_type))
+    if r.hosts is not None and device_type in ("cuda", "cpu"):
+        # The CPU's flag says whether there is autocast at all, and CUDA's whose it is.
+        whose = torch.is_autocast_enabled("cuda") == (device_type == "cuda")
+        return whose and torch.is_autocast_enabled("cpu")
+    return torch.is_autocast_enabled(r.translate_type(device_type))
 
 
 @api("torch.set_autocast_enabled")
@@ -151,6 +153,8 @@ def set_autocast_enabled(r: Redirection, *args: Any) -> None:
     torch.set_autocast_enabled(r.translate_type(device_type), enabled)
     if r.hosts is not None and device_type in ("cuda", "cpu"):
         torch.set_autocast_enabled("cuda", device_type == "cuda" and enabled)
+        if device_type == "cuda" and enabled:
+            torch.set_autocast_dtype("cpu", torch.get_autocast_dtype("cuda"))
 
 
 @api("torch.get_autocast_dtype")
@@ -168,7 +172,8 @@ def set_autocast_dtype(r: Redirection, device_type: str, dtype: Any) -> None:
     import torch
 
     torch.set_autocast_dtype(device_type, dtype)
-    if device_type == "cuda":
+    # Of a CPU only while CUDA's autocast is in force there: its own is another one.
+    if device_type == "cuda" and (r.hosts is None or torch.is_autocast_enabled("cuda")):
         torch.set_autocast_dtype(r.type, dtype)
 
 

@@ -96,6 +96,26 @@ def test_the_cpus_own_autocast_keeps_its_rules_inside_and_outside(cuda):
     assert x.exp().dtype == HALF
 
 
+def test_the_state_that_a_program_asks_for_is_cudas_own(cuda):
+    class Cast(torch.autograd.Function):
+        @staticmethod
+        @cuda.torch.amp.custom_fwd(device_type="cuda", cast_inputs=FULL)
+        def forward(ctx, x):
+            assert not cuda.torch.is_autocast_enabled()
+            return x * 1
+
+    with cuda.torch.autocast("cuda"):
+        assert Cast.apply(half()).dtype == FULL
+    cuda.torch.set_autocast_gpu_dtype(torch.bfloat16)
+    with cuda.torch.autocast("cuda"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    cuda.torch.set_autocast_gpu_dtype(HALF)
+    assert cuda.torch.get_autocast_dtype("cpu") == torch.bfloat16
+    cuda.torch.set_autocast_enabled(True)
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == HALF
+    cuda.torch.set_autocast_enabled(False)
+
+
 def test_the_old_way_of_turning_autocast_on_has_the_rules_too(cuda):
     cuda.torch.set_autocast_enabled(True)
     try:

@@ -48,6 +48,8 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("transformers:*", "experts.no_rows", "does not require grad", "hf-no-graph"),
     ("transformers:*.batched_mm", "experts.backward", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.backward_sweep", "dw", "hf-batched-gradient"),
+    ("transformers:*.batched_mm", "experts.backward_cancelling", "dw", "hf-batched-gradient"),
+    ("transformers:*.grouped_mm", "*.unaligned", "multiple of 16 bytes", "torch-alignment"),
     ("transformers:*.batched_mm", "experts.strided", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.backward_integers", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.one_expert", "dw", "hf-batched-gradient"),

@@ -3,15 +3,18 @@
 
 On a CPU that stands for CUDA a tensor does not show on which side it is. The rule: **a tensor is on the device,
 unless it is known to be on the host**. Known are the results of `.cpu()` and of `.to("cpu")`, tensors that the program
-made without naming a device, tensors from numpy, and views of all of these: what is remembered is the storage. Against
+made without naming a device, tensors from numpy, and views of all of these: what is marked is the storage. Against
 `FakeTensorMode`'s CUDA this is right for 26 of 30 idioms, and always errs to the same side: the result of an operator
 on host tensors counts as on the device. docs/run.md lists where.
+
+Also marked is what is known to be on the device: what was made there by name or moved there. A move to the device
+of anything else copies, for it may be on the host, and then CUDA would copy. What CUDA would not have copied costs
+memory and time, but never changes what a program computes, unless it counts on the two being one.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, final
 
 if TYPE_CHECKING:
     import torch
@@ -19,54 +22,61 @@ if TYPE_CHECKING:
 
 @final
 class HostTensors:
-    """The storages that are known to be on the host.
+    """The storages that are known to be on the host, and those that are known to be on the device.
 
-    A storage is kept by address together with a weak reference of torch's own, which keeps its address from being used
-    again until the entry is gone. Entries of storages that were freed are dropped each time their number has doubled.
+    A storage carries its side as an attribute, which torch keeps as long as the memory, whatever tensors share it.
     """
 
     def __init__(self) -> None:
-        from torch.multiprocessing.reductions import StorageWeakRef
+        import torch
 
-        self._weak: Any = StorageWeakRef
-        self._known: dict[int, Any] = {}
-        self._sweep_at = _FIRST_SWEEP
+        self._tensor = torch.Tensor
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
-        with contextlib.suppress(NotImplementedError, RuntimeError):
-            # Sparse tensors have no storage of their own, and those of a compiler none at all.
-            self.add_storage(tensor.untyped_storage())
+        self._mark(tensor, True)
         return tensor
 
-    def add_storage(self, storage: torch.UntypedStorage) -> None:
-        """Remember that a storage is on the host."""
-        known = self._known
-        if storage._cdata not in known:
-            known[storage._cdata] = self._weak(storage)
-            if len(known) >= self._sweep_at:
-                self._sweep()
+    def add_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Remember that a tensor's memory is on the device; return the tensor."""
+        self._mark(tensor, False)
+        return tensor
 
-    def discard(self, tensor: torch.Tensor) -> None:
-        """Remember that a tensor's memory is on the device from now on."""
-        with contextlib.suppress(NotImplementedError, RuntimeError):
-            self._known.pop(tensor.untyped_storage()._cdata, None)
+    def _mark(self, tensor: torch.Tensor, host: bool) -> None:
+        if isinstance(tensor, self._tensor):  # and not what stands for one while torch.fx traces
+            try:  # noqa: SIM105  contextlib takes as long again
+                tensor.untyped_storage()._hal_side = (self, host)  # type: ignore[attr-defined]
+            except _NO_STORAGE:
+                pass
+
+    def add_storage(self, storage: torch.UntypedStorage, host: bool = True) -> None:
+        """Remember that a storage is on the host, or on the device."""
+        storage._hal_side = (self, host)  # type: ignore[attr-defined]
+
+    def side(self, tensor: torch.Tensor) -> bool | None:
+        """Return whether a tensor is on the host; None if nothing is known of it, which counts as on the device."""
+        if not isinstance(tensor, self._tensor):
+            return None
+        try:
+            return self.side_of_storage(tensor.untyped_storage())
+        except _NO_STORAGE:
+            return None
+
+    def side_of_storage(self, storage: torch.UntypedStorage) -> bool | None:
+        """Return what `side` does, of a storage."""
+        mark = getattr(storage, "_hal_side", None)
+        # What an earlier adoption knew is not known any more.
+        return mark[1] if mark is not None and mark[0] is self else None
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
-        if not self._known:
+        if not isinstance(tensor, self._tensor):
             return False
         try:
-            return tensor.untyped_storage()._cdata in self._known
-        except (NotImplementedError, RuntimeError):
+            mark = getattr(tensor.untyped_storage(), "_hal_side", None)
+        except _NO_STORAGE:
             return False
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-    def _sweep(self) -> None:
-        for address in [address for address, reference in list(self._known.items()) if reference.expired()]:
-            self._known.pop(address, None)
-        self._sweep_at = max(_FIRST_SWEEP, 2 * len(self._known))
+        return mark is not None and mark[1] and mark[0] is self
 
 
-_FIRST_SWEEP = 1024
+_NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)
+"""What tensors without a storage raise when asked for it: sparse ones, a compiler's, parameters of lazy modules."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+import numbers
+import operator
 import os
 import sys
 import threading
@@ -126,6 +128,16 @@ class Redirection:
     def stream(self, stream: Any) -> None:
         self._local.stream = stream
 
+    @property
+    def moving(self) -> bool | None:
+        """Whether the module that this thread is moving goes to the host; None while it moves none."""
+        moving: bool | None = getattr(self._local, "moving", None)
+        return moving
+
+    @moving.setter
+    def moving(self, host: bool | None) -> None:
+        self._local.moving = host
+
     # From the program to torch -----------------------------------------------------------------------------------
 
     def index(self, device: Any) -> int | None:
@@ -147,7 +159,8 @@ class Redirection:
             if device.type != "cuda":
                 return None
             return self.checked(self.current if device.index is None else device.index)
-        if isinstance(device, int) and not isinstance(device, bool):
+        if is_number(device):
+            device = operator.index(device)
             return self.checked(self.current if device == -1 else device)
         return None
 
@@ -227,6 +240,11 @@ class Redirection:
         frame = sys._getframe(1)
         self.audit.note("refused", api, why, frame)
         return UnsupportedOperation(f"{api} at {where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint)
+
+
+def is_number(device: Any) -> bool:
+    """Return whether a device is given by its index: a plain integer, or one of numpy's."""
+    return isinstance(device, int | numbers.Integral) and not isinstance(device, bool)
 
 
 def visible(text: str, count: int) -> list[int]:

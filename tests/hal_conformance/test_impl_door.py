@@ -74,6 +74,11 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
         ("route_without_gradient", "router.backward", "CRASH", "does not require grad"),
         ("detached_scores", "router.backward", "CRASH", "does not require grad"),
         ("needs_trained_weights", "experts.frozen", "CRASH", "does not require grad"),
+        ("refuses_odd_widths", "experts.unaligned", "CRASH", "misaligned address"),
+        ("replays_long_only", "router.int32", "CRASH", "expected scalar type Long"),
+        ("dispatches_long_only", "dispatch.int32", "CRASH", "expected scalar type Long"),
+        ("combines_long_only", "combine.int32", "CRASH", "expected scalar type Long"),
+        ("balances_long_only", "losses.aux_int32", "CRASH", "expected scalar type Long"),
     ],
 )
 def test_what_an_implementation_does_in_training_alone_is_seen(name, case, status, words, tmp_path):

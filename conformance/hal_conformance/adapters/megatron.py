@@ -102,6 +102,7 @@ class Core:
             by_index_TK = map_TE.nonzero()[:, 1].view(-1, spec.top_k)
             assert watch.selection_TE is not None
             experts_TK = by_index_TK.gather(1, descending(watch.selection_TE, by_index_TK))
+        experts_TK = experts_TK.long()
         return Routing(logits_TE, scores_TE, experts_TK, probs_TE.gather(1, experts_TK))
 
     def _configured(self, width: int, spec: RouterSpec, **more: Any) -> Any:

@@ -49,7 +49,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._num_experts = num_experts
         self._top_k = top_k
-        self._replayed_TK = experts_TK
+        self._replayed_TK = None if experts_TK is None else experts_TK.long()  # as topk's are
         self._given_TE = scores_TE
         self.logits_TE: Tensor | None = None
         self.scores_TE: Tensor | None = None

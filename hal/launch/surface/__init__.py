@@ -9,6 +9,7 @@ from hal.launch.surface import (
     collectives,
     compiler,
     constructors,
+    crossings,
     cuda_device,
     cuda_memory,
     cuda_random,
@@ -20,7 +21,9 @@ from hal.launch.surface import (
     optimizers,
     parallel,
     script,
+    storages,
     sync_batch_norm,
+    tensor_files,
     tensors,
 )
 
@@ -32,6 +35,7 @@ __all__ = [
     "collectives",
     "compiler",
     "constructors",
+    "crossings",
     "cuda_device",
     "cuda_memory",
     "cuda_random",
@@ -43,6 +47,8 @@ __all__ = [
     "optimizers",
     "parallel",
     "script",
+    "storages",
     "sync_batch_norm",
+    "tensor_files",
     "tensors",
 ]

@@ -86,7 +86,7 @@ def _map_location(r: Redirection, asked: Any) -> Any:
         # What was saved on CUDA comes to the device of that number; the rest goes where torch would put it.
         return lambda storage, location: storage if not location.startswith("cuda") else _moved(r, storage, location)
     if isinstance(asked, dict):
-        return lambda storage, location: _moved(r, storage, asked.get(location, location))
+        return lambda storage, location: _moved(r, storage, _by_dict(r, asked, location))
     if callable(asked):
 
         def answer(storage: Any, location: str) -> Any:
@@ -96,20 +96,57 @@ def _map_location(r: Redirection, asked: Any) -> Any:
             return storage if given is None and location.startswith("cuda") else given
 
         return answer
-    if r.hosts is not None and r.is_host(asked):
+    if r.hosts is not None:
         return lambda storage, _: _moved(r, storage, asked)
     return r.translate(asked)
 
 
+def _by_dict(r: Redirection, asked: dict[str, str], location: str) -> str | None:
+    """Return where a dict sends what was saved at a location; None: it is not said, and nothing is known.
+
+    What this program saved on CUDA says "cpu" in the file, where CUDA is a CPU.
+    """
+    if location in asked or r.hosts is None or location != "cpu":
+        return asked.get(location, location)
+    return asked.get(f"cuda:{r.current}")
+
+
 def _moved(r: Redirection, storage: Any, location: Any) -> Any:
-    if r.hosts is not None and r.is_host(location):
-        r.hosts.add_storage(storage)
+    if location is None:
+        return storage
     true = r.translate(location)
+    if r.hosts is not None:
+        if true is not location:
+            r.hosts.add_storage(storage, False)
+        elif r.is_host(location):
+            r.hosts.add_storage(storage)
     if str(true).partition(":")[0] == "cpu":
         return storage
     import torch
 
     return torch.serialization.default_restore_location(storage, str(true))
+
+
+@api("torch.jit.load")
+def jit_load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Put a saved script where it is wanted."""
+    import torch
+
+    made = torch.jit.load(f, r.translate(map_location), *args, **kwargs)
+    if r.hosts is not None and map_location is not None:
+        for tensor in (*made.parameters(), *made.buffers()):
+            r.hosts.add(tensor) if r.is_host(map_location) else r.hosts.add_device(tensor)
+    return made
+
+
+@api("torch.hub.load_state_dict_from_url", "torch.utils.model_zoo.load_url")
+def load_state_dict_from_url(
+    r: Redirection, url: str, model_dir: str | None = None, map_location: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """As `torch.load`, of what is at a URL."""
+    import torch
+
+    return torch.hub.load_state_dict_from_url(url, model_dir, _map_location(r, map_location), *args, **kwargs)
 
 
 @api("torch.random.fork_rng")

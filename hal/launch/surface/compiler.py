@@ -21,7 +21,8 @@ from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
 _REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
-                     "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")  # fmt: skip
+                     "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",
+                     "type_as")  # fmt: skip
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

@@ -19,6 +19,8 @@ from hal.launch.surface.default_device import makes_on_host
 if TYPE_CHECKING:
     import torch
 
+    from hal.launch.host import HostTensors
+
 LIKE = ("empty_like", "ones_like", "zeros_like", "full_like", "rand_like", "randn_like", "randint_like")
 
 
@@ -48,32 +50,36 @@ def _hashable(thing: object) -> bool:
 
 def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return the function that stands in for a maker of tensors."""
+    import torch
     from torch.compiler import is_compiling
 
     like = name.endswith("_like")
+    takes = name in ("torch.tensor", "torch.as_tensor", "torch.asarray")
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         redirection = api._active
         if redirection is None:
             return original(*args, **kwargs)
         hosts, device = redirection.hosts, kwargs.get("device")
-        if device is None:
-            made = original(*args, **kwargs)
-            if hosts is not None and not is_compiling() and _on_host(like, args, redirection):
-                hosts.add(made)
-            return made
-        true = redirection.translate(device)
-        if true is device:
-            made = original(*args, **kwargs)
-            if hosts is not None and not is_compiling() and redirection.is_host(device):
-                hosts.add(made)
-            return made
-        kwargs["device"] = true
-        if not is_compiling():
-            redirection.audit.count(name, sys._getframe(1))
+        true = device if device is None else redirection.translate(device)
         if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
-        return original(*args, **kwargs)
+            kwargs["pin_memory"] = pinned(redirection, device)
+        if true is not device:
+            kwargs["device"] = true
+            if not is_compiling():
+                redirection.audit.count(name, sys._getframe(1))
+        made = original(*args, **kwargs)
+        if hosts is None or is_compiling():
+            return made
+        if true is not device:
+            return _taken(args, made, hosts) if takes else hosts.add_device(made)
+        if device is None and takes and args and isinstance(args[0], torch.Tensor) and not makes_on_host(redirection):
+            return _taken(args, made, hosts)  # by the default device
+        if device is None:
+            host = _on_host(like, takes, args, redirection)
+        else:
+            host = True if redirection.is_host(device) else None
+        return made if host is None else hosts.add(made) if host else hosts.add_device(made)
 
     functools.update_wrapper(make, original, updated=())
     del make.__wrapped__  # type: ignore[attr-defined]
@@ -81,8 +87,43 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
     return make
 
 
-def _on_host(like: bool, args: tuple[Any, ...], redirection: Redirection) -> bool:
+def pinned(redirection: Redirection, device: Any) -> bool:
+    """Return what torch is to be told where the program wants memory that is pinned.
+
+    Raises:
+        RuntimeError: of a CUDA device, as CUDA raises it.
+    """
+    if redirection.translate(device) is not device:
+        raise RuntimeError("Only dense CPU tensors can be pinned")
+    # On a CPU the device works on the host's memory: there is nothing to lock.
+    return redirection.hosts is None
+
+
+def _taken(args: tuple[Any, ...], made: torch.Tensor, hosts: HostTensors) -> torch.Tensor:
+    """Return a tensor on the device, of what may lie on the host: a copy of it, if torch has made none."""
+    import torch
+
+    given = args[0] if args else None
+    if isinstance(given, torch.Tensor):
+        shared = made is given and hosts.side(given) is not False
+    else:  # an array shares its memory; lists and numbers have none
+        shared = hasattr(given, "__array_interface__") or hasattr(given, "__dlpack__") or _is_buffer(given)
+    return hosts.add_device(made.clone() if shared else made)
+
+
+def _is_buffer(thing: object) -> bool:
+    try:
+        memoryview(thing)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return True
+
+
+def _on_host(like: bool, takes: bool, args: tuple[Any, ...], redirection: Redirection) -> bool | None:
     """Whether a tensor that was made without a device is on the host: its model is, or the default device is."""
-    if like:
-        return bool(args) and redirection.hosts is not None and args[0] in redirection.hosts
+    import torch
+
+    if like or (takes and args and isinstance(args[0], torch.Tensor)):
+        model = args[0] if args else None
+        return redirection.hosts.side(model) if redirection.hosts is not None and model is not None else None
     return makes_on_host(redirection)

@@ -47,6 +47,7 @@ def _made(operator: Any, redirection: Redirection) -> Any:
 
     def make(*args: Any, device: Any = None, pin_memory: Any = None, **kwargs: Any) -> Any:
         redirection.audit.count_nearest(name, sys._getframe(1))
-        return operator(*args, device=redirection.translate(device), **kwargs)
+        made = operator(*args, device=redirection.translate(device), **kwargs)
+        return made if redirection.hosts is None else redirection.hosts.add_device(made)
 
     return make

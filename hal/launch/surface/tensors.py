@@ -15,7 +15,8 @@ from hal.launch import api
 from hal.launch.api import door
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
-from hal.launch.redirection import Redirection
+from hal.launch.redirection import Redirection, is_number
+from hal.launch.surface.factories import pinned
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,8 @@ door(
     "torch.Tensor.device", "torch.Tensor.is_cuda", "torch.Tensor.get_device", "torch.Tensor.to", "torch.Tensor.cuda",
     "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
     "torch.Tensor.new_empty_strided", "torch.Tensor.new_zeros", "torch.Tensor.new_ones", "torch.Tensor.new_full",
-    "torch.Tensor.histc", "torch.nn.Module.to", "torch.nn.Module.cuda", "torch.nn.Module.cpu",
+    "torch.Tensor.histc", "torch.Tensor.type_as", "torch.Tensor.numpy", "torch.nn.Module.to", "torch.nn.Module.cuda",
+    "torch.nn.Module.cpu", "torch.nn.Module.to_empty",
 )  # fmt: skip
 door("torch.Tensor.pin_memory", "torch.Tensor.is_pinned", "torch.Tensor.record_stream", verdict="emulated",
      note="nothing to do on a CPU")  # fmt: skip
@@ -39,11 +41,24 @@ def install(redirection: Redirection, patches: Patches) -> None:
         "device": _device, "is_cuda": _is_cuda, "get_device": _get_device, "to": _to, "cuda": _cuda, "cpu": _cpu,
         "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned, "record_stream": _record_stream,
         "new_tensor": _new, "new_empty": _new, "new_empty_strided": _new, "new_zeros": _new,
-        "new_ones": _new, "new_full": _new,
+        "new_ones": _new, "new_full": _new, "type_as": _type_as, "numpy": _numpy,
     }.items():  # fmt: skip
         original = getattr(tensor, name)
         patches.set(tensor, name, make(f"torch.Tensor.{name}", original, redirection))
+    _let_lazy_parameters_move(patches)
     _install_modules(redirection, patches)
+
+
+def _let_lazy_parameters_move(patches: Patches) -> None:
+    """Parameters without a shape yet know by identity which methods they allow."""
+    import torch
+    import torch.nn.parameter as parameter
+
+    owner: Any = vars(parameter)["UninitializedTensorMixin"]
+    allowed = owner._allowed_methods
+    names = {method.__name__ for method in allowed}
+    ours = [getattr(torch.Tensor, name) for name in ("to", "cuda", "cpu", "get_device") if name in names]
+    patches.set(owner, "_allowed_methods", [*allowed, *ours])
 
 
 # Where a tensor is -------------------------------------------------------------------------------------------------
@@ -114,10 +129,9 @@ def _get_device(name: str, original: Any, redirection: Redirection) -> Callable[
 def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
     import torch
 
-    kinds = (str, torch.device, int)
+    kinds, others = (str, torch.device, int), (torch.dtype, torch.Tensor)
     hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
-    tensor, count_outside = torch.Tensor, redirection.audit.count_outside
-    true_device = _true_device()
+    tensor, count_outside, convert = torch.Tensor, redirection.audit.count_outside, _convert()
     from torch.compiler import is_compiling
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -125,6 +139,8 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
             return original(self, *args, **kwargs)
         positional = bool(args) and isinstance(args[0], kinds) and not isinstance(args[0], bool)
         asked = args[0] if positional else kwargs.get("device")
+        if asked is None and args and not isinstance(args[0], others) and is_number(args[0]):  # of numpy's
+            positional, asked = True, args[0]
         if asked is None:
             if hosts is None or is_compiling() or not (args and isinstance(args[0], tensor)):
                 moved = original(self, *args, **kwargs)
@@ -132,12 +148,15 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
                     hosts.add(moved)
                 return moved
             # to(other): where the other one is.
-            return _side(self, original(self, *args, **kwargs), args[0] in hosts)
+            return side(redirection, self, original(self, *args, **kwargs), args[0] in hosts)
         true = translate(asked)
         if true is asked:  # no CUDA device
-            if hosts is None or not is_host(asked) or is_compiling() or inside(sys._getframe(1)):
+            if hosts is None or not is_host(asked) or is_compiling():
                 return original(self, *args, **kwargs)
-            return _side(self, original(self, *args, **kwargs), True)
+            frame, moved = sys._getframe(1), original(self, *args, **kwargs)
+            if frame.f_code is convert and redirection.moving is not None:
+                return side(redirection, self, moved, redirection.moving)
+            return moved if inside(frame) else side(redirection, self, moved, True)
         if not is_compiling():
             count_outside(name, sys._getframe(1))
         if positional:
@@ -145,21 +164,44 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
         else:
             kwargs["device"] = true
         moved = original(self, *args, **kwargs)
-        return moved if hosts is None or is_compiling() else _side(self, moved, False)
-
-    def _side(source: torch.Tensor, moved: torch.Tensor, host: bool) -> torch.Tensor:
-        """Copy if the tensor crosses between host and device, as CUDA would, and remember where it is now."""
-        assert hosts is not None
-        if true_device(moved).type != redirection.type:
-            return moved
-        if moved is source and (source in hosts) != host:
-            moved = original(source, true_device(source), copy=True)
-        if host:
-            return hosts.add(moved)
-        hosts.discard(moved)
-        return moved
+        return moved if hosts is None or is_compiling() else side(redirection, self, moved, False)
 
     return to
+
+
+def _convert() -> Any:
+    """Return the code of the function by which `torch.nn.Module.to` moves each tensor."""
+    import torch
+
+    to: Any = torch.nn.Module.to
+    inner = (constant for constant in to.__code__.co_consts if getattr(constant, "co_name", "") == "convert")
+    return next(inner, None)
+
+
+def side(r: Redirection, source: torch.Tensor, moved: torch.Tensor, host: bool) -> torch.Tensor:
+    """Copy what torch has not, if a tensor crosses between host and device, and remember where it is now.
+
+    CUDA copies what crosses. Whether a tensor does is not known where nothing is known of it: that is copied, too. A
+    leaf of autograd is not, since a copy of it is no leaf, and an optimizer that is given one raises.
+
+    Args:
+        source: the tensor that is moved.
+        moved: what torch made of it: often the same one, or another dtype.
+        host: whether it is moved to the host.
+    """
+    import torch
+
+    hosts = r.hosts
+    if hosts is None or torch._C.TensorBase.device.__get__(moved).type != r.type:
+        return moved
+    if moved is source:
+        known = hosts.side(source)
+        if known is host:
+            return moved
+        leaf = known is None and not host and source.requires_grad and source.is_leaf and torch.is_grad_enabled()
+        if not leaf:
+            moved = torch._C.TensorBase.to(source, source.dtype, copy=True)
+    return hosts.add(moved) if host else hosts.add_device(moved)
 
 
 def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
@@ -187,11 +229,12 @@ def _cpu(name: str, original: Any, redirection: Redirection) -> Callable[..., An
 
     def cpu(self: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         r = api._active
-        if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
+        if r is None or r.hosts is None or is_compiling():
             return original(self, **kwargs)  # type: ignore[no-any-return]
         if true_device(self).type != r.type or self in r.hosts:
             return original(self, **kwargs)  # type: ignore[no-any-return]
-        # On CUDA this is a copy, which does not follow what the program does with the tensor on the device.
+        # On CUDA this is a copy, which does not follow what the program does with the tensor on the device; so it is
+        # where torch's own code calls it, as for a state that is kept on the host.
         return r.hosts.add(to(self, "cpu", copy=True, **kwargs))
 
     return cpu
@@ -245,13 +288,44 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
             kwargs["device"] = r.translate(device)
             if kwargs["device"] is not device and not is_compiling():
                 r.audit.count_outside(name, sys._getframe(1))
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = pinned(r, device)
         made: torch.Tensor = original(self, *args, **kwargs)
         if r.hosts is None or is_compiling():
             return made
-        on_host = self in r.hosts if device is None else r.is_host(device) and not inside(sys._getframe(1))
-        return r.hosts.add(made) if on_host else made
+        if device is None:
+            known = r.hosts.side(self)
+        elif kwargs["device"] is not device:
+            known = False
+        else:
+            known = True if r.is_host(device) and not inside(sys._getframe(1)) else None
+        return made if known is None else r.hosts.add(made) if known else r.hosts.add_device(made)
 
     return new
+
+
+def _type_as(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
+    def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        r, moved = api._active, original(self, other)
+        if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
+            return moved  # type: ignore[no-any-return]
+        return side(r, self, moved, other in r.hosts)
+
+    return type_as
+
+
+def _numpy(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
+    def numpy(self: torch.Tensor, *, force: bool = False) -> Any:
+        r = api._active
+        if force and r is not None and r.hosts is not None and not is_compiling():
+            self = self.detach().cpu()  # a copy, if the tensor may be on the device
+        return original(self, force=force)
+
+    return numpy
 
 
 def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
@@ -290,37 +364,36 @@ def _install_modules(redirection: Redirection, patches: Patches) -> None:
     import torch
 
     module = torch.nn.Module
-    original_to, original_cuda, original_cpu = module.to, module.cuda, module.cpu
+    original_to, original_cuda, original_cpu, original_to_empty = module.to, module.cuda, module.cpu, module.to_empty
 
-    def place(self: Any, host: bool) -> Any:
-        """Remember on which side a module's tensors are now; they stay the same objects."""
-        hosts = redirection.hosts
-        if hosts is not None:
-            for tensor in (*self.parameters(), *self.buffers()):
-                if host:
-                    hosts.add(tensor)
-                else:
-                    hosts.discard(tensor)
-        return self
+    def moved_to(self: Any, host: bool, *args: Any, **kwargs: Any) -> Any:
+        """Let torch move a module; each of its tensors meets `torch.Tensor.to` above, and crosses there."""
+        outer, redirection.moving = redirection.moving, host
+        try:
+            return original_to(self, *args, **kwargs)
+        finally:
+            redirection.moving = outer
 
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
         r = api._active
         if r is None:
             return original_to(self, *args, **kwargs)
         asked = args[0] if args else kwargs.get("device")
-        known = isinstance(asked, (str, int, torch.device)) and not isinstance(asked, bool)
+        other = kwargs.get("tensor", asked)
+        if isinstance(other, torch.Tensor) and r.hosts is not None:
+            return moved_to(self, other in r.hosts, *args, **kwargs)
+        known = isinstance(asked, (str, torch.device)) or is_number(asked)
         if not known:
             return original_to(self, *args, **kwargs)
         true = r.translate(asked)
         if true is asked:
-            moved = original_to(self, *args, **kwargs)
-            return place(moved, True) if r.is_host(asked) else moved
+            return moved_to(self, True, *args, **kwargs) if r.is_host(asked) else original_to(self, *args, **kwargs)
         r.audit.count_outside("torch.nn.Module.to", sys._getframe(1))
         if args:
             args = (true, *args[1:])
         else:
             kwargs["device"] = true
-        return place(original_to(self, *args, **kwargs), False)
+        return moved_to(self, False, *args, **kwargs)
 
     def cuda(self: Any, device: Any = None) -> Any:
         r = api._active
@@ -332,6 +405,19 @@ def _install_modules(redirection: Redirection, patches: Patches) -> None:
     def cpu(self: Any) -> Any:
         return original_cpu(self) if api._active is None else to(self, "cpu")
 
+    def to_empty(self: Any, *, device: Any, recurse: bool = True) -> Any:
+        r = api._active
+        true = device if r is None else r.translate(device)
+        made = original_to_empty(self, device=true, recurse=recurse)
+        if r is not None and r.hosts is not None and device is not None:
+            if true is not device:
+                r.audit.count_outside("torch.nn.Module.to_empty", sys._getframe(1))
+            if true is not device or (r.is_host(device) and not inside(sys._getframe(1))):
+                for tensor in (*self.parameters(recurse), *self.buffers(recurse)):
+                    r.hosts.add(tensor) if true is device else r.hosts.add_device(tensor)
+        return made
+
+    patches.set(module, "to_empty", to_empty)
     patches.set(module, "to", to)
     patches.set(module, "cuda", cuda)
     patches.set(module, "cpu", cpu)

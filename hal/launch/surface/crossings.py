@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where torch's own code moves between host and device: on a CPU it sees no difference, and would copy nothing.
+
+A state that is offloaded to the host would follow the training, and what the training moves to the device would change
+what it was moved from. Each of these functions is private to torch; one that a version of torch has not is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hal.launch import api as state
+from hal.launch.modules import when_loaded
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+from hal.launch.surface.tensors import side
+
+Answer = Callable[[Redirection, "inspect.BoundArguments", Any], Any]
+"""Makes of a call and of what torch answered what CUDA would have answered."""
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Let these functions copy, once somebody loads them."""
+    if redirection.hosts is None:
+        return
+    for module, owner, name, answer in (
+        ("torch.optim.optimizer", "Optimizer", "_process_value_according_to_param_policy", _state_of_an_optimizer),
+        ("torch.distributed._state_dict_utils", "", "_iterate_state_dict", _offloaded),
+        ("torch.distributed.utils", "", "_recursive_to", _inputs),
+        ("torch.nn.parallel.distributed", "DistributedDataParallel", "_pre_forward", _inputs_of_replicas),
+        ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState", "_root_pre_forward", _inputs_of_a_root),
+        ("torch.distributed.fsdp._init_utils", "", "_move_states_to_device", _states),
+        ("torch.distributed.fsdp._fully_shard._fsdp_init", "", "_move_states_to_device", _states),
+    ):
+        when_loaded(module, owner or name, functools.partial(_answered, patches, module, name, answer))
+    _data_parallel(patches)
+
+
+def _data_parallel(patches: Patches) -> None:
+    """On a CPU torch's DataParallel hands on its inputs as they are."""
+    import torch
+    from torch.compiler import is_compiling
+
+    original = torch.nn.DataParallel.forward
+
+    def forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+        r = state.active()
+        if r is not None and not is_compiling() and _on_device(r, self.module):
+            inputs, kwargs = to_device(r, (inputs, kwargs))
+        return original(self, *inputs, **kwargs)
+
+    patches.set(torch.nn.DataParallel, "forward", forward)
+
+
+def _answered(patches: Patches, module: str, name: str, answer: Answer, found: Any) -> None:
+    owner = found if isinstance(found, type) else sys.modules[module]
+    own = vars(owner).get(name)
+    if own is None:
+        return
+    function = own.__func__ if isinstance(own, staticmethod) else own
+    form = inspect.signature(function)
+    from torch.compiler import is_compiling
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = function(*args, **kwargs)
+        r = state.active()
+        return result if r is None or is_compiling() else answer(r, form.bind(*args, **kwargs), result)
+
+    patches.set(owner, name, staticmethod(call) if isinstance(own, staticmethod) else call)
+
+
+def _state_of_an_optimizer(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    # torch moves all of a state to where its parameter is, but for a count of steps that it leaves where it was.
+    param, value = call.arguments["param"], call.arguments["value"]
+    if call.arguments.get("key") == "step" and result is value:
+        return result
+    assert r.hosts is not None
+    return side(r, value, result, param in r.hosts)
+
+
+def _offloaded(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    import torch
+
+    given = call.arguments
+    if not isinstance(result, torch.Tensor) or not given.get("cpu_offload") or given.get("companion_obj") is not None:
+        return result
+    return side(r, result, result, True)
+
+
+def _inputs(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    return to_device(r, result)
+
+
+def _inputs_of_replicas(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    return to_device(r, result) if _on_device(r, call.arguments["self"].module) else result
+
+
+def _inputs_of_a_root(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    return to_device(r, result) if call.arguments["self"]._is_root else result
+
+
+def _on_device(r: Redirection, module: Any) -> bool:
+    """Return whether a module's parameters are on the device, to which its inputs are moved then."""
+    first = next(module.parameters(), None)
+    return r.hosts is not None and first is not None and first not in r.hosts
+
+
+def to_device(r: Redirection, inputs: Any) -> Any:
+    """Return what a wrapped module is called with, with copies on the device of all that is known to be on the host."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    hosts = r.hosts
+    if hosts is None:
+        return inputs
+    return tree_map_only(torch.Tensor, lambda given: side(r, given, given, False) if given in hosts else given, inputs)
+
+
+def _states(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    import torch
+
+    params, buffers, target = call.args
+    assert r.hosts is not None
+    if target is None or target.type != r.type:
+        return result
+    with torch.no_grad():
+        for tensor in (*params, *buffers):
+            if tensor in r.hosts:
+                tensor.data = side(r, tensor.data, tensor.data, False)
+            else:
+                r.hosts.add_device(tensor)
+    return result

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, final
 
@@ -180,6 +181,18 @@ def _moves_itself(thing: Any) -> bool:
     return callable(getattr(thing, "to", None))
 
 
+def _is_array(thing: Any) -> bool:
+    """Whether a thing is an array of numpy's, which lies in the host's memory and does not move."""
+    numpy = sys.modules.get("numpy")  # whoever has such an array has imported it
+    return numpy is not None and isinstance(thing, numpy.ndarray)
+
+
+def _array(device_id: str) -> ConfigError:
+    return ConfigError(
+        f"{device_id}: an array of numpy's stays on the host", expected="tensors", hint="torch.as_tensor(array)"
+    )
+
+
 def _check_data(device_id: str, thing: Any) -> None:
     from torch.utils._pytree import tree_leaves
 
@@ -194,9 +207,14 @@ def _check_data(device_id: str, thing: Any) -> None:
                     expected="modules and optimisers as arguments of their own",
                     hint="device.prepare(*objects), or a torch.nn.ModuleList",
                 )
-        if any(map(_moves_itself, leaves)) or not is_batch:
+        moving = any(map(_moves_itself, leaves))
+        if not moving and any(map(_is_array, leaves)):
+            raise _array(device_id)
+        if moving or not is_batch:
             return
         raise ConfigError(f"{device_id}: nothing in this {type(thing).__name__} can be placed", expected="tensors")
+    if _is_array(thing):
+        raise _array(device_id)
     if not isinstance(thing, Iterable) or isinstance(thing, (str, bytes)):
         raise ConfigError(
             f"{device_id}: cannot place a {type(thing).__name__}",

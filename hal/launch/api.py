@@ -35,6 +35,7 @@ class Api:
         answer: called with the redirection and the program's arguments; or, for `makes`, with the redirection alone.
         makes: whether `answer` makes the object that stands under the name, instead of being called in its place.
         note: what a user should know.
+        each: whether, of `makes`, the object is made anew each time that the name is read.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Api:
     belief: bool = False
     makes: bool = False
     note: str = ""
+    each: bool = False
 
     @property
     def module(self) -> str:
@@ -96,12 +98,17 @@ def api(
     return enter
 
 
-def value(*names: str, verdict: Verdict = "native", belief: bool = False, note: str = "") -> Callable[[F], F]:
-    """Enter the function below as the maker of what stands under these names: a class, a number, a text."""
+def value(
+    *names: str, verdict: Verdict = "native", belief: bool = False, note: str = "", each: bool = False
+) -> Callable[[F], F]:
+    """Enter the function below as the maker of what stands under these names: a class, a number, a text.
+
+    With `each` it is asked each time that a name is read.
+    """
 
     def enter(function: F) -> F:
         for name in names:
-            _enter(Api(name, verdict, function, False, belief, True, note))
+            _enter(Api(name, verdict, function, False, belief, True, note, each))
         return function
 
     return enter

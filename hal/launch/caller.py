@@ -7,9 +7,11 @@ caller of `getattr`, `map` or `operator.attrgetter` counts.
 
 from __future__ import annotations
 
+import functools
 from types import FrameType
 
-_INSIDERS = ("torch", "functorch", "hal", "torchgen")
+_INSIDERS = frozenset({"torch", "functorch", "torchgen", "hal", "hal_conformance",
+                       "hal_cpu", "hal_cuda", "hal_rocm", "hal_ascend", "hal_ppu"})  # fmt: skip
 _known: dict[object, bool] = {}
 
 
@@ -18,10 +20,20 @@ def is_insider(name: object) -> bool:
     inside = _known.get(name)
     if inside is None:
         first = name.partition(".")[0] if isinstance(name, str) else ""
-        inside = first in _INSIDERS or first.startswith("hal_")
+        inside = first in _INSIDERS or (first.startswith("hal_") and first in _backends())
         if len(_known) < _MOST_KNOWN:
             _known[name] = inside
     return inside
+
+
+@functools.cache
+def _backends() -> frozenset[str]:
+    """Return the packages of all backends that are registered, other distributions' included."""
+    from hal import entry_points
+    from hal.plugins import BACKENDS
+
+    found = (entry.value for plugin in entry_points.registered(BACKENDS) for entry in plugin.entry_points)
+    return frozenset(value.partition(":")[0].partition(".")[0].strip() for value in found)
 
 
 _MOST_KNOWN = 100_000

@@ -9,20 +9,28 @@ Names that a module outside of torch imported before are replaced there, and put
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import functools
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api
-from hal.launch.caller import is_insider
+from hal.launch.caller import inside, is_insider
 from hal.launch.libraries import LIBRARIES
 from hal.launch.patches import Patches
 
 if TYPE_CHECKING:
     from hal.launch.redirection import Redirection
+
+
+@dataclasses.dataclass(frozen=True)
+class Each:
+    """What stands under a name, made anew each time that the name is read."""
+
+    make: Callable[[], Any]
 
 
 class StandIn(ModuleType):
@@ -35,16 +43,25 @@ class StandIn(ModuleType):
     def __init__(self, original: ModuleType, replaced: Mapping[str, Any]) -> None:
         super().__init__(original.__name__, original.__doc__)
         vars(self).update(vars(original))
-        vars(self).update(replaced)
         vars(self)["_hal_original"] = original
-        vars(self)["_hal_replaced"] = frozenset(replaced)
+        vars(self)["_hal_replaced"] = frozenset()
+        vars(self)["_hal_each"] = {}
+        self.replace(replaced)
 
     def replace(self, replaced: Mapping[str, Any]) -> None:
         """Let something else stand under more names."""
-        vars(self).update(replaced)
+        for name, ours in replaced.items():
+            if isinstance(ours, Each):
+                vars(self).pop(name, None)
+                vars(self)["_hal_each"][name] = ours
+            else:
+                vars(self)[name] = ours
         vars(self)["_hal_replaced"] |= frozenset(replaced)
 
     def __getattr__(self, name: str) -> Any:
+        each = vars(self)["_hal_each"].get(name)
+        if each is not None:
+            return each.make()
         return getattr(vars(self)["_hal_original"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -58,7 +75,8 @@ class StandIn(ModuleType):
             delattr(vars(self)["_hal_original"], name)
 
     def __dir__(self) -> list[str]:
-        return sorted({*vars(self), *dir(vars(self)["_hal_original"])} - {"_hal_original", "_hal_replaced"})
+        own = {"_hal_original", "_hal_replaced", "_hal_each"}
+        return sorted({*vars(self), *dir(vars(self)["_hal_original"])} - own)
 
     def __reduce__(self) -> tuple[Any, ...]:
         from hal.launch.named import module
@@ -92,7 +110,7 @@ class StandIns:
                     self._enter(vars(sys.modules[name])[attribute], ours)
 
     def _enter(self, original: Any, ours: Any) -> None:
-        if isinstance(original, (ModuleType, type)) or callable(original):
+        if not isinstance(ours, Each) and (isinstance(original, (ModuleType, type)) or callable(original)):
             self._by_original[id(original)] = (original, ours)
 
     def add(self, name: str, replaced: Mapping[str, Any]) -> None:
@@ -127,7 +145,7 @@ def _with_parents(name: str) -> list[str]:
 
 _current: StandIns | None = None
 
-_awaited: dict[tuple[str, str], Callable[[Any], None]] = {}
+_awaited: dict[tuple[str, str], list[Callable[[Any], None]]] = {}
 """What is to be done with a name of a module of torch's that is not loaded yet, as soon as it is there."""
 
 
@@ -136,7 +154,7 @@ def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
 
     Importing all of torch's distributed classes for a program that uses none would double its start.
     """
-    _awaited[module, name] = action
+    _awaited.setdefault((module, name), []).append(action)
     _look()
 
 
@@ -147,8 +165,7 @@ def _look() -> None:
         loading = module is None or getattr(module.__spec__, "_initializing", False)
         found = None if loading else vars(module).get(key[1])
         if found is not None:
-            action = _awaited.pop(key, None)
-            if action is not None:
+            for action in _awaited.pop(key, ()):
                 action(found)
 
 
@@ -184,7 +201,14 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
             raise
         if _awaited:
             _look()
-        if _current is None or globals is None or is_insider(globals.get("__name__")):
+        if _current is None:
+            return module
+        if globals is None:  # `__import__("torch")` says nothing of who asks
+            frame = sys._getframe(1)
+            by_torch = inside(frame) or (frame.f_code.co_name == "<module>" and _evaluated_inside(frame))
+        else:
+            by_torch = is_insider(globals.get("__name__"))
+        if by_torch:
             return module
         return _current.of(module)
 
@@ -200,6 +224,11 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
     patches.set(importlib, "import_module", import_module_)
     patches.on_undo(lambda: _exchange([(ours, original) for original, ours in stand_ins.pairs()]))
     _exchange(stand_ins.pairs())
+
+
+def _evaluated_inside(frame: FrameType) -> bool:
+    """Return whether a frame is that of a text which torch evaluates: the compiler does, with the program's globals."""
+    return frame.f_back is not None and inside(frame.f_back)
 
 
 def _forget() -> None:
@@ -230,6 +259,8 @@ def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, di
     replaced: dict[str, dict[str, Any]] = {}
 
     def ours(entry: api.Api, original: Any) -> Any:
+        if entry.each:
+            return Each(functools.partial(entry.answer, redirection))
         return entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
 
     def late(entry: api.Api, original: Any) -> None:

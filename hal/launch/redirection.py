@@ -55,6 +55,8 @@ class Redirection:
         self.module = torch.get_device_module(devices[0].torch_device)
         """What torch has for this type of device, such as `torch.npu`."""
         self.sync_debug_mode = 0
+        self.default_type_on_device = False
+        """Whether the program's default type of tensors is one of CUDA's."""
         self.groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
         self._local = threading.local()
         self._said: set[str] = set()

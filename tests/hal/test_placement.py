@@ -169,6 +169,14 @@ def test_modules_and_optimisers_in_a_list_are_no_loader(kind, both):
         put(kind(things))
 
 
+@pytest.mark.parametrize("kind", [lambda x: x, lambda x: [x], lambda x: (x,), lambda x: [(x, 1)], lambda x: {"x": x}])
+def test_an_array_of_numpys_is_not_taken_for_a_loader(kind):
+    numpy = pytest.importorskip("numpy")
+    with pytest.raises(ConfigError, match=r"array of numpy's(?s:.*)torch\.as_tensor"):
+        put(kind(numpy.ones(2)))
+    assert put([torch.ones(2), numpy.ones(2)])[0][0].device == META
+
+
 def test_a_batch_is_moved_as_what_it_is():
     x, y = torch.ones(2), torch.zeros(2)
     mapped, pair, plain, listed = put({"x": x, "deep": [y, {"name": "first"}]}, Pair(x, y), (x, 3), [x, y])

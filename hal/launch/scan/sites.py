@@ -15,12 +15,13 @@ from hal.launch.scan.names import Names
 Kind = Literal["call", "asks", "text", "environment", "library"]
 """What a site is: `call`, something of torch's is used; `asks`, the program asks where something is, or compares the
 name of a device or of a backend, and may choose its way by the answer; `text`, such a name as plain text, which counts
-once it reaches a device argument; `environment`, a variable that CUDA or NCCL reads; `library`, an import of one that
-brings CUDA kernels."""
+once it reaches a device argument (as a key of a dict it is not certain); `environment`, a variable that CUDA or NCCL
+reads; `library`, an import of one that brings CUDA kernels."""
 
 COMPARISON = "comparison of a device's name"
 BACKEND_COMPARISON = "comparison of a backend's name"
 TEXT = "the text 'cuda'"
+KEY = "the key 'cuda'"
 BACKEND_TEXT = "the text 'nccl'"
 DEVICE_ARGUMENT = "device="
 
@@ -85,7 +86,7 @@ def sites(file: str, tree: ast.AST, known: Mapping[str, Known]) -> list[Site]:
         tree: of the file.
         known: what is redirected, by torch's name for it.
     """
-    finder = _Finder(file, Names(tree), known)
+    finder = _Finder(file, Names(tree, {*known, *_FACTORIES, "torch.device"}), known)
     finder.visit(tree)
     return sorted(set(finder.found))
 
@@ -121,6 +122,35 @@ class _Finder(ast.NodeVisitor):
     def _take(self, *nodes: ast.AST | None) -> None:
         self._taken.update(id(node) for node in nodes)
 
+    # Scopes ----------------------------------------------------------------------------------------------------------
+
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        for part in (*node.decorator_list, node.args, *([node.returns] if node.returns else [])):
+            self.visit(part)
+        with self._names.inside(node):
+            for statement in node.body:
+                self.visit(statement)
+
+    visit_AsyncFunctionDef = visit_FunctionDef
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        for part in (*node.decorator_list, *node.bases, *node.keywords):
+            self.visit(part)
+        with self._names.inside(node):
+            for statement in node.body:
+                self.visit(statement)
+
+    def visit_Lambda(self, node: ast.Lambda) -> None:
+        self.visit(node.args)
+        with self._names.inside(node):
+            self.visit(node.body)
+
+    def visit_ListComp(self, node: ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp) -> None:
+        with self._names.inside(node):
+            self.generic_visit(node)
+
+    visit_SetComp = visit_DictComp = visit_GeneratorExp = visit_ListComp
+
     # Names of torch's ------------------------------------------------------------------------------------------------
 
     def _api(self, full: str) -> str | None:
@@ -152,6 +182,8 @@ class _Finder(ast.NodeVisitor):
         if full is not None:
             if id(node) not in self._taken:
                 self._named(node, full)
+            if not isinstance(node.value, (ast.Name, ast.Attribute)):
+                self.generic_visit(node)
             return
         if id(node) not in self._taken and node.attr in _ATTRIBUTES and isinstance(node.ctx, ast.Load):
             self._add(_end(node), f"torch.Tensor.{node.attr}", "asks", node.attr == "is_cuda")
@@ -186,7 +218,7 @@ class _Finder(ast.NodeVisitor):
         """A function or a class of torch's that is called by name."""
         self._take(node.func)
         api = self._api(full)
-        device = keywords.get("device")
+        device = keywords.get("device", keywords.get("map_location"))
         given = [*node.args, *keywords.values()]
         if api is not None:
             about = self._about(api)
@@ -206,6 +238,8 @@ class _Finder(ast.NodeVisitor):
         """A method of something unknown, such as a tensor, a module or an event."""
         name = method.attr
         place = _end(method)
+        if name in ("get", "pop", "setdefault") and node.args:
+            self._key(node.args[0])
         if name in _METHODS:
             self._add(place, "torch.cuda.Event.elapsed_time" if name == "elapsed_time" else f"torch.Tensor.{name}",
                       "asks" if name in ("get_device", "is_pinned") else "call")  # fmt: skip
@@ -255,7 +289,19 @@ class _Finder(ast.NodeVisitor):
         full = self._names.of(node.value)
         if full == "os.environ":
             self._variable(node, node.slice)
+        self._key(node.slice)
         self.generic_visit(node)
+
+    def visit_Dict(self, node: ast.Dict) -> None:
+        for key in node.keys:
+            self._key(key)
+        self.generic_visit(node)
+
+    def _key(self, key: ast.AST | None) -> None:
+        """A key of a dict is most often a label, and a device only where it is handed on."""
+        if isinstance(key, ast.Constant) and is_cuda(key) and id(key) not in self._taken:
+            self._take(key)
+            self._add(key, KEY, "text", certain=False)
 
     def _variable(self, node: ast.AST, name: ast.AST) -> None:
         if isinstance(name, ast.Constant) and isinstance(name.value, str) and _VARIABLE.match(name.value):

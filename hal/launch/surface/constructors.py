@@ -19,6 +19,8 @@ from hal.launch.redirection import Redirection
 door("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.DeviceMesh")
 door("torch.distributed.fsdp.FullyShardedDataParallel", "torch.nn.parallel.DistributedDataParallel",
      "torch.nn.parallel.distributed.DistributedDataParallel")  # fmt: skip
+door("torch.optim.swa_utils.AveragedModel", "torch.distributed.pipelining.PipelineStage",
+     "torch.distributed.pipelining.stage.PipelineStage")  # fmt: skip
 door("torch.utils.data.DataLoader", "torch.utils.data.dataloader.DataLoader", note="pins nothing on a CPU")
 
 
@@ -26,10 +28,12 @@ def install(redirection: Redirection, patches: Patches) -> None:
     """Translate what torch's constructors are given, of each class once somebody loads it."""
     for module, name, translate in (
         ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": Redirection.translate_type}),
-        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
-         {"device_id": Redirection.translate}),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _device_id}),
         ("torch.nn.parallel.distributed", "DistributedDataParallel",
          {"device_ids": _device_ids, "output_device": _output_device}),
+        ("torch.distributed.pipelining.stage", "_PipelineStageBase", {"device": Redirection.translate}),
+        ("torch.distributed.pipelining.stage", "PipelineStage", {"device": Redirection.translate}),
+        ("torch.optim.swa_utils", "AveragedModel", {"device": _indexed}),
         ("torch.utils.data.dataloader", "DataLoader",
          {"pin_memory": _pin_memory, "pin_memory_device": Redirection.translate_type}),
     ):  # fmt: skip
@@ -45,20 +49,35 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
     def constructor(self: Any, *args: Any, **kwargs: Any) -> None:
         r = state._active
         if r is not None:
-            changed, before = list(args), list(kwargs.values())
+            changed, before = list(args), dict(kwargs)
             for name, function in translate.items():
                 place = places[name] - 1  # without self
                 if name in kwargs:
                     kwargs[name] = function(r, kwargs[name])
                 elif place < len(changed):
                     changed[place] = function(r, changed[place])
-            if not (all(map(_is, changed, args)) and all(map(_is, kwargs.values(), before))):
+                elif function is _device_id:
+                    kwargs[name] = function(r, None)
+            if not (all(map(_is, changed, args)) and all(kwargs[name] is given for name, given in before.items())):
                 r.audit.count_nearest(called, sys._getframe(1))
             args = tuple(changed)
         original(self, *args, **kwargs)
 
     del constructor.__wrapped__
     patches.set(owner, "__init__", constructor)
+
+
+def _indexed(r: Redirection, device: Any) -> Any:
+    # torch moves modules by it, which knows CUDA, and makes a tensor of it, which the net knows by its index alone.
+    import torch
+
+    index = None if device is None or r.hosts is None else r.index(device)
+    return r.translate(device) if index is None else torch.device("cuda", index)
+
+
+def _device_id(r: Redirection, device: Any) -> Any:
+    # A sharded model looks for an accelerator where it is told no device.
+    return r.targets[r.current] if device is None and r.hosts is not None else r.translate(device)
 
 
 def _device_ids(r: Redirection, devices: Any) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from types import TracebackType
 from typing import Any, Literal, final
@@ -174,6 +175,10 @@ class CudaDeviceProperties:
         self.shared_memory_per_multiprocessor = 167936
         self.L2_cache_size = 41943040
         self.gcnArchName = ""
+        self.max_threads_per_block = 1024
+        # In kHz and bits, of the card that the capability makes programs think of: they compute a bandwidth by them.
+        self.clock_rate, self.memory_clock_rate, self.memory_bus_width = 1410000, 1215000, 5120
+        self.pci_bus_id, self.pci_device_id, self.pci_domain_id = index, 0, 0
 
     def __repr__(self) -> str:
         return (
@@ -262,6 +267,12 @@ def cudnn_is_available(r: Redirection) -> bool:
     return False
 
 
+@api("torch.backends.cudnn.version", verdict="emulated", belief=True, note="9.7.1 on every device")
+def cudnn_version(r: Redirection) -> int:
+    """That of the CUDA which programs are told."""
+    return 90701
+
+
 @api("torch.cuda.ipc_collect", verdict="emulated")
 def ipc_collect(r: Redirection) -> None:
     """There is no memory of other processes to give back."""
@@ -342,6 +353,13 @@ def cudart(r: Redirection) -> CudaRuntime:
 def profiler_switch(r: Redirection) -> None:
     """No CUDA profiler is attached."""
     r.idle("torch.cuda.profiler", "no CUDA profiler is attached; torch.profiler works")
+
+
+@api("torch.cuda.profiler.profile", verdict="emulated", note="does nothing")
+def profiler_block(r: Redirection) -> contextlib.AbstractContextManager[None]:
+    """No CUDA profiler is attached."""
+    r.idle("torch.cuda.profiler", "no CUDA profiler is attached; torch.profiler works")
+    return contextlib.nullcontext()
 
 
 @api("torch.cuda._sleep", verdict="emulated")

@@ -8,6 +8,7 @@ that is its resident set, everything else in the process included.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, final
@@ -147,7 +148,7 @@ def memory_summary(r: Redirection, device: Any = None, abbreviated: bool = False
     return "\n".join(lines)
 
 
-@api("torch.cuda.memory_snapshot", "torch.cuda.memory._snapshot", "torch.cuda.memory.memory_snapshot",
+@api("torch.cuda.memory_snapshot", "torch.cuda.memory.memory_snapshot",
      verdict="emulated", forwards=True, note="empty where the allocator keeps no list")  # fmt: skip
 def memory_snapshot(r: Redirection, *args: Any, **kwargs: Any) -> Any:
     """The allocator's segments."""
@@ -156,6 +157,19 @@ def memory_snapshot(r: Redirection, *args: Any, **kwargs: Any) -> Any:
     except UnsupportedOperation as error:
         r.idle("torch.cuda.memory_snapshot", error.reason)
         return []
+
+
+@api("torch.cuda.memory._snapshot", verdict="emulated", forwards=True,
+     note="empty where the allocator keeps no list")  # fmt: skip
+def whole_snapshot(r: Redirection, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The allocator's segments, and what was recorded: nothing."""
+    traces: list[Any] = [[] for _ in r.devices]
+    return {
+        "segments": memory_snapshot(r),
+        "device_traces": traces,
+        "allocator_settings": {},
+        "external_annotations": [],
+    }
 
 
 @api("torch.cuda.memory._record_memory_history", "torch.cuda.memory._dump_snapshot", verdict="emulated",
@@ -222,9 +236,15 @@ refused(
 )  # fmt: skip
 
 
-@value("torch.cuda.OutOfMemoryError")
+@value("torch.cuda.OutOfMemoryError", "torch.OutOfMemoryError", each=True,
+       note="on a CPU also what its allocator raises, where the name is read as the error is caught")  # fmt: skip
 def out_of_memory_error(r: Redirection) -> type:
-    """torch's own error: every device's allocator raises it, or a subclass of RuntimeError."""
+    """torch's own error. A CPU's allocator raises a plain RuntimeError instead: in an `except` it is that class.
+
+    Python reads the name in `except torch.cuda.OutOfMemoryError` when there is an error, which is known then.
+    """
     import torch
 
-    return torch.OutOfMemoryError
+    error = sys.exc_info()[1]
+    ran_out = r.hosts is not None and type(error) is RuntimeError and "can't allocate memory" in str(error)
+    return RuntimeError if ran_out else torch.OutOfMemoryError

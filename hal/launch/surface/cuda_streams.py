@@ -6,7 +6,9 @@ On a CPU whatever was submitted is done, so that streams order nothing and event
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
@@ -72,6 +74,7 @@ class CudaStream:
         self.priority = priority
         self.stream_id = next(_numbers) if stream_id is None else stream_id
         self.cuda_stream = self.stream_id
+        self._entered: list[CudaStreamContext] = []
 
     @property
     def device(self) -> Any:
@@ -105,15 +108,15 @@ class CudaStream:
         return 0, -5
 
     def __enter__(self) -> CudaStream:
-        CudaStreamContext(self).__enter__()
+        context = CudaStreamContext(self)
+        context.__enter__()
+        self._entered.append(context)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        r = active()
-        if r is not None:
-            r.stream = None
+        self._entered.pop().__exit__(kind, error, trace)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -226,6 +229,52 @@ def is_current_stream_capturing(r: Redirection) -> bool:
     return False
 
 
+class _Generic(type):
+    """A class of torch's for streams or events of any device, which makes CUDA's for the program."""
+
+    own: type
+    ours: Callable[[Redirection], type]
+
+    def __call__(cls, device: Any = None, *args: Any, **kwargs: Any) -> Any:
+        r = active()
+        if r is None or "stream_id" in kwargs or "device_type" in kwargs:  # a stream that is there already
+            return cls.own(*(() if device is None else (device,)), *args, **kwargs)
+        if device is not None and r.index(device) is None:
+            return cls.own(device, *args, **kwargs)
+        if r.hosts is None:
+            return cls.own(r.translate("cuda" if device is None else device), *args, **kwargs)
+        ours = cls.ours(r)
+        return ours(*args, **kwargs) if ours is CudaEvent else ours(device, *args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        r = active()
+        return isinstance(instance, cls.own) or (r is not None and isinstance(instance, cls.ours(r)))
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        r = active()
+        return issubclass(kind, cls.own) or (r is not None and issubclass(kind, cls.ours(r)))
+
+
+def _generic(name: str, ours: Callable[[Redirection], type]) -> type:
+    import torch
+
+    made = _Generic(name, (), {"own": getattr(torch, name), "ours": staticmethod(ours)})
+    made.__module__ = "torch"
+    return made
+
+
+@value("torch.Stream", verdict="emulated", note="of CUDA where none is named; orders nothing on a CPU")
+def generic_stream(r: Redirection) -> type:
+    """See `CudaStream`."""
+    return _generic("Stream", stream_class)
+
+
+@value("torch.Event", verdict="emulated", note="of CUDA where none is named; takes the host's time on a CPU")
+def generic_event(r: Redirection) -> type:
+    """See `CudaEvent`."""
+    return _generic("Event", event_class)
+
+
 _NO_GRAPHS = "there are no graphs of recorded kernels on this device"
 _NO_GRAPHS_HINT = "the program's option that turns CUDA graphs off"
 
@@ -273,8 +322,9 @@ def range_end(r: Redirection, range_id: int) -> None:
     """See `range_push`."""
 
 
-class _Range:
-    def __enter__(self) -> None: ...
+class _Range(contextlib.ContextDecorator):
+    def __enter__(self) -> _Range:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -284,5 +334,11 @@ class _Range:
 
 @api("torch.cuda.nvtx.range", verdict="emulated", note="does nothing")
 def nvtx_range(r: Redirection, msg: str, *args: Any, **kwargs: Any) -> _Range:
+    """See `range_push`."""
+    return _Range()
+
+
+@api("torch.autograd.profiler.emit_nvtx", verdict="emulated", note="does nothing; torch.profiler works")
+def emit_nvtx(r: Redirection, enabled: bool = True, record_shapes: bool = False) -> _Range:
     """See `range_push`."""
     return _Range()

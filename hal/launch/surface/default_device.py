@@ -73,4 +73,8 @@ def set_default_tensor_type(r: Redirection, t: Any) -> None:
     if isinstance(t, str) and t.startswith("torch.cuda."):
         t = t.replace("torch.cuda.", "torch.", 1)
         torch.set_default_device("cuda")
+        r.default_type_on_device = True
+    elif r.default_type_on_device:  # a type of the host's undoes one of CUDA's, and no default device
+        torch.set_default_device(None)
+        r.default_type_on_device = False
     torch.set_default_tensor_type(t)

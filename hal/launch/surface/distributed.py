@@ -8,6 +8,7 @@ from typing import Any
 
 from hal.launch.api import api
 from hal.launch.redirection import Redirection
+from hal.launch.surface.parallel import Options
 
 # Names of libraries ------------------------------------------------------------------------------------------------
 
@@ -40,9 +41,14 @@ def _asked(r: Redirection) -> MutableMapping[Any, str]:
 
 
 def _bind(r: Redirection, arguments: dict[str, Any]) -> None:
-    """Translate the device that a group is bound to, where there is an index: a CPU has none, and gloo needs none."""
+    """Translate the device that a group is bound to, where there is an index: a CPU has none, and gloo needs none.
+
+    Options of NCCL's say nothing to another library.
+    """
     if arguments.get("device_id") is not None:
         arguments["device_id"] = r.translate(arguments["device_id"]) if r.hosts is None else None
+    if isinstance(arguments.get("pg_options"), Options):
+        arguments["pg_options"] = None
 
 
 @api("torch.distributed.init_process_group", "torch.distributed.distributed_c10d.init_process_group")

@@ -2,6 +2,7 @@
 """A small language model as people train them on CUDA: run with `cuda` under `hal run`, or with `cpu` by itself.
 
 Prints the loss of every step, exactly. Both runs take the same branches, so that the losses must be the same bits.
+The dtype of the softmax is named: autocast's lists for CUDA and for a CPU differ there.
 """
 
 import sys
@@ -28,7 +29,7 @@ class Block(nn.Module):
         y = self.norm1(x)
         x = x + self.attention(y, y, y, attn_mask=mask, need_weights=False)[0]
         flat = self.norm2(x).flatten(0, 1)
-        weights, chosen = self.router(flat).softmax(-1).topk(2)
+        weights, chosen = self.router(flat).softmax(-1, torch.float32).topk(2)
         out = torch.zeros_like(flat)
         for number, expert in enumerate(self.experts):
             token, slot = (chosen == number).nonzero(as_tuple=True)

@@ -17,7 +17,7 @@ from hal.launch.api import DOORS, TABLE
 from hal.launch.libraries import LIBRARIES
 from hal.launch.scan.outlook import BACKENDS, known, outlook
 from hal.launch.scan.program import scan
-from hal.launch.scan.sites import BACKEND_COMPARISON, BACKEND_TEXT, COMPARISON, DEVICE_ARGUMENT, TEXT, sites
+from hal.launch.scan.sites import BACKEND_COMPARISON, BACKEND_TEXT, COMPARISON, DEVICE_ARGUMENT, KEY, TEXT, sites
 
 HERE = Path(__file__).parent
 HAL = str(Path(sys.executable).parent / "hal")
@@ -38,6 +38,14 @@ def found(code, certain=None):
         ("from torch.cuda import synchronize as s\ns()", "torch.cuda.synchronize"),
         ("import torch.cuda as c\nc.synchronize()", "torch.cuda.synchronize"),
         ("import torch; c = torch.cuda\nc.synchronize()", "torch.cuda.synchronize"),
+        ("import torch; t = torch\nt.cuda.synchronize()", "torch.cuda.synchronize"),
+        ("import torch; x = y = torch.cuda\ny.synchronize()", "torch.cuda.synchronize"),
+        ("import torch; x, y = torch, torch.cuda\ny.synchronize()", "torch.cuda.synchronize"),
+        ("import torch; c: object = torch.cuda\nc.synchronize()", "torch.cuda.synchronize"),
+        ("import torch\nif (c := torch.cuda).is_available(): c.synchronize()", "torch.cuda.synchronize"),
+        ("from torch import *\ncuda.synchronize()", "torch.cuda.synchronize"),
+        ("import torch\nclass A: c = torch.cuda; f = lambda self: self.c.synchronize()", "torch.cuda.synchronize"),
+        ("import torch\ntorch.jit.load(p, map_location='cuda')", "torch.jit.load"),
         ("import torch\ngetattr(torch, 'cuda').synchronize()", "torch.cuda.synchronize"),
         ("import torch\nwait = torch.cuda.synchronize", "torch.cuda.synchronize"),
         ("import torch\ntorch.version.cuda.split('.')", "torch.version.cuda"),
@@ -101,6 +109,48 @@ def test_what_a_variable_decides_is_not_certain():
     assert found("x.to(device)", certain=False) == [(1, "torch.Tensor.to")]
     assert found("x.to('cuda')", certain=True) == [(1, "torch.Tensor.to")]
     assert found("import torch\ntorch.ones(2, device=d)", certain=False) == [(2, "torch.ones")]
+
+
+def test_a_key_of_a_dict_is_not_certain():
+    for code in ("d = {'cuda': 1}", "d['cuda']", "d.get('cuda')", "d.pop('cuda:0', None)"):
+        assert found(code, certain=False) == [(1, KEY)]
+    assert found("d = {'device': 'cuda'}", certain=True) == [(1, TEXT)]
+
+
+def test_each_scope_has_its_own_names():
+    program = """
+        from torch import cuda
+
+        def mine():
+            from my import cuda
+            cuda.synchronize()
+
+        def given(cuda):
+            cuda.synchronize()
+
+        def aliased():
+            import torch as t
+            c = t.cuda
+            c.synchronize()
+
+        def without():
+            t.cuda.synchronize()
+            c.synchronize()
+
+        class A:
+            def __init__(self):
+                self.c = cuda
+
+            def f(self):
+                self.c.synchronize()
+
+        class B:
+            def f(self):
+                self.c.synchronize()
+
+        cuda.synchronize()
+        """
+    assert [line for line, api in found(program) if api == "torch.cuda.synchronize"] == [14, 25, 31]
 
 
 def test_a_site_stands_on_the_line_on_which_the_run_meets_it():

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel and sharded models: what torch's own code allows on an accelerator alone, and where they say that they are.
+
+On a CPU that stands for CUDA the checks of torch's are wrong: a sharded model may send its state, parts of it may stay
+on the host, gradients may travel in bfloat16. The program is told CUDA where it asks a mesh or a model for a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hal.launch import api as state
+from hal.launch.api import value
+from hal.launch.caller import inside
+from hal.launch.modules import when_loaded
+from hal.launch.patches import Patches
+from hal.launch.redirection import Redirection
+
+
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Change the classes and functions, once somebody loads them."""
+    when_loaded("torch.distributed.device_mesh", "DeviceMesh", functools.partial(_mesh, patches))
+    when_loaded("torch.nn.parallel.distributed", "DistributedDataParallel", functools.partial(_parallel, patches))
+    when_loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
+                lambda owner: patches.set(owner, "compute_device", _told("compute_device", _device)))  # fmt: skip
+    if redirection.hosts is None:
+        return
+    import torch
+
+    if not hasattr(torch.cpu.Stream, "synchronize"):  # which parameters that stay on the host wait for
+        patches.set(torch.cpu.Stream, "synchronize", lambda self: None)
+    name, module = "_check_module_states_for_sync_module_states", "torch.distributed.fsdp._init_utils"
+    when_loaded(module, name, lambda _: patches.set(sys.modules[module], name, lambda states: None))
+
+
+# Where they say that they are ----------------------------------------------------------------------------------------
+
+
+def _type(r: Redirection, true: Any) -> Any:
+    return "cuda" if true == r.type else true
+
+
+def _device(r: Redirection, true: Any) -> Any:
+    import torch
+
+    return r.present(true) if isinstance(true, torch.device) else true
+
+
+def _asked_by_program() -> Redirection | None:
+    """Return the redirection in force if the caller's caller is the program."""
+    from torch.compiler import is_compiling
+
+    if is_compiling() or inside(sys._getframe(2)):
+        return None
+    return state._active
+
+
+def _told(name: str, present: Callable[[Redirection, Any], Any]) -> property:
+    """Return a property in place of an attribute of an instance: the program is told CUDA."""
+
+    def get(self: Any) -> Any:
+        try:
+            true = self.__dict__[name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
+        r = _asked_by_program()
+        return true if r is None else present(r, true)
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__[name] = value
+
+    return property(get, put)
+
+
+def _mesh(patches: Patches, owner: Any) -> None:
+    true = owner.device_type.fget
+
+    def device_type(self: Any) -> str:
+        r = _asked_by_program()
+        found: str = true(self)
+        return found if r is None else _type(r, found)
+
+    patches.set(owner, "device_type", property(device_type, doc=owner.device_type.__doc__))
+
+
+def _parallel(patches: Patches, owner: Any) -> None:
+    own_init, own_check, own_norms = owner.__init__, owner._check_comm_hook, owner._passing_sync_batchnorm_handle
+
+    def indices(self: Any) -> Any:
+        r = _asked_by_program()
+        true, asked = self.__dict__["device_ids"], self.__dict__.get("_hal_device_ids")
+        return true if r is None or r.hosts is None or not asked else [r.index(device) for device in asked]
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__["device_ids"] = value
+
+    @functools.wraps(own_init)
+    def init(self: Any, module: Any, device_ids: Any = None, *args: Any, **kwargs: Any) -> None:
+        own_init(self, module, device_ids, *args, **kwargs)
+        self.__dict__["_hal_device_ids"] = device_ids
+
+    def check(self: Any, hook: Any) -> None:
+        if state._active is not None and callable(hook):
+            # torch asks by the hook's name whether there is an NCCL that sums bfloat16.
+            original, hook = hook, lambda *args: original(*args)
+            functools.update_wrapper(hook, original)
+            hook.__name__ = "hook"
+        own_check(self, hook)
+
+    def norms(self: Any, module: Any) -> None:
+        r = state._active
+        if r is None or r.hosts is None:
+            own_norms(self, module)
+
+    del init.__wrapped__
+    patches.set(owner, "__init__", init)
+    patches.set(owner, "device_type", _told("device_type", _type))
+    patches.set(owner, "device_ids", property(indices, put))
+    patches.set(owner, "_check_comm_hook", check)
+    patches.set(owner, "_passing_sync_batchnorm_handle", norms)
+
+
+# NCCL's options ------------------------------------------------------------------------------------------------------
+
+
+class Options:
+    """What a program sets of NCCL; the library in its place has nothing of the kind."""
+
+    def __init__(self, is_high_priority_stream: bool = False) -> None:
+        import types
+
+        self.is_high_priority_stream = is_high_priority_stream
+        self.config = types.SimpleNamespace()
+        self.global_ranks_in_group: list[int] = []
+        self.group_name = ""
+
+
+class ProcessGroupNCCL:
+    """A class that cannot be made, so that its options can."""
+
+    Options = Options
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        r = state._active
+        why = "there is no NCCL on this device"
+        raise RuntimeError(why) if r is None else r.refuse("torch.distributed.ProcessGroupNCCL", why)
+
+
+@value("torch.distributed.ProcessGroupNCCL", "torch.distributed.distributed_c10d.ProcessGroupNCCL", verdict="emulated",
+       note="its Options are taken and do nothing")  # fmt: skip
+def nccl_group(r: Redirection) -> type:
+    """See `ProcessGroupNCCL`."""
+    return ProcessGroupNCCL

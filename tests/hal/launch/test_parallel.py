@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parallel and sharded models on ranks of a CPU, in the forms in which programs for CUDA write them."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+
+import hal
+
+SHARED = """
+    import os, sys
+    import torch, torch.nn as nn, torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel as DDP
+
+    rank = int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    dist.init_process_group("nccl", pg_options=dist.ProcessGroupNCCL.Options(is_high_priority_stream=True))
+
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+    def falls(model):
+        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=0.01), []
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = model(torch.ones(4, 8, device=device)).float().pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses[-1] < losses[0]
+
+    def is_cuda(found):
+        return found == "cuda" or found.type == "cuda"
+"""
+END = """
+    dist.destroy_process_group()
+    os.write(1, b"done" + bytes([10]))
+"""
+
+
+def runs(program, code):
+    done = program(SHARED + code + END, options=("--device", "cpu", "--nproc", "2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\ndone\n"
+
+
+def test_sharded_models_take_what_they_take_on_cuda(program):
+    runs(program, """
+    from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel as FSDP
+
+    found = FSDP(model().cuda())
+    assert falls(found) and is_cuda(found.compute_device)
+    assert falls(FSDP(model().cuda(), sync_module_states=True))
+    assert falls(FSDP(model(), device_id=torch.cuda.current_device(), sync_module_states=True))
+    assert falls(FSDP(model(), device_id=rank, cpu_offload=CPUOffload(True)))
+    """)  # fmt: skip
+
+
+def test_parallel_models_say_cuda_and_take_what_they_take_there(program):
+    runs(program, """
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    wrapped = DDP(model().cuda(), device_ids=[rank], output_device=rank)
+    assert is_cuda(wrapped.device_type) and wrapped.device_ids == [rank]
+    wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    assert falls(wrapped)
+    assert DDP(model().cuda()).device_ids is None
+    assert init_device_mesh("cuda", (2,)).device_type == DeviceMesh("cuda", [0, 1]).device_type == "cuda"
+    assert init_device_mesh("cpu", (2,)) is not None
+    wrapped = DDP(model().cuda(), device_ids=[rank])
+    optimizer = ZeroRedundancyOptimizer(wrapped.parameters(), torch.optim.Adam, lr=0.1)
+    wrapped(torch.ones(1, 8, device=device)).sum().backward()
+    optimizer.step()
+    compiled = torch.compile(DDP(model().cuda(), device_ids=[rank]), backend="eager")
+    compiled(torch.ones(1, 8, device=device)).sum().backward()
+
+    stage = PipelineStage(nn.Linear(8, 8 if rank == 0 else 4).to(device), rank, 2, device)
+    schedule = ScheduleGPipe(stage, 2, loss_fn=lambda out, target: (out - target).pow(2).mean())
+    schedule.step(torch.ones(4, 8, device=device)) if rank == 0 else schedule.step(target=torch.zeros(4, 4, device=device))
+    """)  # fmt: skip
+
+
+def test_batch_norm_over_ranks_is_that_of_the_whole_batch(program):
+    runs(program, """
+    for shape, double in (((4, 3), True), ((2, 3, 5), True), ((2, 3, 4, 4), False)):
+        torch.manual_seed(1)
+        whole = torch.randn(2 * shape[0], *shape[1:], dtype=torch.float64 if double else torch.float32)
+        weights = torch.randn_like(whole)
+        alone = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[len(shape)](3).to(whole.dtype)
+        nn.init.normal_(alone.weight)
+        kind = type(alone)(3)
+        kind.load_state_dict(alone.state_dict())
+        both = DDP(nn.SyncBatchNorm.convert_sync_batchnorm(kind).to(device, whole.dtype), device_ids=[rank])
+        x, y = whole.clone().requires_grad_(), whole.chunk(2)[rank].clone().to(device).requires_grad_()
+        for _ in range(2):
+            expected, found = alone(x), both(y)
+        (expected * weights).sum().backward()
+        (found * weights.chunk(2)[rank].to(device)).sum().backward()
+        close = torch.testing.assert_close
+        close(found, expected.chunk(2)[rank].to(device))
+        close(y.grad, x.grad.chunk(2)[rank].to(device))
+        close(both.module.weight.grad * 2, alone.weight.grad)  # DDP divides by the ranks
+        close(both.module.bias.grad * 2, alone.bias.grad)
+        close(both.module.running_mean, alone.running_mean)
+        close(both.module.running_var, alone.running_var)
+        both.eval(), alone.eval()
+        close(both(y), alone(x).chunk(2)[rank].to(device))
+    """)  # fmt: skip
+
+
+@pytest.fixture
+def program_of_one():
+    with hal.adopt("cpu"):
+        yield importlib.import_module("torch")
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "RMSprop", "Rprop"])
+@pytest.mark.parametrize("foreach", [True, False])
+def test_an_optimiser_that_a_graph_could_capture_trains(kind, foreach, program_of_one):
+    layer = program_of_one.nn.Linear(3, 2).cuda()
+    before = layer.weight.detach().clone()
+    optimizer = getattr(program_of_one.optim, kind)(layer.parameters(), capturable=True, foreach=foreach)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(program_of_one.ones(2, 3, device="cuda")).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(before, layer.weight)
+
+
+def test_an_averaged_model_is_made_on_cuda(program_of_one):
+    averaged = program_of_one.optim.swa_utils.AveragedModel(program_of_one.nn.Linear(2, 2), device="cuda")
+    assert next(averaged.parameters()).is_cuda
+    assert averaged.n_averaged.is_cuda
+
+
+def test_a_release_puts_the_classes_back():
+    import torch.distributed.fsdp._init_utils as sharded
+
+    parallel, norm, adam = (
+        torch.nn.parallel.DistributedDataParallel,
+        torch.nn.SyncBatchNorm,
+        sys.modules["torch.optim.adam"],
+    )
+    owners = (parallel, norm, adam, sharded, torch.cpu.Stream, torch.distributed.DeviceMesh)
+    before = [dict(vars(owner)) for owner in owners]
+    with hal.adopt("cpu"):
+        assert [dict(vars(owner)) for owner in owners] != before
+    assert [dict(vars(owner)) for owner in owners] == before

@@ -36,7 +36,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     """Replace the attributes of tensors and modules."""
     import torch
 
-    tensor = torch.Tensor
+    tensor, originals = torch.Tensor, set[Any]()
     for name, make in {
         "device": _device, "is_cuda": _is_cuda, "get_device": _get_device, "to": _to, "cuda": _cuda, "cpu": _cpu,
         "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned, "record_stream": _record_stream,
@@ -44,9 +44,27 @@ def install(redirection: Redirection, patches: Patches) -> None:
         "new_ones": _new, "new_full": _new, "type_as": _type_as, "numpy": _numpy,
     }.items():  # fmt: skip
         original = getattr(tensor, name)
+        originals.add(original)
         patches.set(tensor, name, make(f"torch.Tensor.{name}", original, redirection))
+    _stay_methods(originals, patches)
     _let_lazy_parameters_move(patches)
     _install_modules(redirection, patches)
+
+
+def _stay_methods(originals: set[Any], patches: Patches) -> None:
+    """Let those that were replaced count as methods of tensors: modes and tracers are given them.
+
+    torch collects the methods once, when it is first asked; what it collected while they are replaced is forgotten.
+    """
+    import torch
+
+    overrides: Any = torch.overrides
+    own = overrides.is_tensor_method_or_property
+    collected = overrides._get_tensor_methods, overrides._get_overridable_functions
+    patches.set(overrides, "is_tensor_method_or_property", lambda func: func in originals or own(func))
+    if not collected[0].cache_info().currsize:
+        for function in collected:
+            patches.on_undo(function.cache_clear)
 
 
 def _let_lazy_parameters_move(patches: Patches) -> None:

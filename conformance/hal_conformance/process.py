@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from hal.autoload import AUTOLOAD
 from hal_conformance import marked, wire
 from hal_conformance.text import plain
 
@@ -46,7 +47,7 @@ class TimedOut(Exception):
 def _environment(mark: str) -> dict[str, str]:
     """Return a worker's environment: what the user set, and what keeps it alive and out of the judge's way."""
     # One broken plug-in of torch's own autoload group must not make `import torch` fail in there.
-    own = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", marked.NAME: mark}
+    own = {AUTOLOAD: "0", marked.NAME: mark}
     return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, **own}
 
 

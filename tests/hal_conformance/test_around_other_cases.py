@@ -82,9 +82,9 @@ def test_what_the_next_call_overwrites_is_red_and_nothing_else(of):
 def test_the_second_inputs_are_others_of_the_same_shapes():
     inputs = KEPT.inputs(Params("ling-lite", "bfloat16", "tiny", 7))
     first = {name for name in inputs if not name.startswith(kept_results.THEN)}
-    assert {f"{kept_results.THEN}{name}" for name in first} == set(inputs) - first
+    assert {f"{kept_results.THEN}/{name}" for name in first} == set(inputs) - first
     for name in first:
-        then = inputs[f"{kept_results.THEN}{name}"]
+        then = inputs[f"{kept_results.THEN}/{name}"]
         assert then.shape == inputs[name].shape
         assert not np.array_equal(then, inputs[name])
 

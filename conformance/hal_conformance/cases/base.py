@@ -101,6 +101,11 @@ def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tens
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 
+def part(named: dict[str, Any], of: str) -> dict[str, Any]:
+    """Return what is named `of` and a slash before its own name, by that."""
+    return {name.removeprefix(f"{of}/"): value for name, value in named.items() if name.startswith(f"{of}/")}
+
+
 def fields_of(returned: Any, protocol: str) -> dict[str, Any]:
     """Return the fields of what an operator returned, by name.
 

@@ -15,11 +15,10 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, loss_backward, observed, shape, wide
+from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, loss_backward, observed, part, shape, wide
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import part
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead

@@ -13,9 +13,8 @@ import numpy as np
 from hal.contract import Contract
 from hal.errors import UnsupportedOperation
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import graphs_kept, leaf, observed
+from hal_conformance.cases.base import graphs_kept, leaf, observed, part
 from hal_conformance.cases.frozen import Trainable
-from hal_conformance.cases.tails import part
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import exact, joined, merge, structure
 from hal_conformance.verdicts import Judgement

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.cases.base import part
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
     import torch
 
-THEN = "then/"
+THEN = "then"
 
 
 class KeptResults(Wrapped):
@@ -35,14 +36,15 @@ class KeptResults(Wrapped):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         other = Params(p.preset, p.dtype, p.scale, p.seed ^ 1)
-        return super().inputs(p) | {f"{THEN}{name}": array for name, array in super().inputs(other).items()}
+        return super().inputs(p) | {f"{THEN}/{name}": array for name, array in super().inputs(other).items()}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        first = super().run(ops, {n: tensor for n, tensor in tensors.items() if not n.startswith(THEN)}, p)
-        super().run(ops, {n.removeprefix(THEN): tensor for n, tensor in tensors.items() if n.startswith(THEN)}, p)
+        then = part(tensors, THEN)
+        first = super().run(ops, {name: tensors[name] for name in then}, p)
+        super().run(ops, then, p)
         return first
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        return super().judge({n: a for n, a in inputs.items() if not n.startswith(THEN)}, outputs, p, contract)
+        return super().judge({name: inputs[name] for name in part(inputs, THEN)}, outputs, p, contract)

@@ -24,6 +24,7 @@ from hal_conformance.cases.base import (
     mean_load,
     model_of,
     observed,
+    part,
     router_arrays,
     run_backward,
     shape,
@@ -35,7 +36,7 @@ from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
 from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import Tails, part
+from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement

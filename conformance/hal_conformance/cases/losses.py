@@ -23,6 +23,7 @@ from hal_conformance.cases.base import (
     leaf,
     loss_backward,
     observed,
+    part,
     shape,
 )
 from hal_conformance.cases.kept_graph import KeptGraph
@@ -31,7 +32,7 @@ from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Sliced, Strided
-from hal_conformance.cases.tails import Tails, part
+from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss

@@ -19,6 +19,7 @@ from hal_conformance.cases.base import (
     keeps_nonfinite,
     leaf,
     observed,
+    part,
     router_arrays,
     run_backward,
     weight_storage,
@@ -30,7 +31,7 @@ from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tails import Tails, part
+from hal_conformance.cases.tails import Tails
 from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient

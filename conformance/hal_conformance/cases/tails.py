@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import At, Shape, shape
+from hal_conformance.cases.base import At, Shape, part, shape
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
@@ -66,8 +66,3 @@ class Tails(Wrapped):
             f"{n} tokens": self.inner.judge(part(inputs, n), part(outputs, n), at, contract)
             for n, at in self.at(p).items()
         })  # fmt: skip
-
-
-def part(named: dict[str, Any], of: str) -> dict[str, Any]:
-    """Return what is named `of`/name, by name."""
-    return {name.removeprefix(f"{of}/"): value for name, value in named.items() if name.startswith(f"{of}/")}

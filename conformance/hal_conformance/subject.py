@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ConfigError
-from hal_conformance import manifest
+from hal_conformance import manifest, marked
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def describe(device: Any) -> dict[str, Any]:
 
     import hal
 
-    settings = {k: plain(v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS)}
+    settings = {k: plain(v) for k, v in sorted(os.environ.items()) if k.startswith(_SETTINGS) and k != marked.NAME}
     versions = {
         "hal": hal.__version__,
         **manifest.libraries(),

@@ -266,12 +266,22 @@ def _check(returned: Any, device: Any) -> Arrays:
 
 
 def _has_elements(tensor: Any) -> bool:
-    """Tell whether a tensor lies in memory: a fake one, or one that stands for another while it is traced, does not."""
+    """Tell whether a tensor lies in memory: a fake one, or one that stands for another while it is traced, does not.
+
+    An address of zero says so only where a device's tensors have addresses; a device that keeps its elements elsewhere
+    may give none to any.
+    """
     import torch
 
+    if torch._is_functional_tensor(tensor):
+        return False
     try:
-        return not torch._is_functional_tensor(tensor) and bool(not tensor.numel() or tensor.data_ptr())
-    except RuntimeError:
+        if tensor.untyped_storage().device.type == "meta":
+            return False
+        if not tensor.numel() or tensor.data_ptr():
+            return True
+        return not torch.empty(1, device=tensor.device).data_ptr()
+    except RuntimeError:  # of tensors without a storage
         return False
 
 

@@ -302,6 +302,20 @@ def _functional(x):
     return {"y": torch._to_functional_tensor(x * 2)}
 
 
+def _emptied(x):
+    y = x * 2
+    y.untyped_storage().resize_(0)
+    return {"y": y}
+
+
+def _leak_a_transform(x):
+    import torch
+
+    leaked = []
+    torch.func.grad(lambda y: (leaked.append(y), y.sum())[1])(x * 2)
+    return {"y": leaked[0]}
+
+
 def _nested(x):
     import torch
 
@@ -365,5 +379,7 @@ forges_seconds = forged(status=None, detail="", healthy=True, seconds="x", hashe
 forges_a_status = forged(status=["PASS"], detail={}, healthy=1, seconds=1.0)
 fake = Once(_fake)
 functional = Once(_functional)
+emptied = Once(_emptied)
+leaks_a_transform = Once(_leak_a_transform)
 nested = Once(_nested)
 starts_daemons_and_hangs = Once(lambda x: (_daemons(x), time.sleep(600)))

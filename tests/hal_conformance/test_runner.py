@@ -91,6 +91,8 @@ def test_a_wrong_implementation_fails_with_its_numbers():
         ("forges_a_status", Status.CRASH, "a message that answers nothing"),
         ("fake", Status.FAIL_STRUCTURE, "y is a FakeTensor, which has no elements of its own"),
         ("functional", Status.FAIL_STRUCTURE, "which has no elements of its own"),
+        ("emptied", Status.FAIL_STRUCTURE, "which has no elements of its own"),
+        ("leaks_a_transform", Status.FAIL_STRUCTURE, "which has no elements of its own"),
         ("nested", Status.FAIL_STRUCTURE, "y has the layout nested"),
         ("floods", Status.EXACT, ""),
         ("deletes_streams", Status.EXACT, ""),

@@ -114,8 +114,12 @@ class Case(Protocol):
         """Return the storage dtypes for which the case can differ."""
         ...
 
-    def scales(self) -> tuple[Scale, ...]:
-        """Return the scales at which the case runs: what takes minutes runs at "full" alone."""
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """Return the scales at which the case runs with a preset.
+
+        What takes minutes runs at "full" alone. At "tiny", which is for a quick answer, presets are left out that
+        differ in numbers only from others of the case.
+        """
         ...
 
     def footprint(self, p: Params) -> Footprint:

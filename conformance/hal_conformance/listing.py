@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 import click
 from rich import box
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hal.errors import ConfigError
+from hal_conformance.case import SCALES
 from hal_conformance.plan import Catalogue, closest
 from hal_conformance.results import suite_version, to_json
 from hal_conformance.table import WIDTH, console
@@ -24,11 +26,12 @@ def show_cases(*, as_json: bool) -> None:
         rows = [
             {
                 "name": case.name, "family": case.family, "what": case.what, "needs": list(case.needs),
-                "presets": list(case.presets()), "dtypes": list(case.dtypes()),
+                "presets": {preset: list(case.scales(preset)) for preset in case.presets()},
+                "dtypes": list(case.dtypes()),
             }
             for case in cases
         ]  # fmt: skip
-        document = {"schema": "hal.conformance.cases/1", "suite": suite_version(), "cases": rows}
+        document = {"schema": "hal.conformance.cases/2", "suite": suite_version(), "cases": rows}
         click.echo(to_json(document).decode(), nl=False)
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -60,6 +63,14 @@ def explain(name: str) -> None:
     click.echo(f"{case.name} ({case.family})\n")
     for paragraph in case.what.strip().split("\n\n"):
         click.echo(textwrap.fill(" ".join(paragraph.split()), WIDTH) + "\n")
-    click.echo(textwrap.fill(f"calls:   {', '.join(case.needs)}", WIDTH))
-    click.echo(textwrap.fill(f"dtypes:  {', '.join(case.dtypes())}", WIDTH))
-    click.echo(textwrap.fill(f"presets: {', '.join(case.presets())}", WIDTH, subsequent_indent=" " * 9))
+    _names("calls", case.needs)
+    _names("dtypes", case.dtypes())
+    _names("presets", case.presets())
+    for scale in SCALES:
+        at = [preset for preset in case.presets() if scale in case.scales(preset)]
+        if len(at) < len(case.presets()):
+            _names(f"at {scale}", at)
+
+
+def _names(label: str, names: Sequence[str]) -> None:
+    click.echo(textwrap.fill(f"{label + ':':10}{', '.join(names) or 'none'}", WIDTH, subsequent_indent=" " * 10))

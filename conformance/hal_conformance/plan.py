@@ -113,7 +113,7 @@ def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
         Task(case, Params(preset, dtype, selection.scale, selection.seed))
         for case, preset in known
         if not selection.cases or any(matches(glob, case, preset) for glob in selection.cases)
-        if selection.scale in case.scales()
+        if selection.scale in case.scales(preset)
         for dtype in case.dtypes()
         if not selection.dtypes or dtype in selection.dtypes
     ]

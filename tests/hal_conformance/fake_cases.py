@@ -41,7 +41,7 @@ class Doubling:
     def dtypes(self):
         return ("float32", "bfloat16")
 
-    def scales(self):
+    def scales(self, preset):
         return ("tiny", "small", "full")
 
     def footprint(self, p):

@@ -57,7 +57,7 @@ class Fuzzed:
     def dtypes(self):
         return ("float32", "bfloat16")
 
-    def scales(self):
+    def scales(self, preset):
         return ("tiny",)
 
     def footprint(self, p):

@@ -200,7 +200,7 @@ class Base:
         """See `Case.dtypes`."""
         return DTYPES
 
-    def scales(self) -> tuple[Scale, ...]:
+    def scales(self, preset: str) -> tuple[Scale, ...]:
         """See `Case.scales`."""
         return SCALES
 

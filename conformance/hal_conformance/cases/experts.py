@@ -13,7 +13,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
-from hal_conformance.case import Arrays, Footprint, Params, arithmetic
+from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale, arithmetic
 from hal_conformance.cases import designs
 from hal_conformance.cases.base import Base, backward, expert_bytes, leaf, observed, one_for_each, shape, wide
 from hal_conformance.cases.strided import Strided
@@ -43,6 +43,10 @@ class ExpertsCase(Base):
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: one for every number of experts, which is all that their products see of a model."""
         return one_for_each(lambda model: model.router.num_experts)
+
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """See `Case.scales`: at tiny the fewest experts, a middle number and the most."""
+        return SCALES if preset in ("mixtral-8x7b", "ling-lite", "ling-2.0-mini") else SCALES[1:]
 
     def size(self, p: Params) -> designs.Size:
         """Return the sizes, with rows per expert: many residues, an empty expert, one with a single row."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale
 from hal_conformance.cases.base import (
     Base,
     expert_bytes,
@@ -68,6 +68,10 @@ class Layer(Base):
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
         return self.only or super().presets()
+
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """See `Case.scales`: at tiny one router of each kind; the cases of the router itself have all of them."""
+        return SCALES if preset in (self.only or KINDS) else SCALES[1:]
 
     def limit(self, p: Params) -> int | None:
         """Return the most rows of an expert, or None."""

@@ -64,7 +64,7 @@ class Paired(Trajectory):
 
     model: str
 
-    def scales(self) -> tuple[Scale, ...]:
+    def scales(self, preset: str) -> tuple[Scale, ...]:
         """See `Case.scales`: minutes on a CPU."""
         return ("full",)
 

@@ -49,9 +49,9 @@ class Wrapped:
         """See `Case.dtypes`."""
         return self.inner.dtypes()
 
-    def scales(self) -> tuple[Scale, ...]:
-        """See `Case.scales`."""
-        return self.inner.scales()
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """See `Case.scales`: those of the inner case's first preset."""
+        return self.inner.scales(self.inner.presets()[0])
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""

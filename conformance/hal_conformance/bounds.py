@@ -39,8 +39,10 @@ MIN_EXPONENTS = {"float64": -1022, "float32": -126, "bfloat16": -126, "float16":
 def half_ulp(value: Array, dtype: str) -> F64:
     """Return half the distance between neighbours of `dtype` at `value`: the largest error of rounding to nearest."""
     exponent_bits = np.asarray(value, np.float64).view(np.int64) & EXPONENT_FIELD
-    power = exponent_bits.view(np.float64)  # 2^floor(log2 |value|); 0 for 0 and float64's subnormals, inf for NaN
-    return np.asarray(np.maximum(power, 2.0 ** MIN_EXPONENTS[dtype]) * 2.0 ** -SIGNIFICANDS[dtype])
+    power = np.asarray(exponent_bits).view(np.float64)  # 2^floor(log2 |value|); 0 for what is smaller, inf for NaN
+    np.maximum(power, 2.0 ** MIN_EXPONENTS[dtype], out=power)
+    power *= 2.0 ** -SIGNIFICANDS[dtype]
+    return power
 
 
 @dataclass(frozen=True)
@@ -96,13 +98,19 @@ def matmul_variance(value: F64, squares: F64, inner: int, rule: Arithmetic) -> F
 
     Reduced inputs (`input_bits`) change each product by two errors of at most r = 2^-bits: 2 r^2/3 Q.
     """
+    of_squares, of_value = matmul_factors(inner, rule)
+    return np.asarray(of_squares * squares + of_value * value**2)
+
+
+def matmul_factors(inner: int, rule: Arithmetic) -> tuple[float, float]:
+    """Return what the sum of squares Q and the squared result y^2 are multiplied by in `matmul_variance`."""
     u = rule.unit_roundoff
-    walk = inner * (5.0 / 24.0 * squares + value**2 / 3.0)
-    var = (u**2 * inner if rule.rounding == "truncate" else u**2 / 3.0) * (walk + squares)
+    each = u**2 * inner if rule.rounding == "truncate" else u**2 / 3.0
+    of_squares, of_value = each * (inner * 5.0 / 24.0 + 1.0), each * inner / 3.0
     if rule.input_bits is not None:
         r = 2.0**-rule.input_bits
-        var = var + 2.0 / 3.0 * r**2 * squares + 4.0 * r**2 * value**2
-    return np.asarray(var)
+        of_squares, of_value = of_squares + 2.0 / 3.0 * r**2, of_value + 4.0 * r**2
+    return of_squares, of_value
 
 
 def matmul_bound(value: F64, squares: F64, absolute: F64 | None, inner: int, rule: Arithmetic, level: Level) -> F64:

@@ -23,6 +23,7 @@ from hal_conformance.bounds import (
     Bounded,
     half_ulp,
     logistic,
+    matmul_factors,
     matmul_variance,
     sigmoid_error,
     silu_error,
@@ -88,8 +89,14 @@ class Chained:
 
     def stored(self, dtype: str) -> Chained:
         """Round to storage: uniform within half an ulp, at the next larger binade's edge."""
-        half = half_ulp(np.abs(self.value) + 4.0 * np.sqrt(self.var), dtype)
-        return Chained(self.value, self.var + half**2 / 3.0)
+        largest = np.sqrt(self.var)
+        largest *= 4.0
+        largest += np.abs(self.value)
+        var = half_ulp(largest, dtype)
+        var *= var
+        var /= 3.0
+        var += self.var
+        return Chained(self.value, var)
 
     def within_deviations(self) -> Bounded:
         """Return the bound of what is not stored yet, lambda deviations; its own `stored` adds the store.
@@ -130,12 +137,16 @@ def product(a: Chained, b: Chained, rule: Arithmetic) -> Chained:
     """Return a @ b for [..., M, K] and [..., K, N]; not stored."""
     square_a, square_b = a.value * a.value, b.value * b.value
     value = a.value @ b.value
-    var = matmul_variance(value, square_a @ square_b, a.value.shape[-1], rule)
+    # `matmul_variance` is linear in the sum of squares, which the variances of a are added to: one product for both.
+    of_squares, of_value = matmul_factors(a.value.shape[-1], rule)
+    weighted = of_squares * square_a
     if not a.is_exact:
-        var = var + a.var @ square_b
+        weighted += a.var
+    var = weighted @ square_b
+    var += of_value * (value * value)
     if not b.is_exact:
-        var = var + square_a @ b.var
-    return Chained(value, np.asarray(var))
+        var += square_a @ b.var
+    return Chained(value, var)
 
 
 def dot(a: Chained, b: F64) -> Chained:

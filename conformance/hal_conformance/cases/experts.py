@@ -45,8 +45,10 @@ class ExpertsCase(Base):
         return one_for_each(lambda model: model.router.num_experts)
 
     def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: at tiny the fewest experts, a middle number and the most."""
-        return SCALES if preset in ("mixtral-8x7b", "ling-lite", "ling-2.0-mini") else SCALES[1:]
+        """See `Case.scales`: the fewest experts, a middle number and the most; from small on a ragged number."""
+        if preset in ("mixtral-8x7b", "ling-lite", "ling-2.0-mini"):
+            return SCALES
+        return SCALES[1:] if preset == "qwen2-moe" else SCALES[2:]
 
     def size(self, p: Params) -> designs.Size:
         """Return the sizes, with rows per expert: many residues, an empty expert, one with a single row."""

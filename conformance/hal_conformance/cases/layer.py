@@ -247,7 +247,7 @@ def what(how: str, judged: str) -> str:
 BACKWARD = Layer(
     "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True, only=KINDS
 )  # fmt: skip
-FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"))
+FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS)
 FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
 CASES = (
     Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),

@@ -127,7 +127,8 @@ class Adoption:
         tensors.install(redirection, self._patches)
         doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler,
                  surface.script, surface.collectives, surface.parallel, surface.optimizers, surface.sync_batch_norm,
-                 surface.storages, surface.crossings)  # fmt: skip
+                 surface.storages, surface.crossings, surface.packed_sequences,
+                 surface.printing, surface.kernels)  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)

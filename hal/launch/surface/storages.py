@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api as state
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 door("torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.device",
-     "torch.UntypedStorage.is_cuda")  # fmt: skip
+     "torch.UntypedStorage.is_cuda", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda")  # fmt: skip
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -25,7 +26,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     storage: Any = torch.UntypedStorage
     original_cuda, original_cpu = storage.cuda, storage.cpu
-    true_device, true_is_cuda = storage.device.__get__, storage.is_cuda.__get__
+    true_device = storage.device.__get__
 
     def moved(r: Redirection, source: Any, true: torch.device, host: bool) -> Any:
         """Copy if the storage crosses between host and device, or if nothing is known of it, as tensors do."""
@@ -53,25 +54,34 @@ def install(redirection: Redirection, patches: Patches) -> None:
             return original_cpu(self)
         return moved(r, self, true_device(self), True)
 
-    def device(self: Any) -> Any:
-        r, frame = state.active(), sys._getframe(1)
-        true = true_device(self)
-        if r is None or inside(frame):
-            return true
-        if r.hosts is not None and r.hosts.side_of_storage(self):
-            return true
-        r.audit.count("torch.UntypedStorage.device", frame, belief=True)
-        return r.present(true)
+    def answers(name: str, true: Callable[[Any], Any], below: Callable[[Any], Any]) -> tuple[property, property]:
+        """Return where a storage is, and whether that is CUDA, as torch's own code sees it or as the program does."""
 
-    def is_cuda(self: Any) -> bool:
-        r, frame = state.active(), sys._getframe(1)
-        if r is None or inside(frame):
-            return bool(true_is_cuda(self))
-        r.audit.count("torch.UntypedStorage.is_cuda", frame, belief=True)
-        on_host = r.hosts is not None and r.hosts.side_of_storage(self)
-        return not on_host and true_device(self).type == r.type
+        def device(self: Any) -> Any:
+            r, frame, found = state.active(), sys._getframe(1), true(self)
+            if r is None or inside(frame) or (r.hosts is not None and r.hosts.side_of_storage(below(self))):
+                return found
+            r.audit.count(f"{name}.device", frame, belief=True)
+            return r.present(found)
+
+        def is_cuda(self: Any) -> bool:
+            r, frame, found = state.active(), sys._getframe(1), true(self)
+            if r is None or inside(frame):
+                return bool(found.type == "cuda")
+            r.audit.count(f"{name}.is_cuda", frame, belief=True)
+            on_host = r.hosts is not None and r.hosts.side_of_storage(below(self))
+            return not on_host and bool(found.type == r.type)
+
+        return property(device), property(is_cuda)
 
     patches.set(storage, "cuda", cuda)
     patches.set(storage, "cpu", cpu)
-    patches.set(storage, "device", property(device))
-    patches.set(storage, "is_cuda", property(is_cuda))
+    # Those of old, with a dtype, ask the storage below them, which takes torch's own code for the asker.
+    typed: Any = torch.storage.TypedStorage
+    for owner, name, true, below in (
+        (storage, "torch.UntypedStorage", true_device, lambda untyped: untyped),
+        (typed, "torch.TypedStorage", typed.device.fget, lambda typed: typed._untyped_storage),
+    ):
+        device, is_cuda = answers(name, true, below)
+        patches.set(owner, "device", device)
+        patches.set(owner, "is_cuda", is_cuda)

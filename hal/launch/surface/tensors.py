@@ -347,30 +347,36 @@ def _numpy(name: str, original: Any, redirection: Redirection) -> Callable[..., 
 
 
 def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    from torch.compiler import is_compiling
+
     from hal.launch.surface.cuda_types import CudaTensorType
 
     true_device = _true_device()
 
     def type_(self: torch.Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs: Any) -> Any:
         r = api._active
-        frame = sys._getframe(1)
-        if r is None or inside(frame):
+        if r is None:
             return original(self, dtype, non_blocking, **kwargs)
-        on_host = r.hosts is not None and self in r.hosts
+        frame = None if is_compiling() else sys._getframe(1)
         if dtype is None:
             plain = original(self)
-            if on_host or true_device(self).type != r.type:
+            if true_device(self).type != r.type:
                 return plain
-            r.audit.count(name, frame, belief=True)
+            if frame is not None:
+                if inside(frame) or (r.hosts is not None and self in r.hosts):
+                    return plain
+                r.audit.count(name, frame, belief=True)
             return "torch.cuda." + plain.rpartition(".")[2]
-        wanted = dtype if isinstance(dtype, str) else None
-        if wanted is not None and wanted.startswith("torch.cuda."):
-            r.audit.count(name, frame)
-            return original(self.to("cuda"), wanted.replace("torch.cuda.", "torch.", 1), non_blocking, **kwargs)
-        if isinstance(dtype, CudaTensorType):
-            r.audit.count(name, frame)
-            return self.to("cuda", dtype.torch_dtype)
-        return original(self, dtype, non_blocking, **kwargs)
+        # A module hands its tensors what the program gave it.
+        named = isinstance(dtype, str) and dtype.startswith("torch.cuda.")
+        if not (named or isinstance(dtype, CudaTensorType)):
+            return original(self, dtype, non_blocking, **kwargs)
+        if frame is not None:
+            r.audit.count_outside(name, frame)
+            self = self.to("cuda")
+        if named:
+            return original(self, dtype.replace("torch.cuda.", "torch.", 1), non_blocking, **kwargs)
+        return self.to(dtype.torch_dtype)
 
     return type_
 

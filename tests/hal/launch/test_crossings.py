@@ -361,3 +361,32 @@ def test_what_torch_fx_traces_has_no_more_in_its_graph_than_the_program_calls(cu
     nodes = [node.op for node in fx.symbolic_trace(made).graph.nodes]
     assert nodes.count("call_method") == 1 + 1  # x.to(host), and to(x) of what was made
     assert nodes.count("call_function") == 2 + 3  # the two that make tensors of x, and three sums
+
+
+def test_packed_sequences_and_typed_storages_say_where_they_are_and_move(cuda):
+    t = cuda.torch
+    from torch.nn.utils.rnn import pack_sequence
+
+    packed = pack_sequence([t.ones(3), t.ones(2)], enforce_sorted=False)
+    device, again = packed.cuda(), packed.cuda(0)
+    assert device.is_cuda
+    assert again.is_cuda
+    assert not device.cpu().is_cuda
+    device.cpu().data.zero_()
+    assert device.data.sum() == 5
+    assert device.cpu().sorted_indices.device.type == "cpu"
+    with pytest.warns(UserWarning, match="TypedStorage"):
+        assert t.ones(2, device="cuda").storage().device == t.device("cuda:0")
+    assert t.ones(2, device="cuda").storage().is_cuda
+    assert not t.ones(2).storage().is_cuda
+
+
+def test_a_module_takes_the_typed_tensors_of_old(cuda):
+    t = cuda.torch
+    layer = t.nn.Linear(2, 2)
+    assert layer.type(t.cuda.HalfTensor).weight.dtype is t.float16
+    assert layer.type("torch.cuda.DoubleTensor").weight.is_cuda
+    assert layer.weight.dtype is t.float64
+    compiled = t.compile(lambda x: x.type("torch.cuda.HalfTensor") if x.type() == "torch.cuda.FloatTensor" else x,
+                         backend="eager", fullgraph=True)  # fmt: skip
+    assert compiled(t.ones(2, device="cuda")).dtype is t.float16

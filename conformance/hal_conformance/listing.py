@@ -13,7 +13,7 @@ from rich.text import Text
 
 from hal.errors import ConfigError
 from hal_conformance.case import SCALES
-from hal_conformance.plan import Catalogue, closest
+from hal_conformance.plan import Catalogue, Selection, closest, plan
 from hal_conformance.results import suite_version, to_json
 from hal_conformance.table import WIDTH, console
 from hal_conformance.text import plain
@@ -42,8 +42,8 @@ def show_cases(*, as_json: bool) -> None:
         table.add_row(*map(Text, columns))
     out = console()
     out.print(table)
-    total = sum(len(case.presets()) * len(case.dtypes()) for case in cases)
-    out.print(Text(f"{len(cases)} cases, {total} results for each subject; suite {suite_version()}"))
+    at = ", ".join(f"{len(plan(Selection(scale=scale), cases))} at {scale}" for scale in SCALES)
+    out.print(Text(f"{len(cases)} cases; results for each subject: {at}; suite {suite_version()}"))
 
 
 def explain(name: str) -> None:

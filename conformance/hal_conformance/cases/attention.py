@@ -51,11 +51,13 @@ class Attention(Base):
         causal: whether a query sees only what is not after it.
         before: keys before the first query.
         share: query heads of each key head.
+        width: of a head; None: by scale.
     """
 
     causal: bool = True
     before: int = 0
     share: int = 2
+    width: int | None = None
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: only sizes depend on it."""
@@ -64,7 +66,7 @@ class Attention(Base):
     def sizes(self, p: Params) -> Sizes:
         """Return the sizes."""
         heads, tokens = 2 * max(2, self.share), shape(p).tokens
-        return Sizes(tokens, tokens + self.before, heads, heads // self.share, _WIDTHS[p.scale])
+        return Sizes(tokens, tokens + self.before, heads, heads // self.share, self.width or _WIDTHS[p.scale])
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`: of the variances of one head, which are float64 and about 20."""
@@ -73,7 +75,8 @@ class Attention(Base):
 
     def scale(self, p: Params) -> float:
         """Return the factor of the logits, in float32: 1 / sqrt(d), or near it where that has few bits."""
-        return {16: 0.2509999871253967, 40: 0.15811388194561005, 128: 0.0883883461356163}[_WIDTHS[p.scale]]
+        scales = {16: 0.2509999871253967, 40: 0.15811388194561005, 128: 0.0883883461356163}
+        return scales[self.width or _WIDTHS[p.scale]]
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: the first key is a sink, an outlier channel is in every key, one query has huge logits."""
@@ -228,7 +231,7 @@ class Even(Attention):
     """
 
     queries: int = 9
-    keys: int = 321
+    keys: int = 577
     value: int = 72
 
     HEADS = 4
@@ -437,6 +440,15 @@ CASES = (
         "Without a mask, 11 keys more than queries, as many key heads as query heads. " + _BOUND,
         causal=False, before=11, share=1,
     ),
+    Attention(
+        "attention.many_heads", "attention", _NEEDS,
+        "As attention.causal with sixteen query heads, eight to a key head. " + _BOUND, share=8,
+    ),
+    Attention(
+        "attention.wide_heads", "attention", _NEEDS,
+        "As attention.causal with fourteen query heads, seven to a key head, of 128 channels at every scale. " + _BOUND,
+        share=7, width=128,
+    ),
     Pick(
         "attention.pick", "attention", _NEEDS,
         "Every query matches one key so well that the other probabilities are 0: the result is that key's value, bit "
@@ -459,7 +471,7 @@ CASES = (
     ),
     Even(
         "attention.many_keys", "attention", _NEEDS,
-        "Nine queries over 321 keys of similar probability, values wider than keys, scale 0.3. Results and "
+        "Nine queries over 577 keys of similar probability, values wider than keys, scale 0.3. Results and "
         "D = sum(dy y) are sums of many numbers of one sign: an accumulator, a normaliser or a D of 16 bits is seen "
         "beside the rounding of single probabilities. " + _BOUND,
     ),

@@ -31,7 +31,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -367,6 +367,8 @@ CASES = (
     Int32("combine.int32", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
+    Wide("combine.wide", EXACT, only=FEW_EXPERTS),
+    Wide("combine.wide_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("combine.tails", EXACT, only=FEW_EXPERTS),
     Tails("combine.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),

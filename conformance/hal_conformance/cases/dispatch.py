@@ -27,7 +27,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
@@ -263,6 +263,8 @@ CASES = (
     Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
+    Wide("dispatch.wide", PERMUTATION, only=FEW_EXPERTS),
+    Wide("dispatch.wide_backward", BACKWARD, only=FEW_EXPERTS),
     Tails("dispatch.tails", PERMUTATION, only=FEW_EXPERTS),
     Tails("dispatch.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),

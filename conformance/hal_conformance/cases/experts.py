@@ -15,7 +15,18 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
 from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale, arithmetic
 from hal_conformance.cases import designs
-from hal_conformance.cases.base import Base, backward, expert_bytes, leaf, observed, one_for_each, shape, wide
+from hal_conformance.cases.base import (
+    Base,
+    Shape,
+    backward,
+    expert_bytes,
+    leaf,
+    observed,
+    one_for_each,
+    shape,
+    wide,
+)
+from hal_conformance.cases.sized import FEW_EXPERTS, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
@@ -238,4 +249,6 @@ CASES = (
     BACKWARD,
     NoRows("experts.no_rows", "experts", _NEEDS, "Zero rows: an empty result, and gradients of exactly zero."),
     Strided("experts.strided", BACKWARD),
+    Wide("experts.wide", BACKWARD, only=FEW_EXPERTS),
+    Wide("experts.deep", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 40, 520)),
 )  # fmt: skip

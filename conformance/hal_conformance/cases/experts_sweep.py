@@ -13,7 +13,7 @@ import numpy as np
 
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.case import I64, SCALES, Arrays, Footprint, Params, Scale
+from hal_conformance.case import I64, Arrays, Footprint, Params
 from hal_conformance.cases import designs
 from hal_conformance.cases.experts_backward import BackwardIntegers
 from hal_conformance.cases.experts_exact import Integers
@@ -61,10 +61,6 @@ class Swept:
         """See `Case.presets`."""
         return (MANY, FEW)
 
-    def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`."""
-        return SCALES
-
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`: which rows a kernel reads does not depend on which of the 16-bit dtypes they have."""
         return ("float32", "bfloat16")
@@ -82,10 +78,6 @@ class Sweep(Swept, Integers):
     """Every count, forward."""
 
     design = staticmethod(designs.integers)
-
-    def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: at tiny the sweep with a backward pass alone, whose forward pass is judged, too."""
-        return SCALES[1:]
 
 
 class BackwardSweep(Swept, BackwardIntegers):

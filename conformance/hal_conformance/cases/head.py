@@ -15,9 +15,21 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, loss_backward, observed, part, shape, wide
+from hal_conformance.cases.base import (
+    Base,
+    Shape,
+    backward,
+    keeps_nonfinite,
+    leaf,
+    loss_backward,
+    observed,
+    part,
+    shape,
+    wide,
+)
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
+from hal_conformance.cases.sized import Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
@@ -135,6 +147,12 @@ class Narrow(Normalised):
         """Return a verdict on shapes and dtypes."""
         shapes = {"y_TV": inputs["dy_TV"].shape, "dx_TD": inputs["x_TD"].shape, "dweight_VD": inputs["weight_VD"].shape}
         return structure(outputs, {name: (shape, p.dtype) for name, shape in shapes.items()})
+
+
+class FewRows(Normalised):
+    """As little vocabulary as makes room for wide rows."""
+
+    ROWS = dict.fromkeys(Normalised.ROWS, 97)
 
 
 class NanInput(Narrow):
@@ -306,6 +324,16 @@ class Sized(CrossEntropy):
     def size(self, p: Params) -> tuple[int, int]:
         """See `CrossEntropy.size`."""
         return self.at
+
+
+class LargeVocabulary(Sized):
+    """More entries than 16 bits count."""
+
+    def targets(self, p: Params, tokens: int, vocabulary: int) -> I64:
+        """See `CrossEntropy.targets`: those of odd tokens are beyond 65,535."""
+        targets = super().targets(p, tokens, vocabulary)
+        targets[1::2] = make.integers(p.seed, "entropy/late", 2**16, vocabulary - 1, len(targets[1::2]))
+        return targets
 
 
 class Masked(CrossEntropy):
@@ -489,6 +517,7 @@ CASES = (
         "head.norm_constant", "head", _HEAD,
         "As head.norm, with the norm a constant in the backward pass, as in Ling's published code.", through_norm=False,
     ),
+    Wide("head.norm_wide", FewRows("head.norm", "head", _HEAD, "V = 97."), of=Shape(9, 1032, 8)),
     NanInput(
         "head.norm_nan", "head", _HEAD,
         "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of "
@@ -506,6 +535,12 @@ CASES = (
         "head.one_token", "head", _LOSS,
         "As head.cross_entropy, one token and V = 2,048: a mean over 1, and whole blocks of the vocabulary.",
         at=(1, 2048),
+    ),
+    LargeVocabulary(
+        "head.large_vocabulary", "head", _LOSS,
+        "As head.cross_entropy, five tokens and V = 70,001 at every scale, every second target beyond 65,535: 16 bits "
+        "do not hold it.",
+        at=(5, 70001),
     ),
     Sized(
         "head.many_tokens", "head", _LOSS,

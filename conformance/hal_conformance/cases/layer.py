@@ -17,6 +17,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale
 from hal_conformance.cases.base import (
     Base,
+    Shape,
     expert_bytes,
     fields_of,
     gate_storage,
@@ -34,7 +35,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import expected_structure
-from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned
+from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
@@ -293,4 +294,5 @@ CASES = (
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
     LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
     Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
+    Wide("layer.wide", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 520, 136)),
 )  # fmt: skip

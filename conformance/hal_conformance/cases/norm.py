@@ -18,7 +18,7 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import Aligned, Long, Sized, Unaligned
+from hal_conformance.cases.sized import Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -226,22 +226,6 @@ class OneToken(Norm):
         return {name: array[:1] if name.endswith("_TD") else array for name, array in super().inputs(p).items()}
 
 
-class Wide(Sized):
-    """Few tokens, wider than what 1,024 threads read at a time."""
-
-    @property
-    def what(self) -> str:
-        """See `Case.what`."""
-        return f"As {self.inner.name}, with {self.TOKENS} tokens of {self.WIDTH:,} channels. {self.inner.what}"
-
-    TOKENS = 9
-    WIDTH = 4104
-
-    def sizes(self, p: Params) -> Shape:
-        """See `Sized.sizes`."""
-        return Shape(self.TOKENS, self.WIDTH, self.WIDTH)
-
-
 class NoTokens(Norm):
     """Zero tokens."""
 
@@ -284,6 +268,8 @@ class Overflow(Norm):
         return super().judge(inputs, outputs, p, contract)
 
 
+WIDE = Shape(9, 8200, 8)
+"""Wider than what 1,024 threads read at a time, and than any published model here (7,168)."""
 _RMS, _LAYER = ("rms_norm",), ("layer_norm",)
 _INPUTS = (
     "Heavy tails and outlier channels; one token whose mean square is about epsilon, one of zeros, one near float16's "
@@ -343,7 +329,7 @@ CASES = (
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
     KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
-    Wide("norm.rms_wide", RMS), Wide("norm.layer_wide", LAYER),
+    Wide("norm.rms_wide", RMS, of=WIDE), Wide("norm.layer_wide", LAYER, of=WIDE),
     Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),
     Frozen("norm.layer_frozen", LAYER, ("x_TD",), twice=False),
 )  # fmt: skip

@@ -148,6 +148,14 @@ class OneToken(Rotary):
         return Sizes(1, heads, width, width)
 
 
+class WideHeads(Rotary):
+    """More heads than eight, wider than 128 channels, at every scale."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Rotary.sizes`."""
+        return Sizes(5, 17, 136, 136)
+
+
 class ManyPositions(Rotary):
     """Many tokens of one narrow head, of which a half is rotated."""
 
@@ -195,6 +203,9 @@ CASES = (
         "rotary.many_positions", "rotary", _NEEDS,
         "As rotary.random with more than 4,096 positions (32,768 beyond tiny), one head, and random angles on half of "
         "eight channels: a table of which rows are lost, and one that is rounded where a part is rotated, show.",
+    ),
+    WideHeads(
+        "rotary.wide_heads", "rotary", _NEEDS, "As rotary.random with five tokens of seventeen heads of 136 channels."
     ),
     NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
     Tails("rotary.tails", RANDOM),

@@ -29,7 +29,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.chained import Chained, product
@@ -255,6 +255,7 @@ CASES = (
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
     Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
+    Wide("router.wide", BACKWARD, only=KINDS[:2]),
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
     Int32("router.int32", REPLAYED, only=FEW_EXPERTS),

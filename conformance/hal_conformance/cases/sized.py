@@ -7,6 +7,7 @@ whole tiles would not be run, and what is lost beyond 1,024 rows would not show.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
@@ -78,6 +79,32 @@ class Long(Sized):
     def sizes(self, p: Params) -> Shape:
         """See `Sized.sizes`."""
         return Shape(self.TOKENS, self.WIDTH, self.WIDTH)
+
+
+@dataclass(frozen=True)
+class Wide(Sized):
+    """Few rows that are longer than what a kernel's loops read in one pass, at every scale.
+
+    The scaled widths fit into one tile of K at tiny, and into two at small: what is lost beyond shows here alone.
+
+    Attributes:
+        of: the sizes.
+    """
+
+    of: Shape = field(default=Shape(9, 1032, 24), kw_only=True)
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        long = "channels" if self.of.width >= self.of.hidden else "hidden units"
+        return (
+            f"As {self.inner.name}, with {self.of.tokens} tokens and {max(self.of.width, self.of.hidden):,} {long} at "
+            f"every scale: many tiles of K and of N, and the last of them in part. {self.inner.what}"
+        )
+
+    def sizes(self, p: Params) -> Shape:
+        """See `Sized.sizes`."""
+        return self.of
 
 
 class Unaligned(Sized):

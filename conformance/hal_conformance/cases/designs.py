@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal_conformance import inputs as make
+from hal_conformance.bounds import SIGNIFICANDS
 from hal_conformance.case import F64, I64, Array, Arrays
 
 ONE = 64.0
@@ -292,6 +293,44 @@ def backward_cancelling(size: Size) -> Arrays:
         dy[[first, last]] = 0.0
         dy[[first, last], others[e % len(others)]] = LARGE, -LARGE
     return {**arrays, "x_RD": x, "w3_EFD": w3, "w2_EDF": w2, "dy_RD": make.store(dy * LEAST, size.dtype)}
+
+
+def rounding(size: Size) -> Arrays:
+    """What must be rounded, and to which neighbour, whether a stage is stored or kept wider.
+
+    The r-th row of an expert is 1 in the channels 2 r and 2 r + 1, so that a gate and a u are sums of two weights.
+    Output channels 2 f and 2 f + 1 show the hidden unit f alone, and hand it a dh of two terms. Gates are from 64 to
+    128, where silu is the identity. So y is g u, the gradient of w3 is g dh and that of w1 is u dh. Rows take turns:
+      - 0: g is 64; u and dh lie a quarter or three quarters of a unit above a number of the dtype. (u dh is not exact.)
+      - 1: the same, but u is a power of two.
+      - 2: g, u and dh are any numbers of the dtype, and their products are what must be rounded.
+    Each result is the nearest number of the dtype, by one rounding or by two.
+    """
+    seed, bits = size.seed, SIGNIFICANDS[size.dtype]
+    experts, hidden, width = len(size.counts_E), size.hidden, size.width
+    shown, most = min(hidden, width // 2), int(size.counts_E.max())
+    row_R = np.concatenate([np.arange(n) for n in size.counts_E])
+    turn_R, turn = row_R % 3, np.arange(most) % 3
+
+    def number(name: str, *shape: int) -> tuple[F64, F64]:
+        """Return a number of the dtype from 1 to 2 with a sign, and a quarter or three quarters of its last place."""
+        unit = 2.0 ** (1 - bits) * (1 - 2 * make.integers(seed, f"rounding/{name}/sign", 0, 1, *shape))
+        whole = make.integers(seed, f"rounding/{name}/whole", 2 ** (bits - 1), 2**bits - 1, *shape)
+        return whole * unit, (2 * make.integers(seed, f"rounding/{name}/part", 0, 1, *shape) + 1) / 4.0 * unit
+
+    x, dy = np.zeros((size.rows, width)), np.zeros((size.rows, width))
+    x[np.arange(size.rows), 2 * row_R] = x[np.arange(size.rows), 2 * row_R + 1] = 1.0
+    whole, part = number("dh", size.rows, shown)
+    dy[:, 0 : 2 * shown : 2], dy[:, 1 : 2 * shown : 2] = whole, np.where(turn_R[:, None] == 2, 0.0, part)
+    w1, w3, w2 = np.zeros(size.up), np.zeros(size.up), np.zeros(size.down)
+    gates = ONE * np.abs(number("gate", experts, hidden, most)[0])
+    w1[:, :, 0 : 2 * most : 2] = np.where(turn == 2, gates, ONE)
+    whole, part = number("u", experts, hidden, most)
+    w3[:, :, 0 : 2 * most : 2] = np.where(turn == 1, np.sign(whole), whole)
+    w3[:, :, 1 : 2 * most : 2] = np.where(turn == 0, part, 0.0)
+    w2[:, np.arange(2 * shown), np.arange(2 * shown) // 2] = 1.0
+    arrays = size.arrays(x, *(make.store(w, size.dtype) for w in (w1, w3, w2)))
+    return {**arrays, "dy_RD": make.store(dy, size.dtype)}
 
 
 def busiest(counts_E: I64) -> list[tuple[int, int]]:

@@ -181,6 +181,27 @@ class AccumulateNonfinite(Accumulate):
         return super().judge(inputs, outputs, p, contract)
 
 
+class AccumulateEmpty(Accumulate):
+    """A micro-batch without tokens, whose mean loss and gradients are NaN: 0 / 0."""
+
+    def _empty(self) -> int:
+        return self.tokens.index(0)
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        empty = f"g{self._empty()}/"
+        return {
+            name: np.full_like(array, np.nan) if name.startswith(empty) else array
+            for name, array in super().inputs(p).items()
+        }
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: it counts for nothing."""
+        empty = f"g{self._empty()}/"
+        counted = {n: np.zeros_like(array) if n.startswith(empty) else array for n, array in inputs.items()}
+        return super().judge(counted, outputs, p, contract)
+
+
 class MicroBatches(GradientCase):
     """The weight gradients of the experts, from the whole batch and from its micro-batches."""
 
@@ -297,6 +318,10 @@ CASES = (
         "All gradients zero: the norm is 0, nothing is divided by it, and zeros come back.", scale=0.0,
     ),
     Clip(
+        "gradients.clip_to_nothing", "gradients", _CLIP,
+        "A limit of zero, which is a limit: every gradient becomes zero.", max_norm=0.0,
+    ),
+    Clip(
         "gradients.clip_nan", "gradients", _CLIP,
         "One NaN among the gradients: the norm is NaN and so is every clipped gradient, as torch does it; a NaN that "
         "is dropped would hide a broken step.", bad=np.nan,
@@ -333,6 +358,11 @@ CASES = (
         "gradients.accumulate_nonfinite", "gradients", ("accumulate_gradients",),
         "As gradients.accumulate with one NaN in one micro-batch and one infinity in another: their elements of the "
         "sum are NaN and infinite, and no other. What is dropped would hide a broken micro-batch.",
+    ),
+    AccumulateEmpty(
+        "gradients.accumulate_empty", "gradients", ("accumulate_gradients",),
+        "As gradients.accumulate, where the gradients of the micro-batch without tokens are NaN, as a mean over no "
+        "tokens is: they are not multiplied by 0, but left out.",
     ),
     MicroBatches(
         "gradients.micro_batches", "gradients", ("experts", "accumulate_gradients"),

@@ -87,6 +87,21 @@ class LosesOfWholeLargeTiles(AtCounts):
 
 
 @fault()
+class LosesOf96InInference(AtCounts):
+    """The last row of an expert is zero where it has 96 and nothing requires a gradient."""
+
+    def hit(self, counts_E: Tensor) -> Tensor:
+        """See `AtCounts.hit`."""
+        return counts_E == 96
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        if any(tensor.requires_grad for tensor in (x_RD, *weights)):
+            return self.honest.experts(x_RD, counts_E, weights)
+        return super().experts(x_RD, counts_E, weights)
+
+
+@fault()
 class LosesAGradientOf255(AtCounts):
     """The gradient of the down projection misses the last row of an expert that has 255."""
 

@@ -137,3 +137,25 @@ class AccumulatesWithoutNan(Gradients):
         """See `OptimizerOps.accumulate_gradients`."""
         clean = [[torch.where(g.isnan(), torch.zeros_like(g), g) for g in some] for some in parts]
         return super().accumulate_gradients(clean, tokens)
+
+
+@fault()
+class MultipliesNothingByZero(Gradients):
+    """A micro-batch without tokens is multiplied by its weight of zero, which keeps a NaN."""
+
+    def accumulate_gradients(self, parts: Sequence[Tensors], tokens: Sequence[int]) -> list[Tensor]:
+        """See `OptimizerOps.accumulate_gradients`."""
+        totals = [torch.zeros_like(gradient, dtype=torch.float32) for gradient in parts[0]]
+        for some, number in zip(parts, tokens, strict=True):
+            for total, gradient in zip(totals, some, strict=True):
+                total += gradient.float() * (number / sum(tokens))
+        return totals
+
+
+@fault()
+class TakesNoLimitForNone(Clips):
+    """A limit of zero is taken for no limit."""
+
+    def factor(self, norm: Tensor, max_norm: float) -> Tensor:
+        """See `Clips.factor`."""
+        return super().factor(norm, max_norm) if max_norm else torch.ones_like(norm)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hal_conformance.faults.by_hand import by_hand
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.parts import OwnProduct, gradient_of
 
@@ -113,3 +114,44 @@ class FloatSumOfSmall(OwnProduct):
         """See `OwnProduct.product`."""
         y = a @ b
         return torch.where(y.abs() < 1, gradient_of(y.half().float(), y), y)
+
+
+class CutsGradients(OwnProduct):
+    """The gradient of one stage is cut off where it is stored, in a dtype of 16 bits."""
+
+    stage = ""
+
+    def at(self, stage: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x, which is in float32; its gradient is cut off if it is of the stage that is wrong."""
+        lost = {torch.bfloat16: -(2**16), torch.float16: -(2**13)}.get(dtype)
+        if stage != self.stage or lost is None:
+            return x
+        return by_hand(torch.clone, lambda d, _: (d.view(torch.int32) & lost).view(torch.float32), x)
+
+    def expert(self, x: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+        """See `OwnProduct.expert`."""
+        s = self.at("activation", self.activate(self.stored(x, w1)).float(), x.dtype)
+        u = self.at("up", self.stored(x, w3).float(), x.dtype)
+        h = self.at("hidden", (s * u).to(x.dtype).float(), x.dtype)
+        return self.product(h, w2.float().mT).to(x.dtype)
+
+
+@fault()
+class CutsGradientsOfHidden(CutsGradients):
+    """The gradients of hidden units are rounded to 16 bits by cutting off."""
+
+    stage = "hidden"
+
+
+@fault()
+class CutsGradientsOfUp(CutsGradients):
+    """The gradients of the up projection's results are rounded to 16 bits by cutting off."""
+
+    stage = "up"
+
+
+@fault()
+class CutsGradientsOfActivation(CutsGradients):
+    """The gradients of silu's results are rounded to 16 bits by cutting off."""
+
+    stage = "activation"

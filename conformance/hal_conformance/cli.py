@@ -141,7 +141,17 @@ def _check_outputs(*paths: Path | None) -> None:
         raise ConfigError("two outputs go to the same file")
 
 
-_file = click.Path(path_type=Path, dir_okay=False)
+class _OutputFile(click.Path):
+    """A file that is written; `Path` would drop the slash that says that a folder is meant."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See `click.ParamType.convert`."""
+        if str(value).endswith(("/", os.sep)):
+            self.fail(f"{str(value)!r} is a folder; a file name is needed", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_file = _OutputFile(path_type=Path, dir_okay=False)
 
 
 @conformance.command(name="list")

@@ -117,6 +117,13 @@ def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
         for dtype in case.dtypes()
         if not selection.dtypes or dtype in selection.dtypes
     ]
+    if known and not chosen:
+        asked = " ".join(selection.cases) or "all cases"
+        dtypes = f" in {plain(', '.join(selection.dtypes))}" if selection.dtypes else ""
+        raise ConfigError(
+            f"{plain(asked)}: nothing of it runs at scale {selection.scale}{dtypes}",
+            hint="hal conformance explain NAME says what runs where",
+        )
     families, presets = _places(case.family for case, _ in known), _places(preset for _, preset in known)
     return sorted(
         chosen,

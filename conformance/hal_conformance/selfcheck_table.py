@@ -50,7 +50,7 @@ def show(outcomes: Sequence[Outcome], out: Console) -> None:
 
 
 def _why(outcome: Outcome) -> str:
-    nothing = "nothing flagged it" if outcome.variation.kind == "fault" else "nothing was judged"
+    nothing = "nothing flagged it" if outcome.judged else "nothing was judged"
     return "; ".join(outcome.details) or nothing
 
 

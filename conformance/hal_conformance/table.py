@@ -40,7 +40,7 @@ def show(report: Report, out: Console) -> None:
         show_arithmetic(rows, out)
         for found in report.certificates:
             if (found.subject, found.impl) == (subject["id"], subject["impl"]):
-                out.print(Text(f"certificate {found.dtype:<9} {plain(found.sentence())}"))
+                out.print(Text(f"certificate at {report.scale}, {found.dtype}: {plain(found.sentence())}"))
         out.print()
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     show_not_run(report.not_run, report.required_missing, out)

@@ -58,6 +58,9 @@ def test_json_on_stdout_is_nothing_but_json():
     ("arguments", "status", "words"),
     [
         (["--device", "cpu", "--case", "no.such*"], 2, "no case matches 'no.such*'"),
+        (["--device", "cpu", "--scale", "tiny", "--case", "trajectory.paired*"], 2, "nothing of it runs at scale tiny"),
+        (["--device", "cpu", "--case", "fp8.uncast_e8m0", "--dtype", "float16"], 2, "at scale small in float16"),
+        (["--device", "cpu", "--json", "folder/"], 2, "is a folder; a file name is needed"),
         (["--device", "cpu", "--timeout", "nan"], 2, "'nan' is no number of seconds"),
         (["--device", "cpu", "--json", "a.json", "--junit", "no/../a.json"], 2, "go to the same file"),
         (["--device", "cpu", "--dtype", "int3"], 2, "int3"),

@@ -145,6 +145,7 @@ class OptimizerOps(Protocol):
 
         `parts[i]` are the gradients of the mean loss over the `tokens[i]` tokens of micro-batch i, in any dtype:
         the result is sum_i (tokens[i] / sum_j tokens[j]) parts[i], added up in float32. A mean over micro-batches
-        is another number wherever their token counts differ. A micro-batch without tokens counts for nothing.
+        is another number wherever their token counts differ. A micro-batch without tokens counts for nothing,
+        whatever its gradients are: those of a mean over nothing are NaN.
         """
         ...

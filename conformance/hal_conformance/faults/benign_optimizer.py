@@ -64,12 +64,14 @@ class ClipsByPairs(Clips):
 
 @benign()
 class DividesAtTheEnd(Gradients):
-    """Micro-batches are added backwards with their token counts, and divided once."""
+    """Micro-batches that have tokens are added backwards with their token counts, and divided once."""
 
     def accumulate_gradients(self, parts: Sequence[Tensors], tokens: Sequence[int]) -> list[Tensor]:
         """See `OptimizerOps.accumulate_gradients`."""
         totals = [torch.zeros_like(gradient, dtype=torch.float32) for gradient in parts[0]]
         for some, number in zip(reversed(parts), reversed(tokens), strict=True):
+            if not number:
+                continue
             for total, gradient in zip(totals, some, strict=True):
                 total += number * gradient.float()
         return [total / sum(tokens) for total in totals]

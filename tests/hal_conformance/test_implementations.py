@@ -312,6 +312,16 @@ CAUGHT_BY = {
     "z_of_storage": ("losses.z_strided", "FAIL-NUMERIC"),
     "z_spreads_nan": ("losses.z_nonfinite", "FAIL-NONFINITE"),
     "z_without_nan": ("losses.z_nonfinite", "FAIL-NUMERIC"),
+    "combines_few_channels": ("combine.wide", "FAIL-NUMERIC"),
+    "cuts_gradients_of_activation": ("experts.rounding", "FAIL-NUMERIC"),
+    "cuts_gradients_of_hidden": ("experts.rounding", "FAIL-NUMERIC"),
+    "cuts_gradients_of_up": ("experts.rounding", "FAIL-NUMERIC"),
+    "dispatches_few_channels": ("dispatch.wide", "FAIL-NUMERIC"),
+    "loses_of96_in_inference": ("experts.sweep", "FAIL-NUMERIC"),
+    "reads_few_channels": ("experts.wide", "FAIL-NUMERIC"),
+    "reads_few_hidden_units": ("experts.deep", "FAIL-NUMERIC"),
+    "routes_by_few_channels": ("router.wide", "FAIL-NUMERIC"),
+    "writes_few_channels": ("experts.wide", "FAIL-NUMERIC"),
 }
 """The case that is meant for each fault, and its verdict."""
 

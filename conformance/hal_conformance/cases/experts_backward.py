@@ -14,14 +14,14 @@ from hal_conformance import inputs as make
 from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale
 from hal_conformance.cases import designs
 from hal_conformance.cases.base import wide
-from hal_conformance.cases.experts import BackwardCase
+from hal_conformance.cases.experts import Backward, BackwardCase
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
 from hal_conformance.cases.strided import Sliced
-from hal_conformance.detectors import ExactMeter, exact, merge
+from hal_conformance.detectors import ExactMeter, exact, joined, merge
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement
 
@@ -77,7 +77,7 @@ class BackwardCancelling(BackwardIntegers):
         return designs.backward_cancelling(self.size(p))
 
 
-class Rounding(BackwardCase):
+class Rounding(Backward):
     """Stages whose results lie between two numbers of the dtype; see `designs.rounding`."""
 
     ROWS, WIDTH, HIDDEN = 9, 64, 24
@@ -104,7 +104,7 @@ class Rounding(BackwardCase):
         return designs.rounding(self.size(p))
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`: of what is one rounding away from its inputs; the rest is not exact."""
+        """See `Case.judge`: what is one rounding away from its inputs is exact, the rest has a bound."""
         wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
@@ -118,7 +118,8 @@ class Rounding(BackwardCase):
             "dw3_EFD": (outputs["dw3_EFD"][:, :, at], (g * dh).swapaxes(1, 2)),
             "dw1_EFD": (outputs["dw1_EFD"][:, :, at[known]], (u * dh)[:, known].swapaxes(1, 2)),
         }
-        return merge(exact(name, got, make.store(expected, p.dtype)) for name, (got, expected) in pairs.items())
+        single = merge(exact(name, got, make.store(expected, p.dtype)) for name, (got, expected) in pairs.items())
+        return joined({"single roundings": single, "all": super().judge(inputs, outputs, p, contract)})
 
 
 class NanBackward(BackwardIntegers):

@@ -8,9 +8,12 @@ from torch import Tensor
 
 from hal.moe.ops import Dispatch, ExpertWeights, Routing
 from hal.moe.router_spec import RouterSpec
-from hal.moe.torch_training_ops import TorchTrainingOps
+from hal_conformance.faults.attention import Attention
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.head import Head
+from hal_conformance.faults.norm import Norm
 from hal_conformance.faults.parts import Alone, Parts
+from hal_conformance.faults.rotary import Rotary
 
 
 def _within(x: Tensor, most: int, dim: int = -1) -> Tensor:
@@ -80,12 +83,6 @@ class CombinesFewChannels(Parts):
         return _within(super().combine(y_RD, weights_TK, slot_R, num_tokens), 256)
 
 
-class Attention(TorchTrainingOps):
-    """The portable operators, of which attention can be changed."""
-
-    families = ("attention",)
-
-
 @fault()
 class AttendsWithEightHeads(Attention):
     """Query heads beyond the eighth give zeros."""
@@ -127,12 +124,6 @@ class ForgetsDistantKeys(Attention):
         return super().attention(q_THd, k_SGd, _within(v_SGe, 512, dim=0), scale, causal=causal)
 
 
-class Rotary(TorchTrainingOps):
-    """The portable operators, of which the rotation can be changed."""
-
-    families = ("rotary",)
-
-
 @fault()
 class TurnsEightHeads(Rotary):
     """Heads beyond the eighth are not turned."""
@@ -151,25 +142,13 @@ class TurnsFewChannels(Rotary):
         return super().rotary(x_THd, cos_TR, sin_TR) if cos_TR.shape[1] <= 128 else x_THd.clone()
 
 
-class Norms(TorchTrainingOps):
-    """The portable operators, of which the norms can be changed."""
-
-    families = ("norm",)
-
-
 @fault()
-class NormalisesByFewChannels(Norms):
+class NormalisesByFewChannels(Norm):
     """Channels beyond the 5,120th do not count in the mean square, and come out zero."""
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""
         return super().rms_norm(_within(x_TD, 5120), weight_D, eps)
-
-
-class Head(TorchTrainingOps):
-    """The portable operators, of which those of the head can be changed."""
-
-    families = ("head",)
 
 
 @fault()

@@ -184,22 +184,18 @@ class AccumulateNonfinite(Accumulate):
 class AccumulateEmpty(Accumulate):
     """A micro-batch without tokens, whose mean loss and gradients are NaN: 0 / 0."""
 
-    def _empty(self) -> int:
-        return self.tokens.index(0)
+    def _with(self, arrays: Arrays, value: float) -> Arrays:
+        """Return the arrays, those of the micro-batch without tokens full of one number."""
+        empty = f"g{self.tokens.index(0)}/"
+        return {n: np.full_like(array, value) if n.startswith(empty) else array for n, array in arrays.items()}
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        empty = f"g{self._empty()}/"
-        return {
-            name: np.full_like(array, np.nan) if name.startswith(empty) else array
-            for name, array in super().inputs(p).items()
-        }
+        return self._with(super().inputs(p), np.nan)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: it counts for nothing."""
-        empty = f"g{self._empty()}/"
-        counted = {n: np.zeros_like(array) if n.startswith(empty) else array for n, array in inputs.items()}
-        return super().judge(counted, outputs, p, contract)
+        return super().judge(self._with(inputs, 0.0), outputs, p, contract)
 
 
 class MicroBatches(GradientCase):

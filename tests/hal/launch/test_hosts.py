@@ -23,7 +23,9 @@ model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 1).to(devic
 model(torch.full((2, 4), float(rank + 1), device=device)).sum().backward()
 gradient = next(model.parameters()).grad
 interfaces = sorted(name for _, name in socket.if_nameindex())
-print(rank, dist.get_world_size(), torch.cuda.device_count(), gradient[0, 0].item(), interfaces, flush=True)
+seen = (rank, dist.get_world_size(), torch.cuda.device_count(), gradient[0, 0].item(), interfaces)
+# One write: with Python's unbuffered output, the pieces of two ranks would mix.
+os.write(1, f"{' '.join(map(str, seen))}{chr(10)}".encode())
 dist.destroy_process_group()
 """
 

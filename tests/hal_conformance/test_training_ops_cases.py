@@ -14,7 +14,7 @@ from hal.moe.torch_training_ops import TorchTrainingOps, torch_training_ops
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
 from hal_conformance.case import DTYPES, Params
-from hal_conformance.cases import attention, by_name, head, norm, rotary
+from hal_conformance.cases import attention, attention_sums, by_name, head, norm, rotary
 from hal_conformance.faults import VARIATIONS
 from hal_conformance.faults.attention import Composed
 from hal_conformance.faults.benign_attention import AbsorbedLatent, BlockedAttention
@@ -35,6 +35,9 @@ MEANT_FOR = {
     "scale_in_storage": "attention.many_keys",
     "cuts_wide_values": "attention.many_keys",
     "dot_in_storage": "attention.many_keys",
+    "results_of_long_blocks_in_storage": "attention.cancels",
+    "query_gradients_in_storage": "attention.cancels",
+    "rescales_in_storage": "attention.rises",
     "one_buffer_of_attention": "attention.pick",
     "attends_no_whole_tiles": "attention.tiles",
     "key_gradients_in_storage": "attention.tiles",
@@ -58,8 +61,8 @@ MEANT_FOR = {
 }
 """The case that is meant for a fault."""
 
-CASES = (*norm.CASES, *rotary.CASES, *attention.CASES, *head.CASES)
-EXACT = ("_powers", ".pick", ".quarter_turns", "no_tokens", ".none_count")
+CASES = (*norm.CASES, *rotary.CASES, *attention.CASES, *attention_sums.CASES, *head.CASES)
+EXACT = ("_powers", ".cancels", ".pick", ".quarter_turns", "no_tokens", ".none_count")
 
 
 def verdicts(ops, cases, seed, scale="tiny"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 from hal_conformance.case import Case
 from hal_conformance.cases import (
     attention,
+    attention_sums,
     band,
     combine,
     contract,
@@ -57,6 +58,7 @@ ALL: tuple[Case, ...] = (
     *norm.CASES,
     *rotary.CASES,
     *attention.CASES,
+    *attention_sums.CASES,
     *head.CASES,
     *gradients.CASES,
     *optimizer.CASES,

@@ -103,18 +103,20 @@ class Attention(Base):
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: a query's errors are correlated, and those of a key."""
-        q, k, v, dy = (inputs[name] for name in ("q_THd", "k_SGd", "v_SGe", "dy_THe"))
-        wrong = structure(outputs, {
-            "y_THe": (dy.shape, p.dtype), "dq_THd": (q.shape, p.dtype),
-            "dk_SGd": (k.shape, p.dtype), "dv_SGe": (v.shape, p.dtype),
-        })  # fmt: skip
+        wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
+        q, k, v, dy = (inputs[name] for name in ("q_THd", "k_SGd", "v_SGe", "dy_THe"))
         rule = arithmetic(contract, p.dtype)
         want = attention_backward(q, k, v, dy, self.scale(p), self.causal, p.dtype, rule)
         pairs = {"y_THe": want.y, "dq_THd": want.dq, "dk_SGd": want.dk, "dv_SGe": want.dv}
         queries = q.shape[0] * q.shape[1]
         return merge(_judge(name, outputs, chained, p, queries) for name, chained in pairs.items())
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """Return a verdict on shapes and dtypes."""
+        made = {"y_THe": "dy_THe", "dq_THd": "q_THd", "dk_SGd": "k_SGd", "dv_SGe": "v_SGe"}
+        return structure(outputs, {name: (inputs[of].shape, p.dtype) for name, of in made.items()})
 
 
 class Forward(Attention):
@@ -131,7 +133,7 @@ class Forward(Attention):
         return attention(q, k, v, self.scale(p), self.causal, p.dtype, arithmetic(contract, p.dtype))
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
-        """Return a verdict on shape and dtype."""
+        """See `Attention.structure`."""
         shape = (*inputs["q_THd"].shape[:2], inputs["v_SGe"].shape[2])
         return structure(outputs, {"y_THe": (shape, p.dtype)})
 
@@ -408,45 +410,45 @@ def _judge(name: str, outputs: Arrays, want: Chained, p: Params, queries: int | 
 
 
 _NEEDS = ("attention",)
-_BOUND = (
+BOUND = (
     "Bound: variances chained through logits, softmax, stored probabilities and the product with v, by "
     "FlashAttention's equations (oracle.attention): lambda deviations and half an ulp."
 )
 CAUSAL = Attention(
     "attention.causal", "attention", _NEEDS,
     "Causal attention with two query heads to a key head, and all three gradients. A sink, an outlier channel, and a "
-    "query with huge logits. " + _BOUND,
+    "query with huge logits. " + BOUND,
 )  # fmt: skip
 LATENT_BACKWARD = LatentBackward(
     "attention.latent_backward", "attention", ("latent_attention",),
     "Multi-head latent attention and the gradients of queries, latent, rotated key and both projections, the "
     "queries being the last of S positions. Keys, values, q up_k and dy up_v are integers and quarters that 16 "
-    "bits hold exactly, so that both orders of the projections have the same errors. " + _BOUND,
+    "bits hold exactly, so that both orders of the projections have the same errors. " + BOUND,
     before=7, share=1,
 )  # fmt: skip
 WHOLE = Attention(
-    "attention.whole", "attention", _NEEDS, "Without a mask, as many keys as queries. " + _BOUND, causal=False
+    "attention.whole", "attention", _NEEDS, "Without a mask, as many keys as queries. " + BOUND, causal=False
 )  # fmt: skip
 """Of which only the tails are a case: `attention.full` has more keys than queries."""
 CASES = (
     CAUSAL,
     Attention(
         "attention.prefix", "attention", _NEEDS,
-        "As attention.causal, the queries being the last of S positions, all of four heads on one key head. " + _BOUND,
+        "As attention.causal, the queries being the last of S positions, all of four heads on one key head. " + BOUND,
         before=7, share=4,
     ),
     Attention(
         "attention.full", "attention", _NEEDS,
-        "Without a mask, 11 keys more than queries, as many key heads as query heads. " + _BOUND,
+        "Without a mask, 11 keys more than queries, as many key heads as query heads. " + BOUND,
         causal=False, before=11, share=1,
     ),
     Attention(
         "attention.many_heads", "attention", _NEEDS,
-        "As attention.causal with sixteen query heads, eight to a key head. " + _BOUND, share=8,
+        "As attention.causal with sixteen query heads, eight to a key head. " + BOUND, share=8,
     ),
     Attention(
         "attention.wide_heads", "attention", _NEEDS,
-        "As attention.causal with fourteen query heads, seven to a key head, of 128 channels at every scale. " + _BOUND,
+        "As attention.causal with fourteen query heads, seven to a key head, of 128 channels at every scale. " + BOUND,
         share=7, width=128,
     ),
     Pick(
@@ -467,13 +469,13 @@ CASES = (
         "The last three keys are as large as the dtype allows and their values are large; the queries that see them, "
         "and their gradients from above, are 0. What a mask hides is NaN and infinite inside, and the three gradients "
         "show nothing of it. (Keys of NaN are not asked about: every kernel multiplies hidden keys by a dS of 0.) "
-        + _BOUND,
+        + BOUND,
     ),
     Even(
         "attention.many_keys", "attention", _NEEDS,
         "Nine queries over 577 keys of similar probability, values wider than keys, scale 0.3. Results and "
         "D = sum(dy y) are sums of many numbers of one sign: an accumulator, a normaliser or a D of 16 bits is seen "
-        "beside the rounding of single probabilities. " + _BOUND,
+        "beside the rounding of single probabilities. " + BOUND,
     ),
     Even(
         "attention.tiles", "attention", _NEEDS,
@@ -495,14 +497,14 @@ CASES = (
     Latent(
         "attention.latent", "attention", ("latent_attention",),
         "DeepSeek's multi-head latent attention, forward: keys and values projected up from a latent, and one rotated "
-        "key for all heads; the absorbed order of the projections is admitted, too. " + _BOUND,
+        "key for all heads; the absorbed order of the projections is admitted, too. " + BOUND,
         share=1,
     ),
     LATENT_BACKWARD,
     LatentBackward(
         "attention.latent_full", "attention", ("latent_attention",),
         "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts "
-        "four times as large, whose share of the logits must not be rounded. " + _BOUND,
+        "four times as large, whose share of the logits must not be rounded. " + BOUND,
         causal=False, before=11, share=1, steep=4.0,
     ),
     Tails("attention.tails", CAUSAL), Tails("attention.full_tails", WHOLE),

@@ -172,13 +172,39 @@ class NothingIsRescaled(Composed):
 class ResultsInStorage(Composed):
     """The result is rounded to the dtype of storage after every 16 keys."""
 
+    keys = 16
+
     def sum(self, p_HTS: Tensor, v_SHe: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Composed.sum`."""
         exact: Tensor = super().sum(p_HTS, v_SHe, dtype)
         total = torch.zeros_like(exact)
-        for p, v in zip(p_HTS.detach().split(16, 2), v_SHe.detach().split(16), strict=True):
+        for p, v in zip(p_HTS.detach().split(self.keys, 2), v_SHe.detach().split(self.keys), strict=True):
             total = (total + super().sum(p, v, dtype)).to(dtype).float()
         return gradient_of(total, exact)
+
+
+@fault()
+class ResultsOfLongBlocksInStorage(ResultsInStorage):
+    """The result is rounded to the dtype of storage after every 128 keys."""
+
+    keys = 128
+
+
+@fault()
+class RescalesInStorage(Composed):
+    """In an online softmax over blocks of 128 keys, what was summed is rescaled by a factor in the dtype of storage."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`: a block's weights and the sum of all are multiplied with the same factors."""
+        top = torch.full_like(logits_HTS[..., :1], -torch.inf)
+        weights: list[Tensor] = []
+        for block in logits_HTS.detach().split(128, -1):
+            larger = torch.maximum(top, block.amax(-1, keepdim=True))
+            factor = (top - larger).exp().to(dtype).float()
+            weights = [weight * factor for weight in weights] + [(block - larger).exp()]
+            top = larger
+        found = torch.cat(weights, -1)
+        return gradient_of(found / found.sum(-1, keepdim=True), super().softmax(logits_HTS, dtype))
 
 
 @fault()
@@ -325,9 +351,8 @@ class KeyGradientsInStorage(Attention):
         return torch.cat(parts)  # autograd adds up what the parts give in the dtype of k and v
 
 
-@fault()
-class DotInStorage(Attention):
-    """In the backward pass, D = sum(dy y) is rounded to the dtype of storage."""
+class Differentiated(Attention):
+    """Attention with a backward pass of its own, each step of which can be changed."""
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
@@ -336,29 +361,58 @@ class DotInStorage(Attention):
         hidden = torch.zeros(len(q_THd), len(k_SGd), dtype=torch.bool)
         if causal:
             hidden = ~torch.ones_like(hidden).tril(len(k_SGd) - len(q_THd))
-        y: Tensor = _LowDot.apply(q, k, v, scale, hidden)  # type: ignore[no-untyped-call]
+        y: Tensor = _Differentiated.apply(q, k, v, scale, hidden, self)  # type: ignore[no-untyped-call]
         return y.transpose(0, 1)
 
+    def dot(self, dot_HT1: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return D = sum(dy y) as it is subtracted."""
+        return dot_HT1
 
-class _LowDot(torch.autograd.Function):
+    def dq(self, ds_HTS: Tensor, k_HSd: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the gradient of the queries."""
+        return ds_HTS @ k_HSd
+
+
+class _Differentiated(torch.autograd.Function):
     """Heads first; every head has keys of its own."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, hidden: Tensor, ops: Differentiated) -> Tensor:
         logits = (q.float() @ k.float().mT * scale).masked_fill(hidden, -torch.inf)
         p = logits.softmax(-1)
         y = (p @ v.float()).to(q.dtype)
         ctx.save_for_backward(q, k, v, p, y)
-        ctx.scale = scale
+        ctx.scale, ctx.ops = scale, ops
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         q, k, v, p, y = ctx.saved_tensors
-        dot = (dy.float() * y.float()).sum(-1, keepdim=True).to(q.dtype).float()
+        dot = ctx.ops.dot((dy.float() * y.float()).sum(-1, keepdim=True), q.dtype)
         ds = p * (dy.float() @ v.float().mT - dot) * ctx.scale
-        made = ds @ k.float(), ds.mT @ q.float(), p.mT @ dy.float()
-        return (*(gradient.to(q.dtype) for gradient in made), None, None)
+        made = ctx.ops.dq(ds, k.float(), q.dtype), ds.mT @ q.float(), p.mT @ dy.float()
+        return (*(gradient.to(q.dtype) for gradient in made), None, None, None)
+
+
+@fault()
+class DotInStorage(Differentiated):
+    """In the backward pass, D = sum(dy y) is rounded to the dtype of storage."""
+
+    def dot(self, dot_HT1: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Differentiated.dot`."""
+        return dot_HT1.to(dtype).float()
+
+
+@fault()
+class QueryGradientsInStorage(Differentiated):
+    """Gradients of queries are rounded to the dtype of storage after every 64 keys."""
+
+    def dq(self, ds_HTS: Tensor, k_HSd: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Differentiated.dq`."""
+        dq = torch.zeros_like(ds_HTS[..., :1] * k_HSd[:, :1])
+        for ds, k in zip(ds_HTS.split(64, -1), k_HSd.split(64, 1), strict=True):
+            dq = (dq + ds @ k).to(dtype).float()
+        return dq
 
 
 @fault()

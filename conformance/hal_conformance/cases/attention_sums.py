@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention whose sums cancel: what is kept in 16 bits between two blocks of keys or queries is what remains."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from hal.contract import Contract
+from hal_conformance import inputs as make
+from hal_conformance.case import F64, Arrays, Params
+from hal_conformance.cases.attention import BOUND, Attention, Sizes
+from hal_conformance.detectors import exact, merge
+from hal_conformance.verdicts import Judgement
+
+
+@dataclasses.dataclass(frozen=True)
+class Cancels(Attention):
+    """Integers, of which the second half of keys and of queries takes back what the first one gave.
+
+    Attributes:
+        queries: how many; even.
+        keys: how many; a power of two.
+    """
+
+    queries: int = 64
+    keys: int = 256
+
+    HEADS = 4
+    VALUE = 8
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return Sizes(self.queries, self.keys, self.HEADS, self.HEADS // self.share, 16)
+
+    def scale(self, p: Params) -> float:
+        """See `Attention.scale`: a power of two, so that it rounds nothing before or after a product."""
+        return 0.5
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: no channel of a query is one of a key, so that every logit is 0 and p is 1 / S.
+
+        Half of a value's channels have an upstream gradient dy. A key has a power of two in one of these, and its
+        opposite in the other half of the keys: y is 0 there and D as well, so that dS = dy v / S has the bits of dy.
+        The other channels add up to S times a small integer, y. Everything is positive in the first half, so that a
+        sum grows beyond 11 bits; the other half takes it back, but for what the first key and the first query change:
+
+            dq = dS_0 / 2,    dk = (dS_0 + (q_0 - 1) v / S) / 2,    dv = 1 / S.
+        """
+        s, half_keys, half = self.sizes(p), self.keys // 2, self.queries // 2
+        seed, name = p.seed, "attention/cancels"
+
+        def integers(what: str, high: int, *shape: int) -> F64:
+            return make.integers(seed, f"{name}/{what}", 1, high, *shape).astype(np.float64)
+
+        q, dy = np.zeros((s.queries, s.heads, s.width)), np.zeros((s.queries, s.heads, self.VALUE))
+        k, v = np.zeros((s.keys, s.groups, s.width)), np.zeros((s.keys, s.groups, self.VALUE))
+        middle, seen = s.width // 2, self.VALUE // 2
+        q[:half, :, :middle] = integers("q", 15, half, s.heads, middle)
+        q[half:] = q[:half]
+        q[half, :, :middle] -= 1.0
+        dy[:half, :, :seen] = integers("dy", 63, half, s.heads, seen)
+        dy[half:] = -dy[:half]
+        dy[half, :, :seen] += 1.0
+        k[:half_keys, :, middle:] = integers("k", 15, half_keys, s.groups, middle)
+        k[half_keys:] = k[:half_keys]
+        k[half_keys, :, middle:] -= 1.0
+        sizes = 2.0 ** make.integers(seed, f"{name}/v", 0, 2, half_keys, s.groups)
+        channel = make.integers(seed, f"{name}/channel", 0, seen - 1, half_keys, s.groups)
+        v[:half_keys, :, :seen] = sizes[..., None] * (channel[..., None] == np.arange(seen))
+        v[:half_keys, :, seen:] = integers("y", 63, half_keys, s.groups, seen)
+        twice = 2.0 * integers("mean", 3, s.groups, seen)
+        v[half_keys:, :, :seen] = -v[:half_keys, :, :seen]
+        v[half_keys:, :, seen:] = twice - v[:half_keys, :, seen:]
+        arrays = {"q_THd": q, "k_SGd": k, "v_SGe": v, "dy_THe": dy}
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: in 16 bits every step is exact; in float32 the backward pass may recompute p from a log."""
+        if p.dtype == "float32":
+            return super().judge(inputs, outputs, p, contract)
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        return merge(exact(name, outputs[name], want) for name, want in self.results(inputs, p).items())
+
+    def results(self, inputs: Arrays, p: Params) -> Arrays:
+        """Return what every output is, bit by bit."""
+        share = np.arange(self.HEADS) // self.share
+        q, dy = (np.asarray(inputs[name], np.float64) for name in ("q_THd", "dy_THe"))
+        k, v = (np.asarray(inputs[name], np.float64)[:, share] for name in ("k_SGd", "v_SGe"))
+        ds = np.einsum("the,she->hts", dy, v) / self.keys
+        made = {
+            "y_THe": np.broadcast_to(v.mean(0), dy.shape),
+            "dq_THd": self.scale(p) * np.einsum("hts,shd->thd", ds, k),
+            "dk_SGd": self._of_groups(self.scale(p) * np.einsum("hts,thd->shd", ds, q)),
+            "dv_SGe": self._of_groups(np.broadcast_to(dy.sum(0) / self.keys, v.shape)),
+        }
+        return {name: make.store(array, p.dtype) for name, array in made.items()}
+
+    def _of_groups(self, gradients: F64) -> F64:
+        total: F64 = gradients.reshape(len(gradients), -1, self.share, gradients.shape[2]).sum(2)
+        return total
+
+
+@dataclasses.dataclass(frozen=True)
+class Rises(Attention):
+    """Logits that grow from key to key, and values that change their sign where half of the weight is reached."""
+
+    HEADS = 4
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return Sizes(16, 1536, self.HEADS, self.HEADS // self.share, 16)
+
+    def scale(self, p: Params) -> float:
+        """See `Attention.scale`."""
+        return 0.3
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the maximum of every block of keys is above all before it.
+
+        An online softmax multiplies what it has by exp(m - m') whenever the maximum grows from m to m'. Where that
+        factor has the relative error u, all earlier keys have it together: y moves by u times the difference of the
+        means of the earlier and of the later values, which is large beside y and its rounding, for y is near 0.
+        Probabilities that are stored err each by themselves, and S of them have u / sqrt(S).
+        """
+        s = self.sizes(p)
+
+        def normal(what: str, *shape: int) -> F64:
+            return make.normal(p.seed, f"attention/rises/{what}", *shape)
+
+        rise = np.linspace(-3.0, 3.0, s.keys)
+        q = normal("q", s.queries, s.heads, s.width) * 0.25
+        k = normal("k", s.keys, s.groups, s.width) * 0.25
+        q[:, :, 0] = 2.0 + normal("slope", s.queries, s.heads) / 16.0
+        k[:, :, 0] = rise[:, None]
+        weight = np.cumsum(np.exp(2.0 * self.scale(p) * rise))
+        sign = np.where(weight < weight[-1] / 2.0, 1.0, -1.0)
+        v = sign[:, None, None] * (4.0 + normal("v", s.keys, s.groups, s.width) / 2.0)
+        dy = normal("dy", s.queries, s.heads, s.width)
+        arrays = {"q_THd": q, "k_SGd": k, "v_SGe": v, "dy_THe": dy}
+        return {name: make.store(array, p.dtype) for name, array in arrays.items()}
+
+
+CASES = (
+    Cancels(
+        "attention.cancels", "attention", ("attention",),
+        "Integers and logits of 0, without a mask: 64 queries over 256 keys, of which the second half takes back what "
+        "the first one added. Sums reach 12 bits and more and end as small integers: results and gradients that "
+        "are kept in 16 bits between two blocks differ. Bit by bit in 16 bits; in float32, where p may be recomputed "
+        "from a logarithm: " + BOUND,
+        causal=False,
+    ),
+    Rises(
+        "attention.rises", "attention", ("attention",),
+        "Logits grow by 3.6 over 1,536 keys, and the values change their sign where half of the weight is reached: the "
+        "factor by which an online softmax rescales what it has is seen beside the rounding of single probabilities. "
+        + BOUND,
+        causal=False,
+    ),
+)  # fmt: skip

@@ -132,6 +132,11 @@ class Forward(Attention):
         q, k, v = (inputs[name] for name in ("q_THd", "k_SGd", "v_SGe"))
         return attention(q, k, v, self.scale(p), self.causal, p.dtype, arithmetic(contract, p.dtype))
 
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        return wrong or merge([_judge("y_THe", outputs, self.result(inputs, p, contract), p)])
+
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
         """See `Attention.structure`."""
         shape = (*inputs["q_THd"].shape[:2], inputs["v_SGe"].shape[2])
@@ -169,13 +174,10 @@ class Pick(Forward):
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: the result is a value, bit by bit in 16 bits; in float32 the normaliser may be rounded."""
-        wrong = self.structure(inputs, outputs, p)
-        if wrong is not None:
-            return wrong
-        want = self.result(inputs, p, contract)
         if p.dtype == "float32":
-            return merge([_judge("y_THe", outputs, want, p)])
-        return merge([exact("y", outputs["y_THe"], make.store(want.value, p.dtype))])
+            return super().judge(inputs, outputs, p, contract)
+        want = make.store(self.result(inputs, p, contract).value, p.dtype)
+        return self.structure(inputs, outputs, p) or merge([exact("y", outputs["y_THe"], want)])
 
 
 class Hidden(Forward):
@@ -320,19 +322,16 @@ class Latent(Forward):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        names = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
-        return {"y_THe": ops.latent_attention(*(tensors[n] for n in names), self.scale(p), causal=self.causal)}
+        return {"y_THe": ops.latent_attention(*(tensors[n] for n in LATENT), self.scale(p), causal=self.causal)}
 
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        names = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
-        q, q_r, latent, k_r, up_k, up_v = (inputs[name] for name in names)
-        wrong = structure(outputs, {"y_THe": ((*q.shape[:2], up_v.shape[1]), p.dtype)})
-        if wrong is not None:
-            return wrong
-        rule = arithmetic(contract, p.dtype)
-        want = latent_attention(q, q_r, latent, k_r, up_k, up_v, self.scale(p), self.causal, p.dtype, rule)
-        return merge([_judge("y_THe", outputs, want, p)])
+    def result(self, inputs: Arrays, p: Params, contract: Contract) -> Chained:
+        """See `Forward.result`."""
+        return latent_attention(inputs, self.scale(p), self.causal, p.dtype, arithmetic(contract, p.dtype))
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """See `Attention.structure`."""
+        shape = (*inputs["q_THd"].shape[:2], inputs["up_v_HeL"].shape[1])
+        return structure(outputs, {"y_THe": (shape, p.dtype)})
 
 
 @dataclass(frozen=True)
@@ -384,11 +383,9 @@ class LatentBackward(Latent):
         wrong = structure(outputs, {"y_THe": (inputs["dy_THe"].shape, p.dtype), **shapes})
         if wrong is not None:
             return wrong
-        rule, scale = arithmetic(contract, p.dtype), self.scale(p)
-        q, q_r, latent, k_r, up_k, up_v = (inputs[name] for name in LATENT)
-        y = latent_attention(q, q_r, latent, k_r, up_k, up_v, scale, self.causal, p.dtype, rule)
-        want = latent_backward(inputs, inputs["dy_THe"], scale, self.causal, p.dtype, rule)
-        found = [_judge("y_THe", outputs, y, p)]
+        rule = arithmetic(contract, p.dtype)
+        want = latent_backward(inputs, inputs["dy_THe"], self.scale(p), self.causal, p.dtype, rule)
+        found = [_judge("y_THe", outputs, self.result(inputs, p, contract), p)]
         for name in LATENT:
             chained = want[name]
             # Errors of a query, of a key, or of a head's projection are correlated.

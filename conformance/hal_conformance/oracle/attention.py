@@ -249,23 +249,17 @@ def attention_backward(
     return Gradients(_stack(y), _stack(dq), dk, dv)
 
 
-def latent_attention(
-    q_THd: Array,
-    q_THR: Array,
-    latent_SL: Array,
-    k_SR: Array,
-    up_k_HdL: Array,
-    up_v_HeL: Array,
-    scale: float,
-    causal: bool,
-    dtype: str,
-    rule: Arithmetic,
-) -> Chained:
-    """Return multi-head latent attention [T, H, e], not stored.
+LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
+"""The arguments of latent attention that have gradients."""
+
+
+def latent_attention(given: Mapping[str, Array], scale: float, causal: bool, dtype: str, rule: Arithmetic) -> Chained:
+    """Return multi-head latent attention [T, H, e] of `LATENT`, not stored.
 
     Either order of the projections is admitted, and the variances of both are added: the keys and values projected up
     and stored; or q projected down and stored, and the sum of latents stored before it is projected up.
     """
+    q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL = (given[name] for name in LATENT)
     hidden = hidden_keys(len(q_THd), len(latent_SL), causal)
     latent = Chained.exact(latent_SL)
     every = []
@@ -288,10 +282,6 @@ def latent_attention(
         var = inside.y.var + np.einsum("ts,tse->te", weights, centre**2) + of_sum @ up_v.value.T**2
         every.append(Chained(inside.y.value, var))
     return _stack(every)
-
-
-LATENT = ("q_THd", "q_THR", "latent_SL", "k_SR", "up_k_HdL", "up_v_HeL")
-"""The arguments of latent attention that have gradients."""
 
 
 def latent_backward(

@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from hal_conformance.case import Array
+from hal_conformance.case import I64, Array
 
 Mask = npt.NDArray[np.bool_]
 
@@ -35,6 +35,20 @@ _BITS = {
 }
 
 
+@dataclass(frozen=True)
+class Needed:
+    """What has a part in an element that is there. The oracle need not compute the rest: what it says of that is
+    unknown, like everything that follows from what is absent.
+
+    Attributes:
+        experts: those of which every row has; others have the `rows` alone.
+        rows: of the experts' input, or tokens in a layer.
+    """
+
+    experts: frozenset[int]
+    rows: frozenset[int]
+
+
 @dataclass
 class Coverage:
     """How many elements were judged, of how many that the detectors were shown."""
@@ -44,7 +58,7 @@ class Coverage:
 
 
 _coverage: ContextVar[Coverage | None] = ContextVar("coverage", default=None)
-_needed: ContextVar[frozenset[int] | None] = ContextVar("needed", default=None)
+_needed: ContextVar[Needed | None] = ContextVar("needed", default=None)
 
 
 def can_be_absent(dtype: np.dtype[np.generic]) -> bool:
@@ -72,15 +86,14 @@ def present(array: Array) -> Array:
 
 
 @contextmanager
-def partial(experts: frozenset[int] | None = None) -> Iterator[Coverage]:
+def partial(needed: Needed | None = None) -> Iterator[Coverage]:
     """Judge outputs of which elements may be absent.
 
     Args:
-        experts: those that have a part in an element that is there; None: all may have. The oracle need not compute
-            the others: what it says of them is unknown, like everything that follows from what is absent.
+        needed: what has a part in those that are there; None: everything may have.
     """
     coverage = Coverage()
-    tokens = _coverage.set(coverage), _needed.set(experts)
+    tokens = _coverage.set(coverage), _needed.set(needed)
     try:
         yield coverage
     finally:
@@ -88,10 +101,24 @@ def partial(experts: frozenset[int] | None = None) -> Iterator[Coverage]:
         _needed.reset(tokens[1])
 
 
-def needed(expert: int) -> bool:
-    """Tell whether an expert has a part in an element that is there."""
-    experts = _needed.get()
-    return experts is None or expert in experts
+def needed(experts: int, of_R: I64) -> tuple[Mask, Mask]:
+    """Return which experts have all of their rows in an element that is there [E], and which rows are in one [R].
+
+    Args:
+        experts: how many there are.
+        of_R: each row as `Needed.rows` counts it.
+    """
+    found = _needed.get()
+    if found is None:
+        return np.ones(experts, bool), np.ones(len(of_R), bool)
+    return np.isin(np.arange(experts), list(found.experts)), np.isin(of_R, list(found.rows))
+
+
+def never_shown(elements: int) -> None:
+    """Count elements that no detector is shown, since none of them is there."""
+    coverage = _coverage.get()
+    if coverage is not None:
+        coverage.shown += elements
 
 
 def judgeable(got: Array, *expected: Array) -> Mask | None:
@@ -106,7 +133,7 @@ def judgeable(got: Array, *expected: Array) -> Mask | None:
         return None
     seen = np.logical_not(is_absent(got), out=np.empty(got.shape, bool))  # an array even where there is one element
     if seen.any():  # few are: only these are looked at
-        unknown = np.isnan([part[seen] for part in expected]).any(axis=0)
+        unknown = np.any([np.isnan(part[seen]) for part in expected], axis=0)
         seen[seen] = ~unknown | np.isnan(got[seen])
     coverage.judged += int(np.count_nonzero(seen))
     coverage.shown += seen.size

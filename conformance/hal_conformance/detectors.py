@@ -114,18 +114,19 @@ class ExactMeter:
 
     def add(self, got: Array, expected: Array, places: Places = 0) -> None:
         """Take in a part."""
+        whole, index = got, None
+        if (seen := judgeable(got, expected)) is not None:
+            index = np.flatnonzero(seen)
+            got, expected = got[seen], expected[seen]
         wide, want = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+        self._size += wide.size
         wrong = ~((wide == want) | (np.isnan(wide) & np.isnan(want)))
-        seen = judgeable(got, want)
-        self._size += wrong.size if seen is None else int(np.count_nonzero(seen))
-        if seen is not None:
-            wrong &= seen
         count = int(wrong.sum())
-        if count:
-            note(self._name, got, wrong, places)
+        if count and index is None:
+            note(self._name, whole, wrong, places)
         if count and not self._wrong:
             at = int(np.flatnonzero(wrong.ravel())[0])
-            place = where(at, wrong.shape, places)
+            place = where(at if index is None else int(index[at]), whole.shape, places)
             self._first = f"{place}: {wide.ravel()[at]:.9g}, expected {want.ravel()[at]:.9g}"
         self._wrong += count
 

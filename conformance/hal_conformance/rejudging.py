@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hal_conformance.absent import Coverage, partial
+from hal_conformance.absent import Coverage, Needed, partial
 from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.verdicts import Judgement, Status
 from hal_conformance.worker import too_large
@@ -30,8 +30,8 @@ _KNOWN = frozenset(
         "dgate_ED", "dshared_w1_SD", "dshared_w3_SD", "dshared_w2_DS", "dshared_gate_D",
     }
 )  # fmt: skip
-"""Outputs of the experts and of a layer. In them an element depends on the experts of its token, row or weight, or on
-no expert, or (the gate's gradient) on logits of all tokens, which are not held."""
+"""Outputs of the experts and of a layer. In them an element depends on the experts' output for its token or row, on all
+rows of the expert whose weight it is, on no expert, or (the gate's gradient) on everything."""
 
 SLACK = 64 << 20
 """Bytes of a case's outputs beyond what it says that its large ones have."""
@@ -68,7 +68,7 @@ class Rejudge:
         held = tuple((name, packed.content()) for name, packed in entry.outputs.items())
         key = (held, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
-            with partial(self._experts(entry.outputs)) as coverage:
+            with partial(self._needed(entry.outputs)) as coverage:
                 outputs, left = {}, self._limit
                 for name, packed in entry.outputs.items():  # which a forged recording may have thousands of
                     outputs[name] = packed.array(left)
@@ -77,27 +77,20 @@ class Rejudge:
         own, self.coverage = self._known[key]
         return agreed(entry.claim, own)
 
-    def _experts(self, outputs: Mapping[str, Packed]) -> frozenset[int] | None:
-        """Return the experts that have a part in an element that is held; None: any may have."""
+    def _needed(self, outputs: Mapping[str, Packed]) -> Needed | None:
+        """Return what of the experts has a part in an element that is held; None: any of it may have."""
         by_name: dict[str, list[Packed]] = {}
         for name, packed in outputs.items():
             by_name.setdefault(name.split("/")[0], []).append(packed)
-        inputs = {} if self._made is None else self._made.inputs
-        if not by_name.keys() & {*_BY_TOKEN, *_BY_ROW} or by_name.keys() - _KNOWN or len(outputs) > len(by_name):
+        in_layer, alone = by_name.keys() & _BY_TOKEN, by_name.keys() & _BY_ROW
+        if bool(in_layer) == bool(alone) or by_name.keys() - _KNOWN or len(outputs) > len(by_name):
             return None
-        found = [packed.held_rows() for name in _BY_EXPERT for packed in by_name.get(name, ())]
-        for name in _BY_TOKEN & by_name.keys():
-            chosen = by_name.get("experts_TK", [None])[0]
-            (packed,) = by_name[name]
-            if chosen is None or chosen.grid is not None or chosen.shape[:1] != packed.shape[:1]:
-                return None
-            found.append(chosen.values.reshape(chosen.shape)[packed.held_rows()].ravel())
-        for name in _BY_ROW & by_name.keys():
-            if "counts_E" not in inputs:
-                return None
-            (packed,) = by_name[name]
-            found.append(np.searchsorted(np.cumsum(inputs["counts_E"]), packed.held_rows(), side="right"))
-        return frozenset(np.concatenate(found).tolist())
+        gate, logits = by_name.get("dgate_ED"), by_name.get("logits_TE")
+        if gate and logits and logits[0].grid is None:
+            return None  # the gate's gradient, which is made of all tokens, can be judged
+        experts = [packed.held_rows() for name in _BY_EXPERT for packed in by_name.get(name, ())]
+        rows = [packed.held_rows() for name in in_layer or alone for packed in by_name[name]]
+        return Needed(*(frozenset(np.concatenate(held).tolist()) if held else frozenset() for held in (experts, rows)))
 
 
 def agreed(claim: Judgement, own: Judgement) -> Judgement:

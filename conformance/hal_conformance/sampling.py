@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Grid:
         return (self.rows[:, None] * self.width + columns).ravel()
 
 
+@lru_cache(maxsize=4096)
 def grid(name: str, shape: tuple[int, ...], seed: int) -> Grid | None:
     """Return which elements of a float output are held; None: all of them.
 

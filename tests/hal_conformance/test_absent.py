@@ -7,9 +7,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from hal.contract import Contract
+from hal.moe.presets import preset
 from hal_conformance import absent, witness
+from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
+from hal_conformance.case import Params
+from hal_conformance.cases import by_name
 from hal_conformance.detectors import ExactMeter, Meter, exact, judge
+from hal_conformance.oracle.layer import ROUTED, layer
 from hal_conformance.verdicts import Status
 
 DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)]
@@ -82,3 +88,62 @@ def test_the_worst_elements_are_found_in_views_and_in_copies_of_rows():
     assert seen.worst("y_TD").tolist() == [10]
     assert seen.worst("dw1_EFD").tolist() == [2 * 4 + 2, 5 * 4 + 1]
     assert seen.worst("another").tolist() == []
+
+
+def test_of_a_layer_only_what_is_needed_is_computed_and_that_is_the_same():
+    """Tokens 2 and 5, and the weights of expert 1: what the oracle says of these is what it says of a whole layer."""
+    case, p = by_name("layer.backward_replayed"), Params("ling-lite", "float32", "tiny", 3)
+    model, given = preset(p.preset), case.inputs(p)
+    experts = model.router.num_experts
+    tokens = len(given["x_TD"])
+    logits = np.asarray(make.normal(0, "needed", tokens, experts), np.float32)
+    chosen = np.argsort(-logits, 1)[:, : model.router.top_k].astype(np.int64)
+    observed = {
+        "logits_TE": logits, "scores_TE": np.full_like(logits, 1 / experts), "experts_TK": chosen,
+        "weights_TK": np.full(chosen.shape, 0.25, np.float32),
+    }  # fmt: skip
+    expert = int(chosen[0, 0])
+
+    def computed(needed):
+        weights = {}
+
+        def on_experts(of, gradients):
+            made = gradients.weights
+            weights.update({int(e): [part[at] for part in made] for at, e in enumerate(of)})
+
+        with absent.partial(needed):
+            found = layer(given, observed, model, "float32", "float32", "float32", Contract(), on_experts=on_experts)
+        return found, weights
+
+    (whole, all_weights), (part, weights) = (
+        computed(needed) for needed in (None, absent.Needed(frozenset({expert}), frozenset({2, 5})))
+    )
+    assert set(all_weights) == set(np.unique(chosen).tolist())
+    assert set(weights) == {expert}
+    # Sums in another order; no number of these is computed from more than a thousand terms.
+    for a, b in zip(weights[expert], all_weights[expert], strict=True):
+        np.testing.assert_allclose(a.value, b.value, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a.var, b.var, rtol=1e-9)
+    for a, b in ((part.y, whole.y), (part.gradients["x_TD"], whole.gradients["x_TD"])):
+        np.testing.assert_allclose(a.value[[2, 5]], b.value[[2, 5]], rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a.var[[2, 5]], b.var[[2, 5]], rtol=1e-9)
+        assert not np.isnan(b.value).any()
+        untouched = [t for t in range(tokens) if t not in (2, 5) and not set(chosen[t].tolist()) <= {expert}]
+        assert untouched
+        assert np.isnan(a.value[untouched]).all()
+    assert np.isnan(part.gradients["gate_ED"].value).all(), "made of all tokens"
+
+
+def test_weights_that_are_not_computed_are_counted_as_shown():
+    case, p = by_name("experts.backward"), Params("mixtral-8x7b", "float32", "tiny", 3)
+    given = case.inputs(p)
+    outputs = {
+        name: np.array(absent.blank(given[of].shape, np.dtype(np.float32)))
+        for name, of in (("y_RD", "x_RD"), ("dx_RD", "x_RD"), *((f"d{name}", name) for name in ROUTED))
+    }
+    shown = []
+    for needed in (None, absent.Needed(frozenset(), frozenset())):
+        with absent.partial(needed) as coverage:
+            assert case.judge(given, outputs, p, Contract()).status is Status.PASS
+        shown.append((coverage.judged, coverage.shown))
+    assert shown[0] == shown[1]

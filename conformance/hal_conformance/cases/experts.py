@@ -30,7 +30,7 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
-from hal_conformance.oracle.experts import each, experts
+from hal_conformance.oracle.experts import each, experts, unknown
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement, Status
 from hal_conformance.weight_gradients import WeightGradients
@@ -147,15 +147,15 @@ class Backward(BackwardCase):
         if wrong is not None:
             return wrong
         counts, dtype = inputs["counts_E"], p.dtype
-        rows_RD = inputs["x_RD"].shape
-        y, dx = (Chained(np.zeros(rows_RD), np.zeros(rows_RD)) for _ in range(2))
+        y, dx = (unknown(inputs["x_RD"].shape) for _ in range(2))
         weights = WeightGradients(outputs, counts, dtype)
         w1, w3, w2 = (inputs[name] for name in ROUTED)
         rule = arithmetic(contract, dtype)
-        for e, rows, inside in each(inputs["x_RD"], counts, (w1, w3, w2), dtype, rule):
-            gradients = inside.backward(Chained.exact(inputs["dy_RD"][rows]))
-            y[rows], dx[rows] = inside.y, gradients.dx
-            weights.add(e, gradients)
+        for part in each(inputs["x_RD"], counts, (w1, w3, w2), dtype, rule):
+            gradients = part.inside.backward(Chained.exact(inputs["dy_RD"][part.rows]))
+            y[part.rows], dx[part.rows] = part.inside.y, gradients.dx
+            if part.whole:
+                weights.add(part.experts, gradients)
         found = [
             judge(name, outputs[name], whole.bounded(dtype), independent=len(whole.value))
             for name, whole in (("y_RD", y), ("dx_RD", dx))

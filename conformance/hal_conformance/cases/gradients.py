@@ -278,9 +278,10 @@ class MicroBatches(GradientCase):
         w1, w3, w2 = (inputs[name] for name in ROUTED)
         made = [Chained(np.zeros(w.shape), np.zeros(w.shape)) for w in (w1, w3, w2)]
         dy: F64 = wide(inputs["dy_RD"][rows]) / len(rows)
-        for e, of, inside in each(inputs["x_RD"][rows], counts, (w1, w3, w2), p.dtype, arithmetic(contract, p.dtype)):
-            for whole, part in zip(made, inside.backward(Chained.exact(dy[of])).weights, strict=True):
-                whole[e] = part
+        for part in each(inputs["x_RD"][rows], counts, (w1, w3, w2), p.dtype, arithmetic(contract, p.dtype)):
+            gradients = part.inside.backward(Chained.exact(dy[part.rows])).weights
+            for whole, gradient in zip(made, gradients, strict=True):
+                whole[part.experts] = gradient
         return made
 
 

@@ -184,12 +184,12 @@ class Stages:
         weights = [self._weight(at(name)) for name in named.ROUTED]
         gradients = {f"d{name}": self._weight_gradient(at(name)) for name in named.ROUTED}
         meters = WeightGradients(gradients, counts, self._dtype)
-        for e, rows, inside in each(x, counts, (weights[0], weights[1], weights[2]), self._dtype, self._rule):
-            back = inside.backward(Chained.exact(dy)[rows])
-            self._judge(f"{where}MLP", self._got[at("mlp")], inside.y[0], len(x))
+        for part in each(x, counts, (weights[0], weights[1], weights[2]), self._dtype, self._rule):
+            back = part.inside.backward(Chained.exact(dy)[part.rows])
+            self._judge(f"{where}MLP", self._got[at("mlp")], part.inside.y[0], len(x))
             self._judge(f"{where}MLP: gradient of the input", self._got["d:" + at("mlp_normed")], back.dx[0], len(x),
                         back=True)  # fmt: skip
-            meters.add(e, back)
+            meters.add(part.experts, back)
         self._backward += [_at(f"{where}MLP: ", finding) for finding in meters.findings()]
 
     def _experts(self, where: str, layer: int) -> None:

@@ -59,79 +59,88 @@ class Swiglu:
         dg = silu_backward(ds, self.g).stored(dtype)
         through_g = product(dg, self.w1_FD, rule).stored(dtype)
         through_u = product(du, self.w3_FD, rule).stored(dtype)
-        return SwigluGradients(
-            together(through_g, through_u).stored(dtype),  # both paths share the errors of dh and g
-            product(dg.T, self.x, rule).stored(dtype),
-            product(du.T, self.x, rule).stored(dtype),
-            product(dy.T, self.h, rule).stored(dtype),
-        )
+        dx = together(through_g, through_u).stored(dtype)  # both paths share the errors of dh and g
+        return SwigluGradients(dx, dg, du, dy, self)
 
 
 @dataclass(frozen=True)
 class SwigluGradients:
-    """Gradients of the rows and the weights; of several experts, with an axis for them in front."""
+    """Gradients of the rows, of gate and up, and of y; of several experts, with an axis for them in front."""
 
     dx: Chained
-    dw1_FD: Chained
-    dw3_FD: Chained
-    dw2_DF: Chained
+    dg: Chained
+    du: Chained
+    dy: Chained
+    inside: Swiglu
 
     @property
     def weights(self) -> tuple[Chained, Chained, Chained]:
-        """Those of w1, w3 and w2."""
-        return self.dw1_FD, self.dw3_FD, self.dw2_DF
+        """Those of w1, w3 and w2, computed now: sums over the rows that are here."""
+        pairs = (self.dg, self.inside.x), (self.du, self.inside.x), (self.dy, self.inside.h)
+        dw1_FD, dw3_FD, dw2_DF = (
+            product(of.T, factor, self.inside.rule).stored(self.inside.dtype) for of, factor in pairs
+        )
+        return dw1_FD, dw3_FD, dw2_DF
 
 
-class Unknown(Swiglu):
-    """Experts of which nothing is asked: NaN of the right shapes."""
-
-    @classmethod
-    def of(cls, x: Array, weights: Weights, dtype: str, rule: Arithmetic) -> Unknown:  # type: ignore[override]
-        """Return it without computing anything."""
-        w1, w3, w2 = (_unknown(w.shape) for w in weights)
-        g = _unknown((*x.shape[:-1], weights[0].shape[-2]))
-        return cls(_unknown(x.shape), w1, w3, w2, g, g, g, g, _unknown(x.shape), dtype, rule)
-
-    def backward(self, dy: Chained) -> SwigluGradients:
-        """See `Swiglu.backward`."""
-        return SwigluGradients(self.x, self.w1_FD, self.w3_FD, self.w2_DF)
-
-
-def _unknown(shape: tuple[int, ...]) -> Chained:
-    return Chained(np.broadcast_to(np.float64(np.nan), shape), np.broadcast_to(np.float64(0.0), shape))
+def unknown(shape: tuple[int, ...]) -> Chained:
+    """Return rows that nobody has computed."""
+    return Chained(np.full(shape, np.nan), np.zeros(shape))
 
 
 TOGETHER = 2**17
 """Elements of one matrix of the experts that are computed at once: enough for numpy to be busy."""
 
 
-def each(
-    x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic
-) -> Iterator[tuple[I64, I64, Swiglu]]:
-    """Yield (experts [G], their rows [G, n], their inside) until every expert that has rows was there.
+@dataclass(frozen=True)
+class Part:
+    """The rows of a few experts, the same number of each.
 
-    Those of one yield have as many rows each. The inside is unknown if nobody asks for it.
+    Attributes:
+        experts: [G].
+        rows: [G, n].
+        inside: what the experts make of them.
+        whole: whether the experts have no other rows. Otherwise the others are not needed, nor what is a sum over all.
     """
-    w1, w3, w2 = weights
-    first = np.cumsum(counts_E) - counts_E
-    most = max(1, TOGETHER // max(1, w1[0].size))
-    asked = np.array([needed(e) for e in range(len(counts_E))], bool)
-    for n in np.unique(counts_E[counts_E > 0]):
-        for kind, alike in ((Swiglu, asked), (Unknown, ~asked)):
-            of = np.flatnonzero((counts_E == n) & alike)
-            for at in range(0, len(of), most):
-                e = of[at : at + most]
-                rows = first[e][:, None] + np.arange(n)
-                given = w1[e], w3[e], w2[e]
-                if kind is Unknown:
-                    yield e, rows, Unknown.of(x_RD[rows], given, dtype, rule)
-                else:
-                    yield e, rows, Swiglu.of(Chained.exact(x_RD[rows]), given, dtype, rule)
+
+    experts: I64
+    rows: I64
+    inside: Swiglu
+    whole: bool
+
+
+def each(
+    x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic, of_R: I64 | None = None
+) -> Iterator[Part]:
+    """Yield every row that is needed, once.
+
+    Args:
+        x_RD: rows, expert by expert.
+        counts_E: rows of each expert.
+        weights: of all experts.
+        dtype: in which every stage may be stored.
+        rule: of the products.
+        of_R: what each row is in what a recording holds (`absent.Needed`); itself, if not said.
+    """
+    of_R = np.arange(len(x_RD)) if of_R is None else of_R
+    expert_R = np.repeat(np.arange(len(counts_E)), counts_E)
+    whole_E, asked_R = needed(len(counts_E), of_R)
+    most = max(1, TOGETHER // max(1, weights[0][0].size))
+    for whole, rows in ((True, whole_E[expert_R]), (False, asked_R & ~whole_E[expert_R])):
+        of_E = np.bincount(expert_R[rows], minlength=len(counts_E))
+        place, first = np.flatnonzero(rows), np.cumsum(of_E) - of_E
+        for n in np.unique(of_E[of_E > 0]):
+            alike = np.flatnonzero(of_E == n)
+            for at in range(0, len(alike), most):
+                e = alike[at : at + most]
+                r = place[first[e][:, None] + np.arange(n)]
+                w1, w3, w2 = (w[e] for w in weights)
+                yield Part(e, r, Swiglu.of(Chained.exact(x_RD[r]), (w1, w3, w2), dtype, rule), whole)
 
 
 def experts(x_RD: Array, counts_E: I64, weights: Weights, dtype: str, rule: Arithmetic) -> Chained:
     """Return the experts' output [R, D], stored."""
-    y = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
-    for _, rows, inside in each(x_RD, counts_E, weights, dtype, rule):
-        y[rows] = inside.y
+    y = unknown(x_RD.shape)
+    for part in each(x_RD, counts_E, weights, dtype, rule):
+        y[part.rows] = part.inside.y
     return y

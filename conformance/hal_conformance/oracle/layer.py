@@ -15,7 +15,7 @@ from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, arithmetic
 from hal_conformance.chained import Chained, dot, product, sigmoid, together
 from hal_conformance.oracle.dispatching import combine_chained, gather, sent
-from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each
+from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each, unknown
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.oracle.routing import scores_of, stored_logits_gradient
 
@@ -62,7 +62,7 @@ def layer(
         weight_dtype: storage of the routing weights.
         contract: of the device.
         capacity: most rows of an expert.
-        on_experts: called with the gradients of a few experts at a time; all of them need not fit in memory.
+        on_experts: called with the gradients of a few experts at a time, of all that have rows and are needed.
     """
     spec, rule = model.router, arithmetic(contract, dtype)
     tokens, k = observed["experts_TK"].shape
@@ -74,15 +74,15 @@ def layer(
         dy = np.asarray(given["dy_TD"], np.float64)
         by_slot = Chained.exact(weights.reshape(-1)[slot_R, None])
         upstream = (Chained.exact(dy[slot_R // k]) * by_slot).stored(dtype)
-    o_RD = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
-    dx_RD = Chained(np.zeros(x_RD.shape), np.zeros(x_RD.shape))
+    o_RD, dx_RD = unknown(x_RD.shape), unknown(x_RD.shape)
     w1, w3, w2 = (given[name] for name in ROUTED)
-    for e, rows, inside in each(x_RD, counts_E, (w1, w3, w2), dtype, rule):
-        o_RD[rows] = inside.y
+    for part in each(x_RD, counts_E, (w1, w3, w2), dtype, rule, slot_R // k):
+        o_RD[part.rows] = part.inside.y
         if upstream is not None and on_experts is not None:
-            gradients = inside.backward(upstream[rows])
-            dx_RD[rows] = gradients.dx
-            on_experts(e, gradients)
+            gradients = part.inside.backward(upstream[part.rows])
+            dx_RD[part.rows] = gradients.dx
+            if part.whole:
+                on_experts(part.experts, gradients)
     o_TKD = gather(o_RD, slot_R, tokens, k)
     y = combine_chained(o_TKD, weights, dtype)
     shared = _Shared.of(given, dtype, contract) if SHARED[0] in given else None

@@ -209,12 +209,21 @@ class Base:
         return Footprint()
 
 
+KINDS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
+"""One layer of each kind: softmax with shared experts; sigmoid, groups and a bias; few experts, none shared; softmax as
+it is, a ragged number of experts, a gate for the shared one."""
+
+
 class ByCounts(Base):
     """A case that depends on E and K only: one preset stands for all of the same numbers."""
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
         return one_for_each(lambda model: (model.router.num_experts, model.router.top_k))
+
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """See `Case.scales`: at tiny the fewest and the most experts, a power of two and a ragged number of them."""
+        return SCALES if preset in KINDS else SCALES[1:]
 
 
 def one_for_each(key: Callable[[MoEModelSpec], Hashable]) -> tuple[str, ...]:

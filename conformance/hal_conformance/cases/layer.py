@@ -16,6 +16,7 @@ from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale
 from hal_conformance.cases.base import (
+    KINDS,
     Base,
     Shape,
     expert_bytes,
@@ -230,8 +231,6 @@ class NoTokens(Layer):
 
 
 _NEEDS = ("layer",)
-KINDS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
-"""One router of each kind: softmax with shared experts, sigmoid with groups and a bias, none shared, a shared gate."""
 _GIVEN = "a replayed routing"
 FREE = "the device's own routing, certified by margin and then taken as given"
 _GRADIENTS = "y, and the gradients of x, the gate, the experts and the shared experts from those of y and both losses"

@@ -8,8 +8,8 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Params
-from hal_conformance.cases.base import gate_storage, keeps_nonfinite, model_of, wide
-from hal_conformance.cases.layer import FREE, KINDS, Layer, what
+from hal_conformance.cases.base import KINDS, gate_storage, keeps_nonfinite, model_of, wide
+from hal_conformance.cases.layer import FREE, Layer, what
 from hal_conformance.cases.router_edges import FADE, lowest_first, tied
 from hal_conformance.detectors import Finding, discrete
 from hal_conformance.verdicts import Judgement

@@ -14,7 +14,7 @@ from hal.moe.router_spec import RouterSpec
 from hal_conformance.bounds import Bounded, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, Params, arithmetic
-from hal_conformance.cases.base import Base, fields_of, gate_storage, router_arrays, weight_storage, wide
+from hal_conformance.cases.base import KINDS, Base, fields_of, gate_storage, router_arrays, weight_storage, wide
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import certify, judge_choice
 from hal_conformance.oracle.routing import scores_of, weights_of
@@ -23,8 +23,6 @@ from hal_conformance.verdicts import Judgement, Status
 if TYPE_CHECKING:
     import torch
 
-KINDS = ("ling-lite", "ling-2.0-mini", "mixtral-8x7b", "qwen2-moe")
-"""One router of each kind: softmax, normalised; sigmoid with groups and a bias; few experts; softmax as it is."""
 
 
 def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -14,6 +14,7 @@ from hal_conformance import inputs as make
 from hal_conformance.budget import level
 from hal_conformance.case import F64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import (
+    KINDS,
     fields_of,
     gate_storage,
     keeps_nonfinite,
@@ -28,7 +29,7 @@ from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32
-from hal_conformance.cases.router import KINDS, RouterCase, expected_structure, judge_routing, judge_stages
+from hal_conformance.cases.router import RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails

@@ -113,8 +113,10 @@ class Cast(FP8Case):
         return DTYPES
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`: in an order that the seed chooses; in float32 with random bits, too."""
+        """See `Case.inputs`: in an order that the seed chooses, with more than 2^16 elements and a tail; in float32
+        with random bits, too."""
         x = everything(p.dtype)
+        x = np.resize(x, len(x) + 131)
         if p.dtype == "float32":
             word = make.words(p.seed, "fp8/bits", 2**15).astype(np.uint32)
             # Half of them with exponents that the formats have; the rest is whatever float32 can hold.
@@ -233,8 +235,8 @@ class Uncast(FP8Case):
         return DTYPES if self.format != "e8m0" else ("float32", "bfloat16")
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`: every code, thrice and one more, so that there is a tail."""
-        codes = np.resize(np.arange(256, dtype=np.uint8), 769)
+        """See `Case.inputs`: every code, in more than 2^16 elements, and one more, so that there is a tail."""
+        codes = np.resize(np.arange(256, dtype=np.uint8), 2**16 + 769)
         return {"codes": codes[make.permutation(p.seed, "fp8/codes", len(codes))]}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:

@@ -379,6 +379,12 @@ CASES = (
         "AdamW from a given state, two steps after the 3000th: bias corrections near 1; epsilon 1e-3." + _LOCAL,
         AdamHyper(1e-2, 0.9, 0.999, 1e-3, 0.1), 3000, 2,
     ),
+    Adam(
+        "optimizer.adamw_very_late", "optimizer", ("adamw_step",),
+        "AdamW from a given state, one step beyond the 2^16th, which a counter of 16 bits takes for the fifth; beta2 "
+        "is 0.99999, so that its correction is still 0.48." + _LOCAL,
+        AdamHyper(1e-2, 0.9, 0.99999, 1e-3, 0.1), 2**16 + 4, 1,
+    ),
     ManyTensors(
         "optimizer.adamw_many",
         replace(ADAMW, hyper=AdamHyper(1e-2, 0.9, 0.95, 1e-12, 0.1), before=9, steps=1),

@@ -298,6 +298,24 @@ class CastsInOrderOfMemory(Before):
 
 
 @fault()
+class CastsOneLaunch(After):
+    """Codes beyond the first 65,536 elements are zero."""
+
+    def after(self, codes: Tensor, x: Tensor, format: FP8Format) -> Tensor:
+        """See `After.after`."""
+        return torch.where(torch.arange(codes.numel()).view(codes.shape) < 2**16, codes, 0)
+
+
+@fault()
+class ReadsOneLaunch(Read):
+    """Numbers beyond the first 65,536 are zero."""
+
+    def read(self, x: Tensor, codes: Tensor, format: Format) -> Tensor:
+        """See `Read.read`."""
+        return torch.where(torch.arange(x.numel()).view(x.shape) < 2**16, x, torch.zeros((), dtype=x.dtype))
+
+
+@fault()
 class CastsNothingNot(Before):
     """A cast of no elements fails."""
 

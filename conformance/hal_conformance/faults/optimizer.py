@@ -280,6 +280,15 @@ class CountsStepsTo2000(Adam):
 
 
 @fault()
+class CountsStepsIn16Bits(Adam):
+    """The corrections begin anew after step 65,535."""
+
+    def corrections(self, step: int, h: AdamHyper) -> tuple[float, float]:
+        """See `Adam.corrections`."""
+        return super().corrections(step % 2**16, h)
+
+
+@fault()
 class CoupledStepReplacesNan(Adam):
     """A NaN in a gradient is taken for zero by Adam, not by AdamW."""
 

@@ -115,6 +115,8 @@ class Packed:
     def held_rows(self) -> I64:
         """Return the rows of the first axis of which an element is held, sorted."""
         rows = (self.shape or (1,))[0]
+        if not self.values.size:
+            return np.arange(0)  # of an extent that may be enormous, where another is 0
         if self.grid is None:
             return np.arange(rows)
         return np.union1d(self.grid.rows, self.worst // self.grid.width)

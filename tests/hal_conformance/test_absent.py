@@ -16,6 +16,7 @@ from hal_conformance.case import Params
 from hal_conformance.cases import by_name
 from hal_conformance.detectors import ExactMeter, Meter, exact, judge
 from hal_conformance.oracle.layer import ROUTED, layer
+from hal_conformance.packed import Packed
 from hal_conformance.verdicts import Status
 
 DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)]
@@ -147,3 +148,9 @@ def test_weights_that_are_not_computed_are_counted_as_shown():
             assert case.judge(given, outputs, p, Contract()).status is Status.PASS
         shown.append((coverage.judged, coverage.shown))
     assert shown[0] == shown[1]
+
+
+def test_an_output_of_no_elements_has_no_rows_however_many_it_says():
+    nothing = np.empty(0, np.float32)
+    forged = Packed("float32", (2**31, 0), b"", True, None, np.arange(0), nothing, np.empty(0, np.uint32))
+    assert forged.held_rows().tolist() == []

@@ -65,6 +65,8 @@ class BlockedAttention(Attention):
 class AttentionInTwoParts(Attention):
     """The keys in two halves whose results are put together by their log-sum-exp, as in decoding."""
 
+    parts = 2
+
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         share = q_THd.shape[1] // k_SGd.shape[1]
@@ -72,17 +74,51 @@ class AttentionInTwoParts(Attention):
         logits = q @ k.repeat_interleave(share, 0).mT * scale
         if causal:
             logits = logits.masked_fill(_hidden(len(q_THd), len(k_SGd)), -torch.inf)
-        middle = (len(k_SGd) + 1) // 2
-        # A query may see no key of the second half: its maximum is minus infinity there.
+        of_each = -(-len(k_SGd) // self.parts)
+        # A query may see no key of the last part: its maximum is minus infinity there.
         least = torch.finfo(torch.float32).min
-        tops = [part.detach().amax(-1, keepdim=True).clamp(min=least) for part in logits.split(middle, -1)]
-        powers = [(part - top).exp() for part, top in zip(logits.split(middle, -1), tops, strict=True)]
-        values = v.repeat_interleave(share, 0).split(middle, 1)
+        tops = [part.detach().amax(-1, keepdim=True).clamp(min=least) for part in logits.split(of_each, -1)]
+        powers = [(part - top).exp() for part, top in zip(logits.split(of_each, -1), tops, strict=True)]
+        values = v.repeat_interleave(share, 0).split(of_each, 1)
         top = torch.stack(tops).amax(0)
         shares = [(each - top).exp() for each in tops]
         total = sum((p.sum(-1, keepdim=True) * s for p, s in zip(powers, shares, strict=True)), torch.zeros(()))
         y = sum((p @ v * s for p, v, s in zip(powers, values, shares, strict=True)), torch.zeros(()))
         return (y / total).to(q_THd.dtype).transpose(0, 1)
+
+
+@benign()
+class AttentionInThreeParts(AttentionInTwoParts):
+    """The keys in three parts, none of which has a power of two of them, put together by their log-sum-exp."""
+
+    parts = 3
+
+
+@benign()
+class AttentionByLogarithms(Composed):
+    """The keys in five parts, each normalised by its own log-sum-exp and weighted by the difference to that of all."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        parts = logits_HTS.split(-(-logits_HTS.shape[-1] // 5), -1)
+        # A query may see nothing of a part: its log-sum-exp is minus infinity there, and its weight is 0.
+        logs = torch.stack([part.logsumexp(-1, keepdim=True) for part in parts])
+        weights = (logs - logs.logsumexp(0)).exp()
+        bases = torch.where(logs.isinf(), 0.0, logs)
+        return torch.cat([(part - b).exp() * w for part, b, w in zip(parts, bases, weights, strict=True)], -1)
+
+
+@benign()
+class AttentionKeyByKey(Composed):
+    """Results are added up key by key, in one accumulator of float32."""
+
+    def sum(self, p_HTS: Tensor, v_SHe: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.sum`."""
+        exact: Tensor = super().sum(p_HTS, v_SHe, dtype)
+        total = torch.zeros_like(exact).numpy()
+        for p_HT, v_He in zip(p_HTS.detach().unbind(-1), v_SHe.detach(), strict=True):
+            total += (p_HT.T[..., None] * v_He).numpy()
+        return gradient_of(torch.from_numpy(total), exact)
 
 
 @benign()

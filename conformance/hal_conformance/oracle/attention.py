@@ -32,7 +32,8 @@ class Head:
         p: probabilities [T, S], 0 where hidden.
         own: variance of each one's relative error, independent for each; [T, S].
         shared: size of the relative error that grows with the distance from the largest logit, of one sign; [T, S].
-        row: variance of the relative error that a row's probabilities share, when they are computed anew; [T, 1].
+        row: variance of the relative error that a row's probabilities share, when their sum is known by its logarithm:
+            in the backward pass, and where parts of the keys are put together; [T, 1].
         stored: variance of rounding a probability to `dtype`; [T, S], 0 where hidden.
         seen: how many keys each query sees; [T, 1].
         y: the result.
@@ -58,7 +59,9 @@ class Head:
 
         l = scale q k^T: `product`, and the roundings of scaling. exp(l - max): 2 ulp, u d for rounding the difference
         d, another for kernels that work in base 2, u |l| for those that scale before they subtract. The sum of n
-        probabilities: n u^2/3, 4 u for the division or the log, and stagnation. The product with v: `matmul_variance`
+        probabilities: n u^2/3, 4 u for the division or the log, and stagnation. Parts of the keys may be normalised
+        by themselves and put together by their log-sum-exp: an error of one is shared by its keys, and parts of keys
+        that come in no order add up as single ones do, so it counts for each. The product with v: `matmul_variance`
         over the keys that are seen.
         """
         logits = product(q, k.T, rule)
@@ -70,12 +73,12 @@ class Head:
         total = e.sum(1, keepdims=True)
         p = e / total
         seen = (~hidden).sum(1, keepdims=True).astype(np.float64)
-        own = var_logits + (EXP + U32 * (2.0 * distance + 2.0 * np.abs(value))) ** 2 / 3.0
         shared = CONSTANTS * distance
         stagnation = np.where(p < 8.0 * U32, np.minimum(p, U32), 0.0).sum(1, keepdims=True)
         normaliser = (seen * U32**2 + (4.0 * U32) ** 2) / 3.0 + stagnation**2
         log = np.abs(np.log(total))
         row = normaliser + (U32 * (np.abs(top + log) + np.abs(top) + 4.0 * log)) ** 2 / 3.0
+        own = var_logits + (EXP + U32 * (2.0 * distance + 2.0 * np.abs(value))) ** 2 / 3.0 + row
         # Not normalised, a probability may lie anywhere in its binade; below the normal numbers the error is absolute.
         rough = np.maximum(p * 2.0 ** -SIGNIFICANDS[dtype], _least(dtype)) ** 2 / 3.0
         stored = np.where(hidden, 0.0, rough)
@@ -88,7 +91,7 @@ class Head:
             np.maximum(moved, 0.0)
             + (p * shared**2).sum(1, keepdims=True) * spread  # Cauchy-Schwarz over what is of one sign
             + stored @ v.value**2
-            + normaliser * y**2
+            + row * y**2  # exp(l_part - l) of parts' log-sum-exp need not add up to 1
             + _matmul(y, squares, seen, rule)
         )
         if v.var.any():

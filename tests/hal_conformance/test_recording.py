@@ -165,8 +165,8 @@ def test_an_output_of_a_forged_size_costs_no_memory_and_is_structure():
 def test_experts_that_nothing_held_depends_on_are_not_computed_and_nothing_else_is_lost(case, monkeypatch):
     (entry,) = recorded(Selection((f"{case}[ling-lite]",), ("bfloat16",), "tiny", 1)).entries
     counted = []
-    for experts in (Rejudge._experts, lambda *_: None):
-        monkeypatch.setattr(Rejudge, "_experts", experts)
+    for needed in (Rejudge._needed, lambda *_: None):
+        monkeypatch.setattr(Rejudge, "_needed", needed)
         rejudge = Rejudge(entry.task)
         verdict = rejudge(entry, Contract())
         counted.append((verdict.status.colour, rejudge.coverage.judged))

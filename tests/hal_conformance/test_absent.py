@@ -92,7 +92,7 @@ def test_the_worst_elements_are_found_in_views_and_in_copies_of_rows():
 
 
 def test_of_a_layer_only_what_is_needed_is_computed_and_that_is_the_same():
-    """Tokens 2 and 5, and the weights of expert 1: what the oracle says of these is what it says of a whole layer."""
+    """Tokens 2 and 5, and the weights of one expert: what the oracle says of these is what it says of a whole layer."""
     case, p = by_name("layer.backward_replayed"), Params("ling-lite", "float32", "tiny", 3)
     model, given = preset(p.preset), case.inputs(p)
     experts = model.router.num_experts

@@ -19,6 +19,12 @@ class Attention(TorchTrainingOps):
     families = ("attention",)
 
 
+def hidden_keys(queries: int, keys: int, causal: bool = True) -> Tensor:
+    """Return which keys each query does not see, [T, S]; the queries are the last positions."""
+    hidden = torch.ones(queries, keys, dtype=torch.bool)
+    return hidden.triu(1 + keys - queries) if causal else ~hidden
+
+
 class Composed(Attention):
     """Attention from its steps in float32, each of which can be changed.
 
@@ -358,9 +364,7 @@ class Differentiated(Attention):
         """See `TrainingOps.attention`."""
         share = q_THd.shape[1] // k_SGd.shape[1]
         q, k, v = (t.transpose(0, 1) for t in (q_THd, *(t.repeat_interleave(share, 1) for t in (k_SGd, v_SGe))))
-        hidden = torch.zeros(len(q_THd), len(k_SGd), dtype=torch.bool)
-        if causal:
-            hidden = ~torch.ones_like(hidden).tril(len(k_SGd) - len(q_THd))
+        hidden = hidden_keys(len(q_THd), len(k_SGd), causal)
         y: Tensor = _Differentiated.apply(q, k, v, scale, hidden, self)  # type: ignore[no-untyped-call]
         return y.transpose(0, 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hal_conformance.faults.attention import Attention, Composed
+from hal_conformance.faults.attention import Attention, Composed, hidden_keys
 from hal_conformance.faults.catalogue import benign
 from hal_conformance.faults.parts import gradient_of
 
@@ -73,7 +73,7 @@ class AttentionInTwoParts(Attention):
         q, k, v = (t.float().transpose(0, 1) for t in (q_THd, k_SGd, v_SGe))
         logits = q @ k.repeat_interleave(share, 0).mT * scale
         if causal:
-            logits = logits.masked_fill(_hidden(len(q_THd), len(k_SGd)), -torch.inf)
+            logits = logits.masked_fill(hidden_keys(len(q_THd), len(k_SGd)), -torch.inf)
         of_each = -(-len(k_SGd) // self.parts)
         # A query may see no key of the last part: its maximum is minus infinity there.
         least = torch.finfo(torch.float32).min
@@ -135,16 +135,11 @@ class AbsorbedLatent(Attention):
         plain = torch.einsum("thl,sl->hts", absorbed_THL.float(), latent_SL.float())
         logits = (plain + torch.einsum("thr,sr->hts", q_THR.float(), k_SR.float())) * scale
         if causal:
-            logits = logits.masked_fill(_hidden(len(q_THd), len(latent_SL)), -torch.inf)
+            logits = logits.masked_fill(hidden_keys(len(q_THd), len(latent_SL)), -torch.inf)
         wide = logits.softmax(-1)
         p = wide + (wide.to(dtype).float() - wide).detach()  # the gradient of a probability is not rounded
         summed_THL = torch.einsum("hts,sl->thl", p, latent_SL.float()).to(dtype)
         return torch.einsum("thl,hel->the", summed_THL.float(), up_v_HeL.float()).to(dtype)
-
-
-def _hidden(queries: int, keys: int) -> Tensor:
-    """Return which keys each query does not see, [T, S]."""
-    return torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
 
 
 class _Flash(torch.autograd.Function):
@@ -154,7 +149,7 @@ class _Flash(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, block: int) -> Tensor:
         share = q.shape[1] // k.shape[1]
         qq, kk, vv = (t.transpose(0, 1) for t in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)))
-        hidden = _hidden(len(q), len(k)) if causal else torch.zeros(len(q), len(k), dtype=torch.bool)
+        hidden = hidden_keys(len(q), len(k), causal)
         top = torch.full((q.shape[1], len(q), 1), -torch.inf)
         total, out = torch.zeros_like(top), torch.zeros(q.shape[1], len(q), v.shape[2])
         for start in range(0, len(k), block):

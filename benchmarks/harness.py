@@ -2,7 +2,8 @@
 """Side-by-side measurements: A and B in turn in one run, medians and ratios, the machine described.
 
 A shared machine drifts by a factor of two within minutes, so that two figures from two runs say nothing. Here every
-round measures all subjects once, in an order that rotates, and a ratio is the median of the ratios round by round.
+round measures all subjects once, in an order of its own, and a ratio is the median of the ratios round by round, with
+the interval that holds the median of all such rounds in 95 of 100 measurements.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -42,6 +45,21 @@ class Subject:
     run: Callable[[], float]
     baseline: str | None = None
     target: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Subjects that are measured in turn.
+
+    Attributes:
+        unit: of their costs.
+        subjects: one or more.
+        repeats: rounds for each one that is asked for: many, where a sample is short.
+    """
+
+    unit: str
+    subjects: Sequence[Subject]
+    repeats: int = 1
 
 
 def command(*arguments: str) -> Callable[[], float]:
@@ -84,12 +102,29 @@ def loop(body: Callable[[], object], calls: int = 2000) -> Callable[[], float]:
     return run
 
 
-def measure(subjects: Sequence[Subject], rounds: int, unit: str) -> list[dict[str, object]]:
+def interval_of_median(samples: Sequence[float]) -> tuple[float, float]:
+    """Return two of the samples between which the median of what they come from lies in 95 of 100 measurements.
+
+    Of n samples as many lie below that median as heads are thrown with n fair coins (the sign test turned round;
+    Conover 1999, section 3.2). Fewer than six samples cannot tell: these give their extremes.
+    """
+    ordered, n = sorted(samples), len(samples)
+    outside = below = 0
+    while True:
+        below += math.comb(n, outside)
+        if below > 0.025 * 2**n:
+            break
+        outside += 1
+    last = max(outside - 1, 0)
+    return ordered[last], ordered[n - 1 - last]
+
+
+def measure(group: Group, asked: int) -> list[dict[str, object]]:
     """Measure every subject once a round, after one round that does not count, and return a row each."""
+    subjects, rounds, order = list(group.subjects), asked * group.repeats, random.Random(0)
     samples: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     for number in range(rounds + 1):
-        turn = number % len(subjects)
-        for subject in [*subjects[turn:], *subjects[:turn]]:
+        for subject in order.sample(subjects, len(subjects)):
             cost = subject.run()
             if number:
                 samples[subject.name].append(cost)
@@ -97,13 +132,14 @@ def measure(subjects: Sequence[Subject], rounds: int, unit: str) -> list[dict[st
     for subject in subjects:
         mine = samples[subject.name]
         row: dict[str, object] = {
-            "name": subject.name, "unit": unit, "rounds": rounds,
+            "name": subject.name, "unit": group.unit, "rounds": rounds,
             "median": statistics.median(mine), "min": min(mine), "max": max(mine), "target": subject.target,
         }  # fmt: skip
         if subject.baseline is not None:
             other = samples[subject.baseline]
             row["baseline"] = subject.baseline
-            row["ratio"] = statistics.median(a / b for a, b in zip(mine, other, strict=True))
+            ratios = [a / b for a, b in zip(mine, other, strict=True)]
+            row["ratio"], row["ratio_interval"] = statistics.median(ratios), interval_of_median(ratios)
             row["difference"] = statistics.median(a - b for a, b in zip(mine, other, strict=True))
         rows.append(row)
     return rows
@@ -129,15 +165,17 @@ def markdown(title: str, about: dict[str, object], rows: Sequence[dict[str, obje
         "",
         f"{about['date']}, {about['cpu']}, {about['cores']} cores, Python {about['python']}, {versions}",
         "",
-        "| what | median | min | max | unit | against | ratio | difference | promised |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| what | median | min | max | unit | against | ratio | 95 % of it | difference | promised |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        ratio = f"{row['ratio']:.3f}" if "ratio" in row else ""
-        difference = f"{row['difference']:.3f}" if "difference" in row else ""
+        ratio = interval = difference = ""
+        if "ratio" in row:
+            low, high = row["ratio_interval"]  # type: ignore[misc]
+            ratio, interval, difference = f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}", f"{row['difference']:.3f}"
         lines.append(
             f"| {row['name']} | {row['median']:.3f} | {row['min']:.3f} | {row['max']:.3f} | {row['unit']} "
-            f"| {row.get('baseline', '')} | {ratio} | {difference} | {row['target']} |"
+            f"| {row.get('baseline', '')} | {ratio} | {interval} | {difference} | {row['target']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -145,7 +183,7 @@ def markdown(title: str, about: dict[str, object], rows: Sequence[dict[str, obje
 def main(
     name: str,
     title: str,
-    groups: Sequence[tuple[str, Sequence[Subject]]],
+    groups: Sequence[Group],
     more: Callable[[], tuple[dict[str, object], str]] | None = None,
 ) -> None:
     """Command line of one benchmark: measure all groups and write JSON and Markdown under `results/`.
@@ -153,7 +191,7 @@ def main(
     Args:
         name: of the files.
         title: of the table.
-        groups: a unit, and what is measured in it.
+        groups: what is measured, one group after the other.
         more: called at the end; entries of the JSON, and Markdown that follows the table.
     """
     parser = argparse.ArgumentParser(description=title)
@@ -161,7 +199,7 @@ def main(
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     about = machine()
-    rows = [row for unit, subjects in groups for row in measure(subjects, options.rounds, unit)]
+    rows = [row for group in groups for row in measure(group, options.rounds)]
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"schema": "hal.benchmark/1", "name": name, "machine": about, "rows": rows}
     text = markdown(title, about, rows)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import psutil
-from harness import Subject, command, loop, main
+from harness import Group, Subject, command, loop, main
 
 import hal
 
@@ -61,8 +61,8 @@ if __name__ == "__main__":
         "overhead",
         "What hal costs",
         [
-            ("s", start_up),
-            ("ms", [Subject("import hal, open the CPU", opening_ms, target="at most 30 ms")]),
-            ("us", calls),
+            Group("s", start_up),
+            Group("ms", [Subject("import hal, open the CPU", opening_ms, target="at most 30 ms")]),
+            Group("us", calls),
         ],
     )

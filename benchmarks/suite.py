@@ -15,7 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as beside a worker
 
-from harness import Subject, command, main, peak_gib
+from harness import Group, Subject, command, main, peak_gib
 from in_process import judged
 
 from hal.contract import Contract
@@ -62,4 +62,4 @@ if __name__ == "__main__":
             Subject("conformance compare, other bits", command(*compare, other), target="20"),
         ]  # fmt: skip
         memory = [Subject("conformance run --scale small, peak", peak_gib(*run, "small"), target="4")]
-        main("suite", "The conformance suite on a CPU", [("s", seconds), ("GiB", memory)], slowest)
+        main("suite", "The conformance suite on a CPU", [Group("s", seconds), Group("GiB", memory)], slowest)

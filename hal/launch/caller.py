@@ -42,7 +42,9 @@ _MOST_KNOWN = 100_000
 
 def inside(frame: FrameType) -> bool:
     """Return whether the code of a frame sees the true device."""
-    return is_insider(frame.f_globals.get("__name__"))
+    name = frame.f_globals.get("__name__")
+    known = _known.get(name)  # looked up here as well: this is asked whenever torch asks a tensor for its device
+    return is_insider(name) if known is None else known
 
 
 def outside(frame: FrameType | None) -> FrameType | None:

@@ -149,6 +149,10 @@ _awaited: dict[tuple[str, str], list[Callable[[Any], None]]] = {}
 """What is to be done with a name of a module of torch's that is not loaded yet, as soon as it is there."""
 
 
+_seen = -1
+"""How many modules there were at the last look: functions of torch's import what is there on every call."""
+
+
 def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
     """Call `action` with what stands under a name of a module, now or when somebody has imported it.
 
@@ -159,14 +163,18 @@ def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
 
 
 def _look() -> None:
+    global _seen
+    _seen = len(sys.modules)
     for key in list(_awaited):
         module = sys.modules.get(key[0])
         # Not while it is being imported: the name may not be there yet, or stand for something else until the end.
-        loading = module is None or getattr(module.__spec__, "_initializing", False)
-        found = None if loading else vars(module).get(key[1])
+        loading = module is not None and getattr(module.__spec__, "_initializing", False)
+        found = None if module is None or loading else vars(module).get(key[1])
         if found is not None:
             for action in _awaited.pop(key, ()):
                 action(found)
+        if module is not None and key in _awaited:
+            _seen = -1  # another import may give it the name
 
 
 def seen(original: Any) -> Any:
@@ -199,7 +207,7 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
         except ModuleNotFoundError as error:
             _advise(error, redirection)
             raise
-        if _awaited:
+        if _awaited and len(sys.modules) != _seen:
             _look()
         if _current is None:
             return module
@@ -214,7 +222,7 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
 
     def import_module_(name: str, package: str | None = None) -> Any:
         module = import_module(name, package)
-        if _awaited:
+        if _awaited and len(sys.modules) != _seen:
             _look()
         if _current is None or is_insider(sys._getframe(1).f_globals.get("__name__")):
             return module

@@ -182,9 +182,9 @@ class Redirection:
 
     def is_host(self, device: Any) -> bool:
         """Return whether the program names the host, as `"cpu"` or a torch.device of that type."""
-        if isinstance(device, str):
-            return device == "cpu" or device.startswith("cpu:")
-        return isinstance(device, self._torch_device) and device.type == "cpu"
+        if isinstance(device, self._torch_device):
+            return device.type == "cpu"
+        return isinstance(device, str) and (device == "cpu" or device.startswith("cpu:"))
 
     # From torch to the program -----------------------------------------------------------------------------------
 

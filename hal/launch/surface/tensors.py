@@ -149,7 +149,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
 
     kinds, others = (str, torch.device, int), (torch.dtype, torch.Tensor)
     hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
-    tensor, count_outside, convert = torch.Tensor, redirection.audit.count_outside, _convert()
+    tensor, device, count_outside, convert = torch.Tensor, torch.device, redirection.audit.count_outside, _convert()
     from torch.compiler import is_compiling
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +167,8 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
                 return moved
             # to(other): where the other one is.
             return side(redirection, self, original(self, *args, **kwargs), args[0] in hosts)
-        true = translate(asked)
+        # Most calls are torch's own, with a true device.
+        true = asked if isinstance(asked, device) and asked.type != "cuda" else translate(asked)
         if true is asked:  # no CUDA device
             if hosts is None or not is_host(asked) or is_compiling():
                 return original(self, *args, **kwargs)

@@ -115,6 +115,7 @@ class Adoption:
         from hal.launch import modules, surface
         from hal.launch.redirection import Redirection
         from hal.launch.replacements import finder
+        from hal.launch.stand_ins import StandIns
         from hal.launch.surface import factories, net, tensors
 
         redirection = Redirection(devices, strict)
@@ -133,7 +134,7 @@ class Adoption:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)
         finder.install(self._patches)
-        modules.install(modules.StandIns(replaced), redirection, self._patches)
+        modules.install(StandIns(replaced), redirection, self._patches)
         return redirection
 
     def entries(self) -> list[Entry]:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from hal.launch.named import give_name
+
 if TYPE_CHECKING:
     from hal.launch.redirection import Redirection
 
@@ -152,8 +154,6 @@ def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redire
     It counts the call under the caller's line, and answers. Kept beyond the release, it calls the original.
     """
     from torch.compiler import is_compiling
-
-    from hal.launch.named import give_name
 
     answer, name, belief = entry.answer, entry.name, entry.belief
     if entry.forwards and redirection.hosts is None:

@@ -9,177 +9,22 @@ Names that a module outside of torch imported before are replaced there, and put
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api
+from hal.launch.awaited import forget, look, when_loaded
 from hal.launch.caller import inside, is_insider
 from hal.launch.libraries import LIBRARIES
 from hal.launch.patches import Patches
+from hal.launch.stand_ins import Each, StandIn, StandIns, current, put, seen
 
 if TYPE_CHECKING:
     from hal.launch.redirection import Redirection
-
-
-@dataclasses.dataclass(frozen=True)
-class Each:
-    """What stands under a name, made anew each time that the name is read."""
-
-    make: Callable[[], Any]
-
-
-class StandIn(ModuleType):
-    """A module in place of one of torch's.
-
-    Its dictionary is a copy, so that reading an attribute costs what it costs in any module; what torch adds to its
-    own later is found there, and what the program sets goes there, too.
-    """
-
-    def __init__(self, original: ModuleType, replaced: Mapping[str, Any]) -> None:
-        super().__init__(original.__name__, original.__doc__)
-        vars(self).update(vars(original))
-        vars(self)["_hal_original"] = original
-        vars(self)["_hal_replaced"] = frozenset()
-        vars(self)["_hal_each"] = {}
-        self.replace(replaced)
-
-    def replace(self, replaced: Mapping[str, Any]) -> None:
-        """Let something else stand under more names."""
-        for name, ours in replaced.items():
-            if isinstance(ours, Each):
-                vars(self).pop(name, None)
-                vars(self)["_hal_each"][name] = ours
-            else:
-                vars(self)[name] = ours
-        vars(self)["_hal_replaced"] |= frozenset(replaced)
-
-    def __getattr__(self, name: str) -> Any:
-        each = vars(self)["_hal_each"].get(name)
-        if each is not None:
-            return each.make()
-        return getattr(vars(self)["_hal_original"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        vars(self)[name] = value
-        if name not in vars(self)["_hal_replaced"] and name != "__class__":
-            setattr(vars(self)["_hal_original"], name, value)
-
-    def __delattr__(self, name: str) -> None:
-        vars(self).pop(name, None)
-        if name not in vars(self)["_hal_replaced"] and hasattr(vars(self)["_hal_original"], name):
-            delattr(vars(self)["_hal_original"], name)
-
-    def __dir__(self) -> list[str]:
-        own = {"_hal_original", "_hal_replaced", "_hal_each"}
-        return sorted({*vars(self), *dir(vars(self)["_hal_original"])} - own)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        from hal.launch.named import module
-
-        return module, (self.__name__,)
-
-
-class StandIns:
-    """The stand-ins of one redirection, and what else the program gets in place of something of torch's.
-
-    Args:
-        replaced: for each module of torch's by name, what stands in for its attributes.
-    """
-
-    def __init__(self, replaced: Mapping[str, Mapping[str, Any]]) -> None:
-        self._by_original: dict[int, tuple[Any, Any]] = {}
-        made: dict[str, StandIn] = {}
-        # The innermost first: the stand-in for torch holds that for torch.cuda.
-        names = {parent for name in replaced for parent in _with_parents(name)}
-        for name in sorted(names, key=lambda name: -name.count(".")):
-            original = sys.modules.get(name)
-            if original is None:
-                continue
-            inner = {child.rpartition(".")[2]: module for child, module in made.items()
-                     if child.rpartition(".")[0] == name}  # fmt: skip
-            made[name] = StandIn(original, {**replaced.get(name, {}), **inner})
-            self._enter(original, made[name])
-        for name, attributes in replaced.items():
-            for attribute, ours in attributes.items():
-                if name in made and attribute in vars(sys.modules[name]):
-                    self._enter(vars(sys.modules[name])[attribute], ours)
-
-    def _enter(self, original: Any, ours: Any) -> None:
-        if not isinstance(ours, Each) and (isinstance(original, (ModuleType, type)) or callable(original)):
-            self._by_original[id(original)] = (original, ours)
-
-    def add(self, name: str, replaced: Mapping[str, Any]) -> None:
-        """Let something else stand in for attributes of one more module, which was loaded only now; or of one again."""
-        original = sys.modules[name]
-        made = self.of(original)
-        if isinstance(made, StandIn):
-            made.replace(replaced)
-        else:
-            made = StandIn(original, replaced)
-            self._enter(original, made)
-            parent, _, child = name.rpartition(".")
-            if parent:
-                self.add(parent, {child: made})
-        for attribute, ours in replaced.items():
-            self._enter(vars(original).get(attribute), ours)
-
-    def of(self, original: Any) -> Any:
-        """Return what stands in for something of torch's; anything else as it is."""
-        found = self._by_original.get(id(original))
-        return original if found is None else found[1]
-
-    def pairs(self) -> list[tuple[Any, Any]]:
-        """Return all originals, and what stands in for each."""
-        return list(self._by_original.values())
-
-
-def _with_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-
-
-_current: StandIns | None = None
-
-_awaited: dict[tuple[str, str], list[Callable[[Any], None]]] = {}
-"""What is to be done with a name of a module of torch's that is not loaded yet, as soon as it is there."""
-
-
-_seen = -1
-"""How many modules there were at the last look: functions of torch's import what is there on every call."""
-
-
-def when_loaded(module: str, name: str, action: Callable[[Any], None]) -> None:
-    """Call `action` with what stands under a name of a module, now or when somebody has imported it.
-
-    Importing all of torch's distributed classes for a program that uses none would double its start.
-    """
-    _awaited.setdefault((module, name), []).append(action)
-    _look()
-
-
-def _look() -> None:
-    global _seen
-    _seen = len(sys.modules)
-    for key in list(_awaited):
-        module = sys.modules.get(key[0])
-        # Not while it is being imported: the name may not be there yet, or stand for something else until the end.
-        loading = module is not None and getattr(module.__spec__, "_initializing", False)
-        found = None if module is None or loading else vars(module).get(key[1])
-        if found is not None:
-            for action in _awaited.pop(key, ()):
-                action(found)
-        if module is not None and key in _awaited:
-            _seen = -1  # another import may give it the name
-
-
-def seen(original: Any) -> Any:
-    """Return what the program sees in place of something of torch's."""
-    return original if _current is None else _current.of(original)
 
 
 def _advise(error: ModuleNotFoundError, redirection: Redirection) -> None:
@@ -189,15 +34,9 @@ def _advise(error: ModuleNotFoundError, redirection: Redirection) -> None:
         error.msg += f"; on {redirection.device.info.id} there is none of its {library.what}: {library.instead}"
 
 
-def stood_in() -> list[tuple[Any, Any]]:
-    """Return what of torch's is replaced for the program, and by what."""
-    return [] if _current is None else _current.pairs()
-
-
 def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> None:
     """Give stand-ins to everybody outside of torch: from now on by import, and where names were imported before."""
-    global _current
-    _current = stand_ins
+    put(stand_ins)
     patches.on_undo(_forget)
     python_import, import_module = builtins.__import__, importlib.import_module
 
@@ -207,10 +46,7 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
         except ModuleNotFoundError as error:
             _advise(error, redirection)
             raise
-        if _awaited and len(sys.modules) != _seen:
-            _look()
-        if _current is None:
-            return module
+        look()
         if globals is None:  # `__import__("torch")` says nothing of who asks
             frame = sys._getframe(1)
             by_torch = inside(frame) or (frame.f_code.co_name == "<module>" and _evaluated_inside(frame))
@@ -218,15 +54,12 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
             by_torch = is_insider(globals.get("__name__"))
         if by_torch:
             return module
-        return _current.of(module)
+        return seen(module)
 
     def import_module_(name: str, package: str | None = None) -> Any:
         module = import_module(name, package)
-        if _awaited and len(sys.modules) != _seen:
-            _look()
-        if _current is None or is_insider(sys._getframe(1).f_globals.get("__name__")):
-            return module
-        return _current.of(module)
+        look()
+        return module if is_insider(sys._getframe(1).f_globals.get("__name__")) else seen(module)
 
     patches.set(builtins, "__import__", __import__)
     patches.set(importlib, "import_module", import_module_)
@@ -240,9 +73,8 @@ def _evaluated_inside(frame: FrameType) -> bool:
 
 
 def _forget() -> None:
-    global _current
-    _current = None
-    _awaited.clear()
+    put(None)
+    forget()
 
 
 def _exchange(pairs: list[tuple[Any, Any]]) -> None:
@@ -272,8 +104,9 @@ def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, di
         return entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
 
     def late(entry: api.Api, original: Any) -> None:
-        if _current is not None:
-            _current.add(entry.module, {entry.attribute: ours(entry, original)})
+        in_force = current()
+        if in_force is not None:
+            in_force.add(entry.module, {entry.attribute: ours(entry, original)})
 
     for entry in entries.values():
         module = sys.modules.get(entry.module)

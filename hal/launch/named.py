@@ -7,21 +7,15 @@ installed: as what that process sees under the name, redirected or not.
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
-from hal.launch.modules import seen
+from hal.launch.stand_ins import seen_module
 
 
 def __getattr__(name: str) -> Any:
     if name != "torch":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return seen(importlib.import_module("torch"))
-
-
-def module(name: str) -> Any:
-    """Return what this process sees as a module of torch's."""
-    return seen(importlib.import_module(name))
+    return seen_module("torch")
 
 
 def give_name(function: Any, name: str) -> None:

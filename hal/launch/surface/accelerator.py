@@ -45,7 +45,7 @@ def get_device_module(r: Redirection, device: Any = None) -> Any:
     """For CUDA the module that the program sees as `torch.cuda`."""
     import torch
 
-    from hal.launch.modules import seen
+    from hal.launch.stand_ins import seen
 
     if device is None or r.index(device) is not None:
         return seen(torch.cuda)

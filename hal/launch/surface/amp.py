@@ -13,8 +13,8 @@ from typing import Any
 
 from hal.launch import api as state
 from hal.launch.api import api, door
+from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
-from hal.launch.modules import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.surface import autocast as rules

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
+from hal.launch.awaited import when_loaded
 from hal.launch.caller import is_insider
-from hal.launch.modules import seen, when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.stand_ins import seen
 
 _REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
                      "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",

@@ -12,7 +12,7 @@ from typing import Any
 
 from hal.launch import api as state
 from hal.launch.api import door
-from hal.launch.modules import when_loaded
+from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 

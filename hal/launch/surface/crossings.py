@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hal.launch import api as state
-from hal.launch.modules import when_loaded
+from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.surface.tensors import side

@@ -15,9 +15,9 @@ from typing import Any
 
 from hal.launch import api as state
 from hal.launch.api import api
-from hal.launch.modules import stood_in
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.stand_ins import stood_in
 
 _ASKS = re.compile(r"prim::(device|is_cuda|type)\b|aten::(is_cuda|get_device)\b")
 

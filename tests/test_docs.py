@@ -26,3 +26,13 @@ def test_the_python_blocks_of_a_page_run(page, tmp_path):
 
 def test_there_are_blocks_to_run():
     assert sum(len(blocks(page)) for page in PAGES) >= 5
+
+
+def test_the_table_of_implementations_is_that_of_the_last_run_and_every_reason_is_told():
+    page = (ROOT / "docs" / "implementations.md").read_text()
+    results = (ROOT / "benchmarks" / "results" / "implementations.md").read_text()
+    rows = re.findall(r"^\| (?:transformers|torchtitan|megatron|ling):.*$", results, re.MULTILINE)
+    assert len(rows) > 30
+    assert [row for row in rows if row not in page.splitlines()] == []
+    reasons = {reason.strip() for row in rows for reason in row.split("|")[-2].split(",")}
+    assert [reason for reason in sorted(reasons) if f"\n| {reason} | " not in page] == []

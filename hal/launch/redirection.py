@@ -54,7 +54,8 @@ class Redirection:
         self.hosts = HostTensors() if self.type == "cpu" else None
         self.module = torch.get_device_module(devices[0].torch_device)
         """What torch has for this type of device, such as `torch.npu`."""
-        self.sync_debug_mode = 0
+        self.kept: dict[str, Any] = {}
+        """What the program set of CUDA's that nobody reads here but itself, by the name that it is asked for with."""
         self.default_type_on_device = False
         """Whether the program's default type of tensors is one of CUDA's."""
         self.groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()

@@ -23,7 +23,8 @@ _CALLED_CUDA = ("cuda", "rocm", "ppu")
 _NOT_IN_TORCH_NPU = frozenset(
     {
         "temperature", "power_draw", "clock_rate", "memory_usage", "list_gpu_processes", "_compile_kernel",
-        "jiterator", "CUDAPluggableAllocator",
+        "_create_jit_fn", "_create_multi_output_jit_fn", "CUDAPluggableAllocator", "current_solver_handle",
+        "GdsFile", "gds_register_buffer", "gds_deregister_buffer", "tune_gemm_in_file", "mgpu_tune_gemm_in_file",
     }
 )  # fmt: skip
 """What `torch.npu` of torch-npu 2.13.0 does not have of what would be handed on to it."""

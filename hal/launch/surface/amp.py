@@ -111,7 +111,7 @@ def custom_fwd(r: Redirection, fwd: Any = None, *, device_type: str, cast_inputs
     return own(fwd, device_type=r.translate_type(device_type), cast_inputs=cast_inputs)
 
 
-@api("torch.cuda.amp.custom_fwd")
+@api("torch.cuda.amp.custom_fwd", "torch.cuda.amp.autocast_mode.custom_fwd")
 def cuda_custom_fwd(r: Redirection, fwd: Any = None, **kwargs: Any) -> Any:
     """For the device."""
     return custom_fwd(r, fwd, device_type="cuda", **kwargs)
@@ -126,7 +126,7 @@ def custom_bwd(r: Redirection, bwd: Any = None, *, device_type: str) -> Any:
     return own(bwd, device_type=device_type if r.hosts is not None else r.translate_type(device_type))
 
 
-@api("torch.cuda.amp.custom_bwd")
+@api("torch.cuda.amp.custom_bwd", "torch.cuda.amp.autocast_mode.custom_bwd")
 def cuda_custom_bwd(r: Redirection, bwd: Any = None) -> Any:
     """For the device."""
     return custom_bwd(r, bwd, device_type="cuda")

@@ -284,15 +284,15 @@ def set_sync_debug_mode(r: Redirection, debug_mode: int | str) -> None:
     names = {"default": 0, "warn": 1, "error": 2}
     if debug_mode not in (*names, *names.values()):
         raise RuntimeError("invalid value of debug_mode, expected one of `default`, `warn`, `error`")
-    r.sync_debug_mode = names.get(debug_mode, debug_mode)  # type: ignore[arg-type]
-    if r.sync_debug_mode:
+    r.kept["get_sync_debug_mode"] = names.get(debug_mode, debug_mode)  # type: ignore[arg-type]
+    if r.kept["get_sync_debug_mode"]:
         r.idle("torch.cuda.set_sync_debug_mode", "calls that wait for the device are not watched")
 
 
 @api("torch.cuda.get_sync_debug_mode", verdict="emulated")
 def get_sync_debug_mode(r: Redirection) -> int:
     """What was set."""
-    return r.sync_debug_mode
+    return int(r.kept.get("get_sync_debug_mode", 0))
 
 
 @api("torch.cuda.check_error", verdict="emulated")
@@ -372,10 +372,36 @@ def sleep(r: Redirection, cycles: int) -> None:
 
 refused(
     "torch.cuda.utilization", "torch.cuda.temperature", "torch.cuda.power_draw", "torch.cuda.clock_rate",
-    "torch.cuda.memory_usage", "torch.cuda.list_gpu_processes",
+    "torch.cuda.memory_usage", "torch.cuda.list_gpu_processes", "torch.cuda.memory.list_gpu_processes",
     why="the driver of this device is not asked for it", hint="programs that log it catch the error",
 )  # fmt: skip
 refused(
-    "torch.cuda._compile_kernel", "torch.cuda.current_blas_handle", "torch.cuda.jiterator",
+    "torch.cuda._compile_kernel", "torch.cuda.current_blas_handle", "torch.cuda.current_solver_handle",
+    "torch.cuda.jiterator._create_jit_fn", "torch.cuda.jiterator._create_multi_output_jit_fn",
     why="it is CUDA's own", hint="a version of this code without CUDA kernels",
 )  # fmt: skip
+refused(
+    "torch.cuda.gds.GdsFile", "torch.cuda.gds.gds_register_buffer", "torch.cuda.gds.gds_deregister_buffer",
+    why="GPUDirect Storage reads files into a GPU's own memory", hint="torch.save and torch.load",
+)  # fmt: skip
+
+_NO_PARTS = "the processors of this device cannot be parted"
+
+
+@final
+class GreenContext:
+    """A class of which there is no object."""
+
+    @staticmethod
+    def create(*args: Any, **kwargs: Any) -> Any:
+        """Refuse a part of the device's processors."""
+        r = active()
+        raise RuntimeError(_NO_PARTS) if r is None else r.refuse("torch.cuda.GreenContext.create", _NO_PARTS)
+
+    max_workqueues = create
+
+
+@value("torch.cuda.GreenContext", "torch.cuda.green_contexts.GreenContext", verdict="refused", note=_NO_PARTS)
+def green_context(r: Redirection) -> type:
+    """See `GreenContext`."""
+    return GreenContext

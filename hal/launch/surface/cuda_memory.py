@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 from hal.errors import UnsupportedOperation
@@ -47,7 +47,7 @@ def max_memory_allocated(r: Redirection, device: Any = None) -> int:
 
 
 @api("torch.cuda.memory_reserved", "torch.cuda.memory_cached", "torch.accelerator.memory_reserved",
-     "torch.cuda.memory.memory_reserved", note=_RESIDENT)  # fmt: skip
+     "torch.cuda.memory.memory_reserved", "torch.cuda.memory.memory_cached", note=_RESIDENT)  # fmt: skip
 def memory_reserved(r: Redirection, device: Any = None) -> int:
     """Bytes that the allocator holds."""
     stats = _stats(r, device)
@@ -55,7 +55,7 @@ def memory_reserved(r: Redirection, device: Any = None) -> int:
 
 
 @api("torch.cuda.max_memory_reserved", "torch.cuda.max_memory_cached", "torch.accelerator.max_memory_reserved",
-     "torch.cuda.memory.max_memory_reserved", note=_RESIDENT)  # fmt: skip
+     "torch.cuda.memory.max_memory_reserved", "torch.cuda.memory.max_memory_cached", note=_RESIDENT)  # fmt: skip
 def max_memory_reserved(r: Redirection, device: Any = None) -> int:
     """The most since the last reset."""
     stats = _stats(r, device)
@@ -64,7 +64,8 @@ def max_memory_reserved(r: Redirection, device: Any = None) -> int:
 
 @api("torch.cuda.reset_peak_memory_stats", "torch.cuda.reset_max_memory_allocated",
      "torch.cuda.reset_max_memory_cached", "torch.accelerator.reset_peak_memory_stats",
-     "torch.cuda.memory.reset_peak_memory_stats")  # fmt: skip
+     "torch.cuda.memory.reset_peak_memory_stats", "torch.cuda.memory.reset_max_memory_allocated",
+     "torch.cuda.memory.reset_max_memory_cached")  # fmt: skip
 def reset_peak_memory_stats(r: Redirection, device: Any = None) -> None:
     """Start the peaks anew."""
     try:
@@ -73,8 +74,8 @@ def reset_peak_memory_stats(r: Redirection, device: Any = None) -> None:
         r.idle("torch.cuda.reset_peak_memory_stats", error.reason)
 
 
-@api("torch.cuda.reset_accumulated_memory_stats", "torch.accelerator.reset_accumulated_memory_stats",
-     verdict="emulated", forwards=True)  # fmt: skip
+@api("torch.cuda.reset_accumulated_memory_stats", "torch.cuda.memory.reset_accumulated_memory_stats",
+     "torch.accelerator.reset_accumulated_memory_stats", verdict="emulated", forwards=True)  # fmt: skip
 def reset_accumulated_memory_stats(r: Redirection, device: Any = None) -> None:
     """The sums over time are not kept."""
     cuda_index(r, device)
@@ -124,11 +125,15 @@ def memory_stats(r: Redirection, device: Any = None) -> OrderedDict[str, int]:
     return OrderedDict(sorted(found.items()))
 
 
-@api("torch.cuda.memory_stats_as_nested_dict", verdict="emulated")
+@api("torch.cuda.memory_stats_as_nested_dict", "torch.cuda.memory.memory_stats_as_nested_dict", verdict="emulated")
 def memory_stats_as_nested_dict(r: Redirection, device: Any = None) -> dict[str, Any]:
     """`memory_stats`, a dict for each level of the names."""
+    return _nested(memory_stats(r, device))
+
+
+def _nested(flat: Mapping[str, int]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
-    for name, number in memory_stats(r, device).items():
+    for name, number in flat.items():
         *path, last = name.split(".")
         inner = nested
         for part in path:
@@ -186,8 +191,60 @@ def set_per_process_memory_fraction(r: Redirection, fraction: float, device: Any
         raise TypeError("Invalid type for fraction argument, must be `float`")
     if not 0 <= fraction <= 1:
         raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
-    memory = r.devices[cuda_index(r, device)].memory
+    index = cuda_index(r, device)
+    memory = r.devices[index].memory
     memory.limit(max(1, int(fraction * (memory.stats().total or 0))))
+    r.kept[f"get_per_process_memory_fraction:{index}"] = fraction
+
+
+@api("torch.cuda.get_per_process_memory_fraction", "torch.cuda.memory.get_per_process_memory_fraction",
+     verdict="emulated")  # fmt: skip
+def get_per_process_memory_fraction(r: Redirection, device: Any = None) -> float:
+    """What was set, or all."""
+    return float(r.kept.get(f"get_per_process_memory_fraction:{cuda_index(r, device)}", 1.0))
+
+
+@api("torch.cuda.host_memory_stats", "torch.cuda.memory.host_memory_stats", verdict="emulated",
+     note="0: CUDA's allocator of pinned memory holds none")  # fmt: skip
+def host_memory_stats(r: Redirection) -> OrderedDict[str, int]:
+    """All keys of CUDA's, so that reading one is no error."""
+    counted = ("allocations", "allocated_bytes", "active_requests", "active_bytes")
+    names = [f"{kind}.{what}" for kind in counted for what in ("current", "peak", "allocated", "freed")]
+    names += [
+        f"host_{kind}_time.{what}" for kind in ("alloc", "free") for what in ("total", "max", "min", "count", "avg")
+    ]
+    return OrderedDict.fromkeys(sorted((*names, "num_host_alloc", "num_host_free")), 0)
+
+
+@api("torch.cuda.host_memory_stats_as_nested_dict", "torch.cuda.memory.host_memory_stats_as_nested_dict",
+     verdict="emulated")  # fmt: skip
+def host_memory_stats_as_nested_dict(r: Redirection) -> dict[str, Any]:
+    """`host_memory_stats`, a dict for each level of the names."""
+    return _nested(host_memory_stats(r))
+
+
+@api("torch.cuda.reset_accumulated_host_memory_stats", "torch.cuda.memory.reset_accumulated_host_memory_stats",
+     "torch.cuda.reset_peak_host_memory_stats", "torch.cuda.memory.reset_peak_host_memory_stats",
+     verdict="emulated")  # fmt: skip
+def reset_host_memory_stats(r: Redirection) -> None:
+    """Nothing was counted."""
+
+
+@api("torch.cuda.caching_allocator_enable", "torch.cuda.memory.caching_allocator_enable", verdict="emulated",
+     note="does nothing")  # fmt: skip
+def caching_allocator_enable(r: Redirection, value: bool = True) -> None:
+    """The device's allocator stays as it is."""
+    if not value:
+        r.idle("torch.cuda.caching_allocator_enable", "this device's allocator is not CUDA's, and stays as it is")
+
+
+@api("torch.cuda.caching_allocator_disabled", "torch.cuda.memory.caching_allocator_disabled", verdict="emulated",
+     note="does nothing")  # fmt: skip
+@contextlib.contextmanager
+def caching_allocator_disabled(r: Redirection) -> Iterator[None]:
+    """See `caching_allocator_enable`."""
+    caching_allocator_enable(r, False)
+    yield
 
 
 @final
@@ -223,7 +280,7 @@ def use_mem_pool(r: Redirection, pool: Any, device: Any = None) -> Iterator[None
     yield
 
 
-@api("torch.cuda.get_allocator_backend", verdict="emulated")
+@api("torch.cuda.get_allocator_backend", "torch.cuda.memory.get_allocator_backend", verdict="emulated")
 def get_allocator_backend(r: Redirection) -> str:
     """torch's own."""
     return "native"
@@ -231,7 +288,9 @@ def get_allocator_backend(r: Redirection) -> str:
 
 refused(
     "torch.cuda.caching_allocator_alloc", "torch.cuda.caching_allocator_delete", "torch.cuda.change_current_allocator",
-    "torch.cuda.memory.CUDAPluggableAllocator",
+    "torch.cuda.memory.CUDAPluggableAllocator", "torch.cuda.CUDAPluggableAllocator",
+    "torch.cuda.memory.caching_allocator_alloc", "torch.cuda.memory.caching_allocator_delete",
+    "torch.cuda.memory.change_current_allocator",
     why="raw memory of a CUDA allocator does not exist on this device", hint="allocate with torch.empty",
 )  # fmt: skip
 

@@ -223,7 +223,12 @@ def get_stream_from_external(r: Redirection, data_ptr: int, device: Any = None) 
     return CudaExternalStream(data_ptr, device)
 
 
-@api("torch.cuda.is_current_stream_capturing", belief=True, forwards=True)
+@api(
+    "torch.cuda.is_current_stream_capturing",
+    "torch.cuda.graphs.is_current_stream_capturing",
+    belief=True,
+    forwards=True,
+)
 def is_current_stream_capturing(r: Redirection) -> bool:
     """False: there are no graphs."""
     return False
@@ -297,7 +302,8 @@ def graph_class(r: Redirection) -> type:
 
 refused(
     "torch.cuda.graph", "torch.cuda.graphs.graph", "torch.cuda.make_graphed_callables",
-    "torch.cuda.graph_pool_handle", why=_NO_GRAPHS, hint=_NO_GRAPHS_HINT,
+    "torch.cuda.graphs.make_graphed_callables", "torch.cuda.graph_pool_handle", "torch.cuda.graphs.graph_pool_handle",
+    why=_NO_GRAPHS, hint=_NO_GRAPHS_HINT,
 )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The typed tensors of old: `torch.cuda.FloatTensor(3, 4)`, `isinstance(x, torch.cuda.LongTensor)`."""
+"""The typed tensors and storages of old: `torch.cuda.FloatTensor(3, 4)`, `isinstance(x, torch.cuda.LongTensor)`."""
 
 from __future__ import annotations
 
@@ -63,5 +63,16 @@ def _enter(name: str, dtype: str) -> None:
         return made  # type: ignore[no-any-return]
 
 
+def _enter_storage(name: str) -> None:
+    @value(f"torch.cuda.{name}Storage", verdict="emulated", note="a CPU's, or what the device's module has of the name")
+    def storage_type(r: Redirection) -> type:
+        import torch
+
+        found: type = getattr(r.module, f"{name}Storage", None) or getattr(torch, f"{name}Storage")
+        return found
+
+
 for _name, _dtype in _DTYPES.items():
     _enter(_name, _dtype)
+for _name in (*_DTYPES, "ComplexFloat", "ComplexDouble"):
+    _enter_storage(_name)

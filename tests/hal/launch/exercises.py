@@ -120,6 +120,39 @@ EXERCISES = {
         "torch.cuda.memory._record_memory_history(max_entries=10); torch.cuda.memory._record_memory_history(enabled=None)",
     "torch.cuda.memory._dump_snapshot": "torch.cuda.memory._dump_snapshot(str(tmp / 'snapshot.pickle'))",
     "torch.cuda.memory.CUDAPluggableAllocator": "torch.cuda.memory.CUDAPluggableAllocator('a.so', 'malloc', 'free')",
+    "torch.cuda.memory.memory_cached": "assert torch.cuda.memory.memory_cached() >= 0",
+    "torch.cuda.memory.memory_stats_as_nested_dict":
+        "assert torch.cuda.memory.memory_stats_as_nested_dict()['active']['all']['peak'] >= 0",
+    "torch.cuda.memory.get_allocator_backend": "assert torch.cuda.memory.get_allocator_backend() == 'native'",
+    "torch.cuda.get_per_process_memory_fraction": "assert torch.cuda.get_per_process_memory_fraction() == 1.0",
+    "torch.cuda.host_memory_stats":
+        "s = torch.cuda.host_memory_stats(); assert s['allocated_bytes.peak'] >= 0 and s['host_alloc_time.avg'] >= 0",
+    "torch.cuda.host_memory_stats_as_nested_dict":
+        "assert torch.cuda.host_memory_stats_as_nested_dict()['active_bytes']['current'] >= 0",
+    "torch.cuda.reset_peak_host_memory_stats": "torch.cuda.reset_peak_host_memory_stats()",
+    "torch.cuda.caching_allocator_enable": "torch.cuda.caching_allocator_enable(True)",
+    "torch.cuda.caching_allocator_disabled":
+        "with torch.cuda.memory.caching_allocator_disabled(): torch.ones(2, device='cuda')",
+    "torch.cuda.FloatStorage": "assert issubclass(torch.cuda.FloatStorage, torch.TypedStorage)",
+    # Copies among the devices of one process
+    "torch.cuda.comm.broadcast":
+        "from torch.cuda import comm; a = torch.ones(2); [b] = comm.broadcast(a, devices=[0]); "
+        "assert b.is_cuda and b is not a and b.tolist() == [1, 1]; "
+        "[c] = comm.broadcast(a, out=[torch.zeros(2).cuda()]); assert c.tolist() == [1, 1]",
+    "torch.cuda.comm.broadcast_coalesced":
+        "from torch.cuda import comm; [[a, b]] = comm.broadcast_coalesced([torch.ones(2), torch.zeros(1)], ['cuda:0']); "
+        "assert a.is_cuda and b.tolist() == [0]",
+    "torch.cuda.comm.reduce_add":
+        "from torch.cuda import comm; a = torch.ones(2).cuda(); assert comm.reduce_add([a, a, a]).tolist() == [3, 3]",
+    "torch.cuda.comm.reduce_add_coalesced":
+        "from torch.cuda import comm; a, b = torch.ones(2).cuda(), torch.ones(1).cuda(); "
+        "s, t = comm.reduce_add_coalesced([[a, b], [a, b]], 0); assert s.tolist() == [2, 2] and t.tolist() == [2]",
+    "torch.cuda.comm.scatter":
+        "from torch.cuda import comm; [a, b] = comm.scatter(torch.arange(5), [0, 0], [2, 3]); "
+        "assert a.is_cuda and a.tolist() == [0, 1] and b.tolist() == [2, 3, 4]",
+    "torch.cuda.comm.gather":
+        "from torch.cuda import comm; a = torch.ones(2).cuda(); b = comm.gather([a, a], destination='cpu'); "
+        "assert b.device.type == 'cpu' and len(b) == 4 and comm.gather([a, a]).is_cuda",
     "torch.cuda.MemPool": "torch.cuda.MemPool()",
     "torch.cuda.use_mem_pool": "with torch.cuda.use_mem_pool(torch.cuda.MemPool()): torch.ones(2, device='cuda')",
     "torch.cuda.OutOfMemoryError": "assert issubclass(torch.cuda.OutOfMemoryError, RuntimeError)",
@@ -210,6 +243,24 @@ EXERCISES = {
     "torch.cuda.power_draw": "torch.cuda.power_draw()",
     "torch.cuda.clock_rate": "torch.cuda.clock_rate()",
     "torch.cuda._compile_kernel": "torch.cuda._compile_kernel('__global__ void f() {}', 'f')",
+    # What no device but CUDA has
+    "torch.cuda.tunable.enable":
+        "assert not torch.cuda.tunable.is_enabled(); torch.cuda.tunable.enable(); assert torch.cuda.tunable.is_enabled()",
+    "torch.cuda.tunable.set_max_tuning_duration":
+        "torch.cuda.tunable.set_max_tuning_duration(7); assert torch.cuda.tunable.get_max_tuning_duration() == 7",
+    "torch.cuda.tunable.set_filename":
+        "torch.cuda.tunable.set_filename('f.csv'); assert torch.cuda.tunable.get_filename() == 'f.csv'",
+    "torch.cuda.tunable.get_results": "assert torch.cuda.tunable.get_results() == ()",
+    "torch.cuda.tunable.read_file": "assert torch.cuda.tunable.read_file('f.csv') is False",
+    "torch.cuda.tunable.tune_gemm_in_file": "torch.cuda.tunable.tune_gemm_in_file('f.csv')",
+    "torch.cuda.jiterator._create_jit_fn":
+        "torch.cuda.jiterator._create_jit_fn('template <typename T> T f(T x) { return x; }')",
+    "torch.cuda.gds.GdsFile": "torch.cuda.gds.GdsFile('f', os.O_RDONLY)",
+    "torch.cuda.green_contexts.GreenContext": "torch.cuda.GreenContext.create(1)",
+    "torch.cuda.current_solver_handle": "torch.cuda.current_solver_handle()",
+    "torch.cuda.nccl.all_reduce": "torch.cuda.nccl.all_reduce([torch.ones(2).cuda()])",
+    "torch.cuda.memory.list_gpu_processes": "torch.cuda.memory.list_gpu_processes()",
+    "torch.cuda.graphs.graph_pool_handle": "torch.cuda.graphs.graph_pool_handle()",
     "torch.cuda._graph_annotations": "torch.cuda._graph_annotations",
     "torch.cuda._annotate_cuda_graph_trace": "torch.cuda._annotate_cuda_graph_trace",
     "torch._C._cuda*": "torch._C._cuda_getCurrentRawStream(0)",

@@ -10,6 +10,9 @@ import coverage_table
 import pytest
 from exercises import EXERCISES
 
+import hal.launch.surface  # noqa: F401  fills the table
+from hal.launch.api import DOORS, TABLE
+
 HERE = Path(__file__).parent
 HAL = str(Path(sys.executable).parent / "hal")
 
@@ -49,3 +52,29 @@ def test_98_percent_of_all_sites_are_native_or_emulated():
 @counted
 def test_the_page_of_the_documentation_is_that_of_today():
     assert coverage_table.PAGE.read_text() == coverage_table.page(coverage_table.rows())
+
+
+TORCHS_OWN = {
+    "torch.cuda.CudaError", "torch.cuda.DeferredCudaCallError", "torch.cuda.cudaStatus",  # errors, and what names them
+    "torch.cuda.amp.common.amp_definitely_not_available", "torch.cuda.amp.amp_definitely_not_available",  # both ask us
+}  # fmt: skip
+
+
+def test_every_public_name_of_torch_cuda_has_an_answer():
+    import torch
+    import torch.cuda.comm
+
+    loaded = [name for name in sys.modules if name == "torch.cuda" or name.startswith("torch.cuda.")]
+    public = [name for name in loaded if not any(part.startswith("_") for part in name.split("."))]
+    without = []
+    for module in sorted(set(public) - {"torch.cuda.sparse"}):  # types of a layout, which nothing makes any more
+        for name in getattr(sys.modules[module], "__all__", vars(sys.modules[module])):
+            found = getattr(sys.modules[module], name, None)
+            own = getattr(found, "__module__", "") or ""
+            here = own.startswith("torch.cuda") or module == "torch.cuda.comm"
+            if callable(found) and here and not name.startswith("_"):
+                full = f"{module}.{name}"
+                if full not in {*TABLE, *DOORS, *TORCHS_OWN}:
+                    without.append(full)
+    assert without == []
+    assert torch.cuda.comm.gather

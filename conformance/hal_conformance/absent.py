@@ -6,8 +6,8 @@ other element is a NaN with bits of its own. Those bits survive slicing, copying
 know such an element wherever it turns up; and whatever is computed from it is NaN, so that a stage whose input is not
 there is left unjudged instead of being judged wrongly. No case has to know about recordings.
 
-A stage whose oracle is NaN is then unjudged, too, where the device has a number: it cannot be told from one whose input
-is not there. The recorder, which had everything, has judged it.
+A stage whose oracle is NaN is then unjudged, too: it cannot be told from one whose input is not there. The recorder,
+which had everything, has judged it.
 """
 
 from __future__ import annotations
@@ -121,6 +121,14 @@ def never_shown(elements: int) -> None:
         coverage.shown += elements
 
 
+def looked_at(judged: int, shown: int) -> None:
+    """Count elements that were judged without `judgeable`: codes, experts."""
+    coverage = _coverage.get()
+    if coverage is not None:
+        coverage.judged += judged
+        coverage.shown += shown
+
+
 def judgeable(got: Array, *expected: Array) -> Mask | None:
     """Return which elements can be judged; None: all of them, since nothing is absent here.
 
@@ -133,8 +141,7 @@ def judgeable(got: Array, *expected: Array) -> Mask | None:
         return None
     seen = np.logical_not(is_absent(got), out=np.empty(got.shape, bool))  # an array even where there is one element
     if seen.any():  # few are: only these are looked at
-        unknown = np.any([np.isnan(part[seen]) for part in expected], axis=0)
-        seen[seen] = ~unknown | np.isnan(got[seen])
+        seen[seen] = ~np.any([np.isnan(part[seen]) for part in expected], axis=0)
     coverage.judged += int(np.count_nonzero(seen))
     coverage.shown += seen.size
     return seen

@@ -40,26 +40,32 @@ def checksums(array: Array) -> npt.NDArray[np.uint32]:
     starts = range(0, flat.size, step) if step else ()
     found = np.zeros(count(array.shape), np.uint64)
     for at, start in enumerate(starts):
-        found[at] = _sum(flat[start : start + step], step)
+        found[at] = _sum(flat[start : start + step])
     upper: npt.NDArray[np.uint32] = (found >> np.uint64(32)).astype(np.uint32)
     return upper
 
 
 def checksum(block: Array) -> int:
     """Return the number of the rows that share one."""
-    flat = np.ascontiguousarray(block).view(f"u{block.itemsize}").reshape(-1)
-    return int(_sum(flat, flat.size)) >> 32
+    return _sum(np.ascontiguousarray(block).view(f"u{block.itemsize}").reshape(-1)) >> 32
 
 
-def _sum(bits: Array, step: int) -> np.uint64:
-    found: np.uint64 = (bits.astype(np.uint64) * _weights(step)[: bits.size]).sum(dtype=np.uint64)
-    return found
+_PIECE = 1 << 16
+"""Elements that are taken at once: a row may be as long as a forged recording says."""
+
+
+def _sum(bits: Array) -> int:
+    found = 0
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE].astype(np.uint64)
+        found += int((piece * _weights(start)[: piece.size]).sum(dtype=np.uint64))
+    return found % 2**64
 
 
 @functools.lru_cache(maxsize=8)
-def _weights(size: int) -> npt.NDArray[np.uint64]:
-    """Return odd weights, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
-    z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def _weights(start: int) -> npt.NDArray[np.uint64]:
+    """Return odd weights for the places from `start` on, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+    z = np.arange(start + 1, start + _PIECE + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray((z ^ (z >> np.uint64(31))) | np.uint64(1))

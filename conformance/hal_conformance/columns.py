@@ -28,6 +28,9 @@ from hal_conformance.text import plain
 
 MAX_ELEMENTS = 2**40
 """Of one output: more than any host has memory for."""
+MAX_HELD = 2**24
+"""Elements of all outputs that a recording holds. Each has an index of 8 bytes while it is looked at, and zeros take
+next to no room in a file."""
 
 DIGESTS, CHECKSUMS, WORST, VALUES = "outputs/sha256", "outputs/checksums", "outputs/worst", "outputs/values"
 
@@ -106,6 +109,7 @@ class Reader:
         if any(column.ndim != 1 for column in (self._sums, self._worst)):
             raise Unreadable("one of its columns has more than one axis")
         self._by_digest: dict[bytes, Packed] = {}
+        self._room = MAX_HELD
         self._at: dict[str, int] = dict.fromkeys([*self._values, CHECKSUMS, WORST], 0)
 
     def read(self, lines: Any) -> list[Packed]:
@@ -143,6 +147,9 @@ class Reader:
         values = self._take(kept_as, self._values.get(kept_as), held) if isinstance(kept_as, str) else None
         if values is None or (kept_as != tag and (real or dtype.kind not in "iu" or values.dtype.kind not in "iu")):
             raise Unreadable(f"the output {plain(name, 60)} is kept as {plain(kept_as, 40)}")
+        self._room -= held
+        if self._room < 0:
+            raise Unreadable(f"its outputs hold more than {MAX_HELD} elements")
         values = values.astype(dtype, copy=False)
         worst = self._take(WORST, self._worst, worst_count)
         if worst.size and (worst[0] < 0 or worst[-1] >= size or (np.diff(worst) <= 0).any()):

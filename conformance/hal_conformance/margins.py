@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hal.moe.router_spec import RouterSpec
+from hal_conformance.absent import looked_at
 from hal_conformance.bounds import U32, Bounded
 from hal_conformance.case import F64, I64
 from hal_conformance.detectors import Finding
@@ -189,6 +190,8 @@ def certify(scores: Bounded, bias_E: F64 | None, spec: RouterSpec) -> Certainty:
 def judge_choice(experts_TK: I64, certain: Certainty, what: str = "experts") -> Finding:
     """Judge chosen experts: distinct, in range, none that may not be, all that must be, possible as a set, in order."""
     tokens, experts = certain.must.shape
+    known = int((certain.must | ~certain.may).any(1).sum())  # of others any experts are right
+    looked_at(known * experts_TK.shape[1], experts_TK.size)
     if experts_TK.size and (experts_TK.min() < 0 or experts_TK.max() >= experts):
         t, k = (int(i) for i in np.argwhere((experts_TK < 0) | (experts_TK >= experts))[0])
         return Finding(Status.FAIL_DISCRETE, detail=f"{what}: token {t} chose expert {experts_TK[t, k]} of {experts}")

@@ -87,12 +87,15 @@ class Packed:
 
     def contradiction(self) -> str:
         """Return what is held that cannot all be true of one array, or nothing."""
-        indices = self.indices()
-        held, first = (indices, None) if self.grid is None else np.unique(indices, return_index=True)
-        values = self.values if first is None else self.values[first]
-        if len(held) < len(indices) and not codec.same_bits(values[np.searchsorted(held, indices)], self.values):
-            return "one of the elements has two values"
-        if len(held) == self.size and codec.digest(values.reshape(self.shape)) != self.digest.hex():
+        if self.grid is None:
+            held, values = self.size, self.values
+        else:
+            indices = self.indices()
+            places, first = np.unique(indices, return_index=True)
+            held, values = len(places), self.values[first]
+            if held < len(indices) and not codec.same_bits(values[np.searchsorted(places, indices)], self.values):
+                return "one of the elements has two values"
+        if held == self.size and codec.digest(values.reshape(self.shape)) != self.digest.hex():
             return "the elements do not have its digest"
         if self.grid is not None and (self.grid.columns is None or len(self.grid.columns) == self.grid.width):
             # Whole rows are held, and where these make up a block its checksum follows.

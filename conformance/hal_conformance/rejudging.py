@@ -51,8 +51,6 @@ class Rejudge:
         self._task = task
         self._made: Made | None = None
         self._too_large = too_large(task.case.footprint(task.params))
-        with contextlib.suppress(Exception):  # the judge meets the same error, and makes a verdict of it
-            self._made = None if self._too_large else Made.of(task)
         self._limit = SLACK + 2 * task.case.footprint(task.params).outputs
         self._known: dict[object, tuple[Judgement, Coverage]] = {}
         self.coverage = Coverage()
@@ -68,12 +66,19 @@ class Rejudge:
         held = tuple((name, packed.content()) for name, packed in entry.outputs.items())
         key = (held, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
+            if self._made is None:
+                with contextlib.suppress(Exception):  # the judge meets the same error, and makes a verdict of it
+                    self._made = Made.of(self._task)
             with partial(self._needed(entry.outputs)) as coverage:
                 outputs, left = {}, self._limit
                 for name, packed in entry.outputs.items():  # which a forged recording may have thousands of
                     outputs[name] = packed.array(left)
                     left -= outputs[name].nbytes if outputs[name].flags.c_contiguous else 0
-                self._known[key] = judge_outputs(self._task, outputs, entry.hashes, contract, self._made), coverage
+                own = judge_outputs(self._task, outputs, entry.hashes, contract, self._made)
+            if not coverage.shown:  # a case that compares codes by itself: all of them
+                every = entry.outputs.values()
+                coverage = Coverage(sum(packed.values.size for packed in every), sum(packed.size for packed in every))
+            self._known[key] = own, coverage
         own, self.coverage = self._known[key]
         return agreed(entry.claim, own)
 
@@ -96,15 +101,19 @@ class Rejudge:
 def agreed(claim: Judgement, own: Judgement) -> Judgement:
     """Return one verdict from the recorder's, on everything, and this host's, on what the recording holds.
 
-    Either may be red. Otherwise the recorder's stands: it had what this host has, and the rest.
+    The worse one, of what is amber or red in either. Otherwise the recorder's stands: it had what this host has, and
+    the rest.
     """
     status, detail = claim.status, claim.detail
-    if own.status.colour == "red" and claim.status.colour != "red":
+    if _BADNESS[own.status.colour] > _BADNESS[claim.status.colour]:
         status, detail = own.status, f"{own.detail} (the recorder had {claim.status.value})"
     elif claim.status.colour == "red" and own.status.colour != "red":
         detail = f"{claim.detail} (the recorder's verdict; the elements that it recorded are {own.status.value})"
     detectors = {name: _larger(claim.detectors.get(name), own.detectors.get(name)) for name in claim.detectors}
     return Judgement(status, _larger(claim.margin, own.margin), detectors, detail)
+
+
+_BADNESS = {"neutral": 0, "green": 0, "amber": 1, "red": 2}
 
 
 def _larger(a: float | None, b: float | None) -> float | None:

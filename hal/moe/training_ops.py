@@ -78,10 +78,10 @@ class TrainingOps(Protocol):
         What a query does not see has no influence on its result, even where a key is NaN. (A value that is NaN may
         show, and in the backward pass a key: every kernel multiplies these by zeros for what is hidden.)
 
-        Store points: the logits and the softmax are in float32; the probabilities, normalised or not, may be rounded
-        to the dtype before they are multiplied by v; the result is rounded once. Backward (FlashAttention's equations):
-        D = sum_e dy y from the rounded y, dS = P (dP - D) may be rounded, and the gradients of k and v may be rounded
-        for each query head before they are added up.
+        Store points: the logits and the softmax are in float32; the probabilities, normalised over all keys or not at
+        all, may be rounded to the dtype before they are multiplied by v; the result is rounded once. Backward
+        (FlashAttention's equations): D = sum_e dy y from the rounded y, or sum_j P dP; dS = P (dP - D) may be rounded,
+        and the gradients of k and v may be rounded for each query head before they are added up in float32.
 
         Source: Vaswani et al. 2017; Ainslie et al. 2023 (arXiv:2305.13245); Dao 2023 (arXiv:2307.08691).
         """

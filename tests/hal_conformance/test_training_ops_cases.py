@@ -37,6 +37,8 @@ MEANT_FOR = {
     "dot_in_storage": "attention.many_keys",
     "results_of_long_blocks_in_storage": "attention.cancels",
     "query_gradients_in_storage": "attention.cancels",
+    "key_gradients_of_long_blocks_in_storage": "attention.cancels",
+    "key_gradients_of_heads_in_storage": "attention.heads_cancel",
     "rescales_in_storage": "attention.rises",
     "one_buffer_of_attention": "attention.pick",
     "attends_no_whole_tiles": "attention.tiles",
@@ -62,7 +64,7 @@ MEANT_FOR = {
 """The case that is meant for a fault."""
 
 CASES = (*norm.CASES, *rotary.CASES, *attention.CASES, *attention_sums.CASES, *head.CASES)
-EXACT = ("_powers", ".cancels", ".pick", ".quarter_turns", "no_tokens", ".none_count")
+EXACT = ("_powers", ".cancels", ".heads_cancel", ".pick", ".quarter_turns", "no_tokens", ".none_count")
 
 
 def verdicts(ops, cases, seed, scale="tiny"):

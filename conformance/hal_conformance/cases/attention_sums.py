@@ -25,7 +25,7 @@ class Cancels(Attention):
         keys: how many; a power of two.
     """
 
-    queries: int = 64
+    queries: int = 256
     keys: int = 256
 
     HEADS = 4
@@ -89,9 +89,9 @@ class Cancels(Attention):
         What is stored in 16 bits on the way (p, dP, dS, a head's part) has as few bits, and what comes within some
         float32 roundings of it is rounded to it. So what is left of honest errors is that of float32: at most a
         rounding for each term of a sum, in any order, on partial sums that never exceed the sum of absolute terms
-        (Higham 2002, section 3.1), and one more for each merging of blocks, of which there are no more than terms. An
-        exponential and a logarithm lose a few each (the 16). A variance would not do: the order of the sums is not
-        exchangeable with the data, and errors of one block have one sign.
+        (Higham 2002, section 3.1), and one more for each merging of blocks, of which there are no more than terms: the
+        factors of 2. An exponential and a logarithm lose a few each (the 16). A variance would not do: the order of the
+        sums is not exchangeable with the data, and errors of one block have one sign.
         """
         q, dy = (np.asarray(inputs[name], np.float64) for name in ("q_THd", "dy_THe"))
         k, v = (
@@ -106,7 +106,7 @@ class Cancels(Attention):
         cut = 0.0 if rule.input_bits is None else 4.0 * 2.0**-rule.input_bits
         value = self._products((q, k, v, dy), scale, -1.0)
         absolute = self._products((np.abs(q), np.abs(k), np.abs(v), np.abs(dy)), scale, 1.0)
-        lost = {name: (2 * n * rule.unit_roundoff + cut) * absolute[name] for name, n in roundings.items()}
+        lost = {name: (n * rule.unit_roundoff + cut) * absolute[name] for name, n in roundings.items()}
         return {name: Bounded(value[name], lost[name], lost[name] ** 2) for name in value}
 
     def _products(self, given: tuple[F64, F64, F64, F64], scale: float, sign: float) -> dict[str, F64]:
@@ -128,6 +128,42 @@ class Cancels(Attention):
     def _of_groups(self, gradients: F64) -> F64:
         total: F64 = gradients.reshape(len(gradients), -1, self.share, gradients.shape[2]).sum(2)
         return total
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsCancel(Cancels):
+    """The third of four heads takes back from a key's gradients what the first one gave, between two small ones.
+
+    What one head gives has few bits, and may be stored; the sum of the first two has 13.
+    """
+
+    queries: int = 8
+    keys: int = 16
+    share: int = 4
+
+    HEADS = 8
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: as in `Cancels`, but y is 0 where dy is not, and dq is dy v_0 / (4 S)."""
+        s, half_keys, middle, seen = self.sizes(p), self.keys // 2, self.WIDTH // 2, self.WIDTH // 2
+        seed, name = p.seed, "attention/heads_cancel"
+        q, dy = (np.zeros((s.queries, s.groups, s.heads // s.groups, self.WIDTH)) for _ in range(2))
+        k, v = (np.zeros((s.keys, s.groups, self.WIDTH)) for _ in range(2))
+        channel = np.arange(s.queries) % middle
+        q[np.arange(s.queries), :, :, channel] = 1.0  # each query another channel: a key's gradient has the bits of dy
+        small = make.integers(seed, f"{name}/dy", 1, 15, s.queries, s.groups, 2)
+        dy[:, :, 1::2, :seen] = 2.0 * small[..., None] - 1.0
+        dy[:, :, 0, :seen], dy[:, :, 2, :seen] = 4096.0, -4096.0
+        k[:half_keys, :, middle:] = make.integers(seed, f"{name}/k", 1, 15, half_keys, s.groups, middle)
+        k[half_keys:] = k[:half_keys]
+        k[half_keys, :, middle:] -= 1.0
+        at = make.integers(seed, f"{name}/channel", 0, seen - 1, half_keys, s.groups)
+        v[:half_keys, :, :seen] = at[..., None] == np.arange(seen)
+        v[half_keys:] = -v[:half_keys]
+        v[:, :, seen:] = make.integers(seed, f"{name}/y", 1, 3, s.groups, seen)
+        heads = {"q_THd": q.reshape(s.queries, s.heads, -1), "dy_THe": dy.reshape(s.queries, s.heads, -1)}
+        arrays = {**heads, "k_SGd": k, "v_SGe": v}
+        return {name: make.store(arrays[name], p.dtype) for name in ("q_THd", "k_SGd", "v_SGe", "dy_THe")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,17 +226,23 @@ class Rises(Forward):
 CASES = (
     Cancels(
         "attention.cancels", "attention", ("attention",),
-        "Integers and logits of 0, without a mask: 64 queries over 256 keys, of which the second half takes back what "
+        "Integers and logits of 0, without a mask: 256 queries over 256 keys, of which the second half takes back what "
         "the first one added. Sums reach 12 bits and more and end as small integers: results and gradients that "
         "are kept in 16 bits between two blocks differ. Bound: what is stored in 16 bits is exact, and float32 loses "
         "at most a rounding of the absolute sum for each term.",
+        causal=False,
+    ),
+    HeadsCancel(
+        "attention.heads_cancel", "attention", ("attention",),
+        "As attention.cancels with 8 queries, 16 keys and four heads to a key head, of which the third takes back from "
+        "the gradients of keys and values what the first one gave: they differ where they are added up in 16 bits.",
         causal=False,
     ),
     Rises(
         "attention.rises", "attention", ("attention",),
         "Logits grow by 3.6 over 1,536 keys, and the values change their sign where half of the weight is reached: the "
         "factor by which an online softmax rescales what it has is seen beside the rounding of single probabilities. "
-        + BOUND,
+        + BOUND + " And what a sum in the order of the keys may lose: a rounding of half of sum |p v| for each key.",
         causal=False,
     ),
 )  # fmt: skip

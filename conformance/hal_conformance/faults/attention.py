@@ -34,13 +34,13 @@ class Composed(Attention):
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         head_H = self.heads(q_THd.shape[1], k_SGd.shape[1])
-        logits = torch.einsum("thd,shd->hts", q_THd.float(), k_SGd[:, head_H].float()) * scale
+        logits = torch.einsum("thd,shd->hts", q_THd.float(), k_SGd.float()[:, head_H]) * scale
         logits = self.logits(logits, q_THd.dtype)
         if causal:
             hidden = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
             logits = self.mask(logits, hidden.triu(self.first(len(q_THd), len(k_SGd))))
         p = self.softmax(logits, q_THd.dtype)
-        return self.sum(p, v_SGe[:, head_H].float(), q_THd.dtype).to(q_THd.dtype)
+        return self.sum(p, v_SGe.float()[:, head_H], q_THd.dtype).to(q_THd.dtype)
 
     def heads(self, heads: int, groups: int) -> Tensor:
         """Return the key head of each query head."""
@@ -345,16 +345,37 @@ class AttendsNoWholeTiles(OtherAttention):
 class KeyGradientsInStorage(Attention):
     """Gradients of keys and values are rounded to the dtype of storage after every 8 queries."""
 
+    block = 8
+
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         whole, keys, queries = super().attention, len(k_SGd), len(q_THd)
         if not queries or not k_SGd.requires_grad:
             return whole(q_THd, k_SGd, v_SGe, scale, causal=causal)
         parts = []
-        for i, q in enumerate(q_THd.split(8)):
-            seen = keys - queries + 8 * i + len(q) if causal else keys
+        for i, q in enumerate(q_THd.split(self.block)):
+            seen = keys - queries + self.block * i + len(q) if causal else keys
             parts.append(whole(q, k_SGd[:seen], v_SGe[:seen], scale, causal=causal))
         return torch.cat(parts)  # autograd adds up what the parts give in the dtype of k and v
+
+
+@fault()
+class KeyGradientsOfLongBlocksInStorage(KeyGradientsInStorage):
+    """Gradients of keys and values are rounded to the dtype of storage after every 128 queries."""
+
+    block = 128
+
+
+@fault()
+class KeyGradientsOfHeadsInStorage(Attention):
+    """Gradients of keys and values are added up in the dtype of storage, one query head after the other."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        share = q_THd.shape[1] // k_SGd.shape[1]
+        of_each = [super(KeyGradientsOfHeadsInStorage, self).attention(q, k_SGd, v_SGe, scale, causal=causal)
+                   for q in q_THd.unflatten(1, (-1, share)).unbind(2)]  # fmt: skip
+        return torch.stack(of_each, 2).flatten(1, 2)
 
 
 class Differentiated(Attention):
@@ -409,12 +430,12 @@ class DotInStorage(Differentiated):
 
 @fault()
 class QueryGradientsInStorage(Differentiated):
-    """Gradients of queries are rounded to the dtype of storage after every 64 keys."""
+    """Gradients of queries are rounded to the dtype of storage after every 128 keys."""
 
     def dq(self, ds_HTS: Tensor, k_HSd: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Differentiated.dq`."""
         dq = torch.zeros_like(ds_HTS[..., :1] * k_HSd[:, :1])
-        for ds, k in zip(ds_HTS.split(64, -1), k_HSd.split(64, 1), strict=True):
+        for ds, k in zip(ds_HTS.split(128, -1), k_HSd.split(128, 1), strict=True):
             dq = (dq + ds @ k).to(dtype).float()
         return dq
 

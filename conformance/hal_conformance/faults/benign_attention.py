@@ -54,11 +54,21 @@ class BlockedAttention(Attention):
     """Attention over blocks of seven keys, with an online softmax and a backward pass that computes it again."""
 
     block = 7
+    turned = False
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        made: Tensor = _Flash.apply(q_THd, k_SGd, v_SGe, scale, causal, self.block)  # type: ignore[no-untyped-call]
+        given = q_THd, k_SGd, v_SGe, scale, causal, self.block, self.turned
+        made: Tensor = _Flash.apply(*given)  # type: ignore[no-untyped-call]
         return made
+
+
+@benign()
+class TurnedAttention(BlockedAttention):
+    """The backward pass adds up logits in another order than the forward pass, and has D from p dP instead of dy y."""
+
+    block = 64
+    turned = True
 
 
 @benign()
@@ -146,7 +156,9 @@ class _Flash(torch.autograd.Function):
     """Online softmax over blocks of keys, probabilities in the dtype of storage, and the recomputing backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, block: int) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, block: int, turned: bool
+    ) -> Tensor:
         share = q.shape[1] // k.shape[1]
         qq, kk, vv = (t.transpose(0, 1) for t in (q, k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)))
         hidden = hidden_keys(len(q), len(k), causal)
@@ -164,7 +176,7 @@ class _Flash(torch.autograd.Function):
             top = new
         y = (out / total).to(q.dtype)
         ctx.save_for_backward(q, k, v, y, top + total.log2(), hidden)
-        ctx.scale, ctx.share = scale, share
+        ctx.scale, ctx.share, ctx.turned = scale, share, turned
         return y.transpose(0, 1)
 
     @staticmethod
@@ -173,13 +185,15 @@ class _Flash(torch.autograd.Function):
         dtype, share = q.dtype, ctx.share
         qq, dd = q.transpose(0, 1).float(), dy.transpose(0, 1).float()
         kk, vv = (t.repeat_interleave(share, 1).transpose(0, 1).float() for t in (k, v))
-        p = (qq @ kk.mT * (ctx.scale * LOG2_E) - lse).exp2().masked_fill(hidden, 0.0)
-        delta = (dd * y.float()).sum(-1, keepdim=True)
-        ds = (p * (dd @ vv.mT - delta)).to(dtype).float()
+        logits = qq.flip(-1) @ kk.flip(-1).mT if ctx.turned else qq @ kk.mT
+        p = (logits * (ctx.scale * LOG2_E) - lse).exp2().masked_fill(hidden, 0.0)
+        dp = dd @ vv.mT
+        delta = (p * dp if ctx.turned else dd * y.float()).sum(-1, keepdim=True)
+        ds = (p * (dp - delta)).to(dtype).float()
 
         def grouped(per_head: Tensor) -> Tensor:  # each rounded, then added up
             summed: Tensor = per_head.to(dtype).unflatten(0, (-1, share)).float().sum(1)
             return summed.to(dtype).transpose(0, 1)
 
         dq = (ds @ kk * ctx.scale).to(dtype).transpose(0, 1)
-        return dq, grouped(ds.mT @ qq * ctx.scale), grouped(p.to(dtype).float().mT @ dd), None, None, None
+        return dq, grouped(ds.mT @ qq * ctx.scale), grouped(p.to(dtype).float().mT @ dd), None, None, None, None

@@ -106,7 +106,9 @@ class Head:
     def slopes(self, dy: F64) -> Slopes:
         """Return dS and its errors; q, k and v are exact.
 
-        dP = dy v^T; D = sum_e dy y, from the stored y, or sum_j p dP; dS = p (dP - D), stored.
+        dP = dy v^T; D = sum_e dy y, from the stored y, or sum_j p dP; dS = p (dP - D), stored. Probabilities are
+        computed anew, in another order than in the forward pass perhaps: of a sum over them, theirs are the errors, and
+        that of the normaliser moves it by itself, since they need not add up to 1 then.
         """
         v, p, rule = self.v.value, self.p, self.rule
         dp = dy @ v.T
@@ -115,7 +117,9 @@ class Head:
         dot = (dy * self.y.value).sum(1, keepdims=True)
         of_sum = (
             matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
-            + (p**2 * (var_dp + dp**2 * U32**2)).sum(1, keepdims=True)
+            + (p**2 * (var_dp + dp**2 * (U32**2 + self.own))).sum(1, keepdims=True)
+            + (p * self.shared * np.abs(dp)).sum(1, keepdims=True) ** 2
+            + self.row * dot**2
             + _matmul(dot, ((p * dp) ** 2).sum(1, keepdims=True), self.seen, Arithmetic())
         )
         var_dot = (dy**2 * (2.0 * self.y.var + half**2 / 3.0)).sum(1, keepdims=True) + of_sum

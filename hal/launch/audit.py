@@ -10,7 +10,6 @@ from __future__ import annotations
 import dis
 import functools
 import threading
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -67,13 +66,21 @@ class _Noted:
 class Audit:
     """Counts of one process. Thread-safe where a count may not be lost; see `count`."""
 
-    _calls: Counter[tuple[str, bool, CodeType, int]] = field(default_factory=Counter)
+    # By the identity of the code, whose hash takes as long as the code is; `_codes` keeps it alive.
+    _calls: dict[tuple[str, bool, int, int], int] = field(default_factory=dict)
+    _codes: dict[int, CodeType] = field(default_factory=dict)
     _noted: dict[tuple[Kind, str, str, CodeType | None, int], _Noted] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, api: str, frame: FrameType, belief: bool = False) -> None:
         """Count one call of an API from a frame; threads that call the same line at once may lose one."""
-        self._calls[api, belief, frame.f_code, frame.f_lasti] += 1
+        code = frame.f_code
+        key = api, belief, id(code), frame.f_lasti
+        calls = self._calls.get(key)
+        if calls is None:
+            self._codes[id(code)] = code
+            calls = 0
+        self._calls[key] = calls + 1
 
     def count_outside(self, api: str, frame: FrameType) -> None:
         """Count a call as `count` does, unless it is torch's own or ours."""
@@ -104,6 +111,7 @@ class Audit:
     def clear(self) -> None:
         """Forget everything: a child that was forked counts anew."""
         self._calls.clear()
+        self._codes.clear()
         self._noted.clear()
         self._lock = threading.Lock()
 
@@ -116,8 +124,9 @@ class Audit:
             noted.calls += calls
             noted.nbytes += nbytes
 
-        for (api, belief, code, instruction), calls in list(self._calls.items()):
+        for (api, belief, identity, instruction), calls in list(self._calls.items()):
             kind: Kind = "belief" if belief else "redirected"
+            code = self._codes[identity]
             add((kind, api, _file(code.co_filename), _line(code, instruction), ""), calls)
         for (noted_kind, api, note, where, instruction), noted in list(self._noted.items()):
             file, line = (None, None) if where is None else (_file(where.co_filename), _line(where, instruction))

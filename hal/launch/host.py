@@ -30,7 +30,8 @@ class HostTensors:
     def __init__(self) -> None:
         import torch
 
-        self._tensor = torch.Tensor
+        self._tensor, base = torch.Tensor, torch._C.TensorBase
+        self._device_of, self._to, self._records = base.device.__get__, base.to, torch.is_grad_enabled
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
@@ -48,6 +49,29 @@ class HostTensors:
                 tensor.untyped_storage()._hal_side = (self, host)  # type: ignore[attr-defined]
             except _NO_STORAGE:
                 pass
+
+    def moved(self, source: torch.Tensor, result: torch.Tensor, host: bool) -> torch.Tensor:
+        """Copy what torch has not, if a tensor crosses between host and device, and remember where it is now.
+
+        CUDA copies what crosses. Whether a tensor does is not known where nothing is known of it: that is copied, too.
+        A leaf of autograd is not, since a copy of it is no leaf, and an optimizer that is given one raises.
+
+        Args:
+            source: the tensor that is moved.
+            result: what torch made of it: often the same one, or another dtype.
+            host: whether it is moved to the host.
+        """
+        if self._device_of(result).type != "cpu":
+            return result
+        if result is source:
+            known = self.side(source)
+            if known is host:
+                return result
+            leaf = known is None and not host and source.requires_grad and source.is_leaf and self._records()
+            if not leaf:
+                result = self._to(source, source.dtype, copy=True)
+        self._mark(result, host)
+        return result
 
     def add_storage(self, storage: torch.UntypedStorage, host: bool = True) -> None:
         """Remember that a storage is on the host, or on the device."""

@@ -94,8 +94,7 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> None:
 
 
 def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, dict[str, Any]]:
-    """Return what stands in for attributes of torch's modules, by module and attribute; later ones follow as they load.
-    """
+    """Return what stands in for attributes of torch's modules, by module and attribute; others follow as they load."""
     replaced: dict[str, dict[str, Any]] = {}
 
     def ours(entry: api.Api, original: Any) -> Any:

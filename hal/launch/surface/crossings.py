@@ -17,7 +17,6 @@ from hal.launch import api as state
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface.tensors import side
 
 Answer = Callable[[Redirection, "inspect.BoundArguments", Any], Any]
 """Makes of a call and of what torch answered what CUDA would have answered."""
@@ -80,16 +79,18 @@ def _state_of_an_optimizer(r: Redirection, call: inspect.BoundArguments, result:
     if call.arguments.get("key") == "step" and result is value:
         return result
     assert r.hosts is not None
-    return side(r, value, result, param in r.hosts)
+    return r.hosts.moved(value, result, param in r.hosts)
 
 
 def _offloaded(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
     import torch
 
     given = call.arguments
-    if not isinstance(result, torch.Tensor) or not given.get("cpu_offload") or given.get("companion_obj") is not None:
+    if r.hosts is None or not isinstance(result, torch.Tensor):
         return result
-    return side(r, result, result, True)
+    if not given.get("cpu_offload") or given.get("companion_obj") is not None:
+        return result
+    return r.hosts.moved(result, result, True)
 
 
 def _inputs(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
@@ -118,7 +119,11 @@ def to_device(r: Redirection, inputs: Any) -> Any:
     hosts = r.hosts
     if hosts is None:
         return inputs
-    return tree_map_only(torch.Tensor, lambda given: side(r, given, given, False) if given in hosts else given, inputs)
+
+    def moved(given: torch.Tensor) -> torch.Tensor:
+        return hosts.moved(given, given, False) if given in hosts else given
+
+    return tree_map_only(torch.Tensor, moved, inputs)
 
 
 def _states(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
@@ -131,7 +136,7 @@ def _states(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
     with torch.no_grad():
         for tensor in (*params, *buffers):
             if tensor in r.hosts:
-                tensor.data = side(r, tensor.data, tensor.data, False)
+                tensor.data = r.hosts.moved(tensor.data, tensor.data, False)
             else:
                 r.hosts.add_device(tensor)
     return result

@@ -155,10 +155,13 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if api._active is None:
             return original(self, *args, **kwargs)
-        positional = bool(args) and isinstance(args[0], kinds) and not isinstance(args[0], bool)
-        asked = args[0] if positional else kwargs.get("device")
-        if asked is None and args and not isinstance(args[0], others) and is_number(args[0]):  # of numpy's
-            positional, asked = True, args[0]
+        asked = args[0] if args else kwargs.get("device")
+        positional = bool(args)
+        if not isinstance(asked, device):  # torch's own calls have one, mostly
+            positional = positional and isinstance(asked, kinds) and not isinstance(asked, bool)
+            asked = asked if positional else kwargs.get("device")
+            if asked is None and args and not isinstance(args[0], others) and is_number(args[0]):  # of numpy's
+                positional, asked = True, args[0]
         if asked is None:
             if hosts is None or is_compiling() or not (args and isinstance(args[0], tensor)):
                 moved = original(self, *args, **kwargs)
@@ -166,16 +169,15 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
                     hosts.add(moved)
                 return moved
             # to(other): where the other one is.
-            return side(redirection, self, original(self, *args, **kwargs), args[0] in hosts)
-        # Most calls are torch's own, with a true device.
+            return hosts.moved(self, original(self, *args, **kwargs), args[0] in hosts)
         true = asked if isinstance(asked, device) and asked.type != "cuda" else translate(asked)
         if true is asked:  # no CUDA device
             if hosts is None or not is_host(asked) or is_compiling():
                 return original(self, *args, **kwargs)
             frame, moved = sys._getframe(1), original(self, *args, **kwargs)
             if frame.f_code is convert and redirection.moving is not None:
-                return side(redirection, self, moved, redirection.moving)
-            return moved if inside(frame) else side(redirection, self, moved, True)
+                return hosts.moved(self, moved, redirection.moving)
+            return moved if inside(frame) else hosts.moved(self, moved, True)
         if not is_compiling():
             count_outside(name, sys._getframe(1))
         if positional:
@@ -183,7 +185,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
         else:
             kwargs["device"] = true
         moved = original(self, *args, **kwargs)
-        return moved if hosts is None or is_compiling() else side(redirection, self, moved, False)
+        return moved if hosts is None or is_compiling() else hosts.moved(self, moved, False)
 
     return to
 
@@ -195,32 +197,6 @@ def _convert() -> Any:
     to: Any = torch.nn.Module.to
     inner = (constant for constant in to.__code__.co_consts if getattr(constant, "co_name", "") == "convert")
     return next(inner, None)
-
-
-def side(r: Redirection, source: torch.Tensor, moved: torch.Tensor, host: bool) -> torch.Tensor:
-    """Copy what torch has not, if a tensor crosses between host and device, and remember where it is now.
-
-    CUDA copies what crosses. Whether a tensor does is not known where nothing is known of it: that is copied, too. A
-    leaf of autograd is not, since a copy of it is no leaf, and an optimizer that is given one raises.
-
-    Args:
-        source: the tensor that is moved.
-        moved: what torch made of it: often the same one, or another dtype.
-        host: whether it is moved to the host.
-    """
-    import torch
-
-    hosts = r.hosts
-    if hosts is None or torch._C.TensorBase.device.__get__(moved).type != r.type:
-        return moved
-    if moved is source:
-        known = hosts.side(source)
-        if known is host:
-            return moved
-        leaf = known is None and not host and source.requires_grad and source.is_leaf and torch.is_grad_enabled()
-        if not leaf:
-            moved = torch._C.TensorBase.to(source, source.dtype, copy=True)
-    return hosts.add(moved) if host else hosts.add_device(moved)
 
 
 def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
@@ -330,7 +306,7 @@ def _type_as(name: str, original: Any, redirection: Redirection) -> Callable[...
         r, moved = api._active, original(self, other)
         if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
             return moved  # type: ignore[no-any-return]
-        return side(r, self, moved, other in r.hosts)
+        return r.hosts.moved(self, moved, other in r.hosts)
 
     return type_as
 

@@ -7,7 +7,8 @@ for the CPU's autocast key. They hold where the autocast in force was asked for 
 no tensor on a CPU has its key, and torch hands the flag on wherever it hands on autocast's state, to the guards of
 compiled code and to what a checkpoint computes again. A program's own `autocast("cpu")` keeps the CPU's rules.
 
-The rules are those of torch's own ATen/autocast_mode.h. An operator costs some 10 microseconds more inside autocast.
+The rules are those of torch's own ATen/autocast_mode.h. An operator costs some 10 microseconds more inside autocast,
+and several times that where caches are cold.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
 def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
     """Return shapes and dtypes of a `Routing`."""
     return {

@@ -51,10 +51,15 @@ class Needed:
 
 @dataclass
 class Coverage:
-    """How many elements were judged, of how many that the detectors were shown."""
+    """How many elements were judged, of how many that the detectors were shown.
+
+    Attributes:
+        whole: whether nothing is absent: then a NaN of the oracle is what it expects.
+    """
 
     judged: int = 0
     shown: int = 0
+    whole: bool = False
 
 
 _coverage: ContextVar[Coverage | None] = ContextVar("coverage", default=None)
@@ -86,13 +91,14 @@ def present(array: Array) -> Array:
 
 
 @contextmanager
-def partial(needed: Needed | None = None) -> Iterator[Coverage]:
+def partial(needed: Needed | None = None, *, whole: bool = False) -> Iterator[Coverage]:
     """Judge outputs of which elements may be absent.
 
     Args:
         needed: what has a part in those that are there; None: everything may have.
+        whole: whether none is.
     """
-    coverage = Coverage()
+    coverage = Coverage(whole=whole)
     tokens = _coverage.set(coverage), _needed.set(needed)
     try:
         yield coverage
@@ -140,7 +146,7 @@ def judgeable(got: Array, *expected: Array) -> Mask | None:
     if coverage is None:
         return None
     seen = np.logical_not(is_absent(got), out=np.empty(got.shape, bool))  # an array even where there is one element
-    if seen.any():  # few are: only these are looked at
+    if seen.any() and not coverage.whole:  # few are: only these are looked at
         seen[seen] = ~np.any([np.isnan(part[seen]) for part in expected], axis=0)
     coverage.judged += int(np.count_nonzero(seen))
     coverage.shown += seen.size

@@ -62,7 +62,7 @@ def _sum(bits: Array) -> int:
     return found % 2**64
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _weights(start: int) -> npt.NDArray[np.uint64]:
     """Return odd weights for the places from `start` on, by the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
     z = np.arange(start + 1, start + _PIECE + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)

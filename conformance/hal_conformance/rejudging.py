@@ -69,14 +69,16 @@ class Rejudge:
             if self._made is None:
                 with contextlib.suppress(Exception):  # the judge meets the same error, and makes a verdict of it
                     self._made = Made.of(self._task)
-            with partial(self._needed(entry.outputs)) as coverage:
+            every = entry.outputs.values()
+            whole = all(packed.grid is None for packed in every)
+            with partial(self._needed(entry.outputs), whole=whole) as coverage:
                 outputs, left = {}, self._limit
                 for name, packed in entry.outputs.items():  # which a forged recording may have thousands of
                     outputs[name] = packed.array(left)
                     left -= outputs[name].nbytes if outputs[name].flags.c_contiguous else 0
                 own = judge_outputs(self._task, outputs, entry.hashes, contract, self._made)
-            if not coverage.shown:  # a case that compares codes by itself: all of them
-                every = entry.outputs.values()
+            if not coverage.shown and own.status.colour != "neutral" and own.status not in _NOT_LOOKED_AT:
+                # A case that compares codes by itself: all of them.
                 coverage = Coverage(sum(packed.values.size for packed in every), sum(packed.size for packed in every))
             self._known[key] = own, coverage
         own, self.coverage = self._known[key]
@@ -113,7 +115,9 @@ def agreed(claim: Judgement, own: Judgement) -> Judgement:
     return Judgement(status, _larger(claim.margin, own.margin), detectors, detail)
 
 
-_BADNESS = {"neutral": 0, "green": 0, "amber": 1, "red": 2}
+_BADNESS = {"green": 0, "neutral": 1, "amber": 2, "red": 3}
+"""A claim of green stands for nothing where this host finds that the contract promises nothing."""
+_NOT_LOOKED_AT = frozenset({Status.INVALID, Status.FAIL_STRUCTURE, Status.CRASH})
 
 
 def _larger(a: float | None, b: float | None) -> float | None:

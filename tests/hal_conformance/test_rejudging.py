@@ -96,3 +96,24 @@ def test_more_elements_than_any_recording_holds_are_refused(monkeypatch):
     monkeypatch.setattr(columns, "MAX_HELD", 100_000)
     with pytest.raises(Unreadable, match="hold more than 100000 elements"):
         recording.parse(data, "a", Catalogue())
+
+
+def test_nan_that_is_expected_counts_where_everything_is_held():
+    (entry,) = recorded(Selection(("gradients.clip_nan",), ("float32",), "tiny")).entries
+    rejudge = Rejudge(entry.task)
+    assert rejudge(entry, Contract()).status.colour == "green"
+    assert rejudge.coverage.judged == rejudge.coverage.shown > 0
+
+
+def test_what_the_contract_does_not_promise_is_no_agreement_and_was_not_judged():
+    (entry,) = recorded(Selection(("attention.heads_cancel",), ("float32",), "tiny")).entries
+    rejudge = Rejudge(entry.task)
+    assert rejudge(entry, replace(Contract(), matmul={})).status is Status.UNSUPPORTED
+    assert rejudge.coverage.judged == 0
+
+
+def test_inputs_that_are_others_were_not_judged():
+    (entry,) = recorded(Selection(("attention.heads_cancel",), ("float32",), "tiny")).entries
+    rejudge = Rejudge(entry.task)
+    rejudge(replace(entry, hashes=dict.fromkeys(entry.hashes, "0" * 64)), Contract())
+    assert rejudge.coverage.judged == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -49,11 +50,17 @@ class Rejudge:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        self._made: Made | None = None
         self._too_large = too_large(task.case.footprint(task.params))
         self._limit = SLACK + 2 * task.case.footprint(task.params).outputs
         self._known: dict[object, tuple[Judgement, Coverage]] = {}
         self.coverage = Coverage()
+
+    @functools.cached_property
+    def _made(self) -> Made | None:
+        """Inputs and oracle, once there is something to judge; None: making them raised, and the judge says so."""
+        with contextlib.suppress(Exception):
+            return Made.of(self._task)
+        return None
 
     def __call__(self, entry: Entry, contract: Contract) -> Judgement:
         """Return the verdict: the recorder's, unless what it holds is red here."""
@@ -66,9 +73,6 @@ class Rejudge:
         held = tuple((name, packed.content()) for name, packed in entry.outputs.items())
         key = (held, tuple(entry.hashes.items()), repr(contract))
         if key not in self._known:
-            if self._made is None:
-                with contextlib.suppress(Exception):  # the judge meets the same error, and makes a verdict of it
-                    self._made = Made.of(self._task)
             every = entry.outputs.values()
             whole = all(packed.grid is None for packed in every)
             with partial(self._needed(entry.outputs), whole=whole) as coverage:

@@ -114,11 +114,12 @@ def gather(
     """All pieces in one, on one device or on the host; or in `out`."""
     import torch
 
+    if out is not None:
+        _only_one(destination=destination, out=out)
     host = r.is_host(destination) or destination == -1
     target = torch.device("cpu") if host else r.targets[_indices(r, [destination])[0]]
     whole = torch.cat([tensor.to(target if out is None else out.device) for tensor in tensors], dim)
     if out is not None:
-        _only_one(destination=destination, out=out)
         return out.copy_(whole)
     if r.hosts is not None:
         return r.hosts.add(whole) if host else r.hosts.add_device(whole)

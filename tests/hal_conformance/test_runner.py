@@ -172,33 +172,28 @@ def test_a_case_that_keeps_hanging_is_not_tried_for_ever(monkeypatch):
     assert report.exit_status() == 1
 
 
-def test_a_hang_takes_the_processes_that_it_started_with_it():
+def test_a_hang_takes_the_processes_that_it_started_with_it(eventually):
     run("orphans", cases=("double.one[a]",), case_s=2.0)
-    deadline = time.monotonic() + 10
-    while _running("hal-test-orphan") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _running("hal-test-orphan")
+    assert eventually(lambda: not _running("hal-test-orphan"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sessions and /proc")
 @pytest.mark.parametrize("end", ["the run", "its parent"])
-def test_processes_that_left_the_workers_group_end_with_it(end, tmp_path):
+def test_processes_that_left_the_workers_group_end_with_it(end, tmp_path, eventually):
     if end == "the run":
         assert run("starts_daemons", cases=("double.one[a]",)).exit_status() == 0
     else:
-        script = tmp_path / "hal_test_driver.py"
+        script, said = tmp_path / "hal_test_driver.py", tmp_path / "said"
         script.write_text(DRIVER.format(here=str(HERE)).replace('"hangs"', '"starts_daemons_and_hangs"'))
-        parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while len(_running("hal-test-daemon")) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(_running("hal-test-daemon")) == 2
-        parent.kill()
-        parent.wait()
-    deadline = time.monotonic() + 10
-    while _running("hal-test-daemon") and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not _running("hal-test-daemon")
+        with said.open("w") as out:
+            parent = subprocess.Popen([sys.executable, str(script)], stdout=out, stderr=out)
+        try:
+            begun = eventually(lambda: len(_running("hal-test-daemon")) == 2, meanwhile=lambda: parent.poll() is None)
+            assert begun, (parent.poll(), said.read_text())
+        finally:
+            parent.kill()
+            parent.wait()
+    assert eventually(lambda: not _running("hal-test-daemon"))
 
 
 def _running(word):
@@ -286,7 +281,7 @@ run("hangs", case_s=600.0)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_worker_outlives_its_parent(number, tmp_path):
+def test_no_worker_outlives_its_parent(number, tmp_path, eventually):
     script = tmp_path / "hal_test_driver.py"
     script.write_text(DRIVER.format(here=str(HERE)))
     parent = subprocess.Popen(
@@ -294,14 +289,12 @@ def test_no_worker_outlives_its_parent(number, tmp_path):
     )
     try:
         parent.stdout.readline()
+        assert eventually(lambda: _children(parent.pid))
         children = _children(parent.pid)
-        assert children
+        time.sleep(6)  # until it hangs within the case
         parent.send_signal(number)
-        parent.wait(timeout=30)
-        deadline = time.monotonic() + 10
-        while any(_alive(pid) for pid in children) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not [pid for pid in children if _alive(pid)]
+        parent.wait(timeout=300)
+        assert eventually(lambda: not [pid for pid in children if _alive(pid)])
     finally:
         parent.kill()
         parent.stdout.close()
@@ -309,14 +302,7 @@ def test_no_worker_outlives_its_parent(number, tmp_path):
 
 
 def _children(pid):
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        found = [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-        if found:
-            time.sleep(6)  # until it hangs within the case
-            return found
-        time.sleep(0.1)
-    return []
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _alive(pid):

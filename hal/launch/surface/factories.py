@@ -55,6 +55,7 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
 
     like = name.endswith("_like")
     takes = name in ("torch.tensor", "torch.as_tensor", "torch.asarray")
+    modes = torch._C._len_torch_function_stack
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         redirection = api._active
@@ -76,7 +77,8 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
         if device is None and takes and args and isinstance(args[0], torch.Tensor) and not makes_on_host(redirection):
             return _taken(args, made, hosts)  # by the default device
         if device is None:
-            host = _on_host(like, takes, args, redirection)
+            plain = not (like or takes or modes())  # most are: no model, and nobody set a default
+            host = plain or _on_host(like, takes, args, redirection)
         else:
             host = True if redirection.is_host(device) else None
         return made if host is None else hosts.add(made) if host else hosts.add_device(made)

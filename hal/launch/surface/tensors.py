@@ -155,37 +155,41 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if api._active is None:
             return original(self, *args, **kwargs)
-        asked = args[0] if args else kwargs.get("device")
+        asked, frame = args[0] if args else kwargs.get("device"), None
+        if not is_compiling():
+            frame = sys._getframe(1)
+            if type(asked) is device and asked.type != "cuda" and inside(frame) and frame.f_code is not convert:
+                return original(self, *args, **kwargs)  # torch's own calls: clipping makes one for each parameter
         positional = bool(args)
-        if not isinstance(asked, device):  # torch's own calls have one, mostly
+        if not isinstance(asked, device):
             positional = positional and isinstance(asked, kinds) and not isinstance(asked, bool)
             asked = asked if positional else kwargs.get("device")
             if asked is None and args and not isinstance(args[0], others) and is_number(args[0]):  # of numpy's
                 positional, asked = True, args[0]
         if asked is None:
-            if hosts is None or is_compiling() or not (args and isinstance(args[0], tensor)):
+            if hosts is None or frame is None or not (args and isinstance(args[0], tensor)):
                 moved = original(self, *args, **kwargs)
-                if hosts is not None and not is_compiling() and self in hosts and moved is not self:
+                if hosts is not None and frame is not None and self in hosts and moved is not self:
                     hosts.add(moved)
                 return moved
             # to(other): where the other one is.
             return hosts.moved(self, original(self, *args, **kwargs), args[0] in hosts)
         true = asked if isinstance(asked, device) and asked.type != "cuda" else translate(asked)
         if true is asked:  # no CUDA device
-            if hosts is None or not is_host(asked) or is_compiling():
-                return original(self, *args, **kwargs)
-            frame, moved = sys._getframe(1), original(self, *args, **kwargs)
+            moved = original(self, *args, **kwargs)
+            if hosts is None or frame is None or not is_host(asked):
+                return moved
             if frame.f_code is convert and redirection.moving is not None:
                 return hosts.moved(self, moved, redirection.moving)
             return moved if inside(frame) else hosts.moved(self, moved, True)
-        if not is_compiling():
-            count_outside(name, sys._getframe(1))
+        if frame is not None:
+            count_outside(name, frame)
         if positional:
             args = (true, *args[1:])
         else:
             kwargs["device"] = true
         moved = original(self, *args, **kwargs)
-        return moved if hosts is None or is_compiling() else hosts.moved(self, moved, False)
+        return moved if hosts is None or frame is None else hosts.moved(self, moved, False)
 
     return to
 

@@ -170,7 +170,7 @@ def _fp32(operator: Any) -> Rule:
                     break
             else:
                 return call(*args)
-        return operator(*map(taken, args), **{name: taken(value) for name, value in kwargs.items()})
+        return call(*map(taken, args), **{name: taken(value) for name, value in kwargs.items()})
 
     return rule
 

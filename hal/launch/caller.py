@@ -48,7 +48,19 @@ def inside(frame: FrameType) -> bool:
 
 
 def outside(frame: FrameType | None) -> FrameType | None:
-    """Return the nearest frame, from this one outwards, that belongs to the script or to a library of its own."""
-    while frame is not None and inside(frame):
+    """Return the nearest frame, from this one outwards, that belongs to the script or to a library of its own.
+
+    Python's own wrappers belong to neither. None where torch acts by itself: what its modules do as they are imported.
+    """
+    while frame is not None:
+        if inside(frame):
+            if frame.f_code.co_name == "<module>":
+                return None
+        elif frame.f_globals.get("__name__") not in _WRAPPERS:
+            return frame
         frame = frame.f_back
-    return frame
+    return None
+
+
+_WRAPPERS = frozenset({"contextlib", "copy", "functools", "typing_extensions", "warnings"})
+"""Modules whose functions stand between the program and torch's: decorators such as `deprecated`, contexts, copies."""

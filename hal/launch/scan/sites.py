@@ -32,6 +32,14 @@ _VARIABLE = re.compile(r"(CUDA|NCCL|TORCH_NCCL|TORCH_CUDA|PYTORCH_CUDA|PYTORCH_A
 # Attributes of tensors, modules and events, of which the tree does not say what they belong to.
 _METHODS = {"cuda", "record_stream", "pin_memory", "is_pinned", "get_device", "elapsed_time"}
 _ATTRIBUTES = {"device", "is_cuda"}
+# Functions of `torch.cuda`, called of what may be that module under a name that is given elsewhere: `device_module`.
+_OF_A_DEVICE_MODULE = {
+    "current_device", "current_stream", "default_stream", "device_count", "empty_cache", "get_device_capability",
+    "get_device_name", "get_device_properties", "get_rng_state_all", "is_bf16_supported", "manual_seed_all",
+    "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved",
+    "memory_stats", "memory_summary", "reset_max_memory_allocated", "reset_peak_memory_stats", "set_device",
+    "set_rng_state_all", "set_stream", "synchronize",
+}  # fmt: skip
 _MAKERS_OF_LIKES = {"new_tensor", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
 _FACTORIES = frozenset(
     f"torch.{name}"
@@ -203,13 +211,15 @@ class _Finder(ast.NodeVisitor):
             self._method(node, node.func, keywords)
         elif full is not None and full.startswith("torch."):
             self._function(node, full, keywords)
+        elif full is not None and _of_a_device_module(node.func):
+            self._of_device_module(node, full.rpartition(".")[2])
         elif full is not None and full in _IMPORTERS and node.args and isinstance(node.args[0], ast.Constant):
             self._library(node, str(node.args[0].value))
         if full is not None and full.startswith(_ENVIRONMENT) and node.args:
             self._variable(node, node.args[0])
         if full is None or not full.startswith("torch."):
             for name, given in keywords.items():
-                if "device" in name and is_cuda(given):
+                if "device" in name and is_cuda(given) and id(given) not in self._taken:
                     self._take(given)
                     self._add(given, DEVICE_ARGUMENT)
         self.generic_visit(node)
@@ -243,6 +253,12 @@ class _Finder(ast.NodeVisitor):
         if name in _METHODS:
             self._add(place, "torch.cuda.Event.elapsed_time" if name == "elapsed_time" else f"torch.Tensor.{name}",
                       "asks" if name in ("get_device", "is_pinned") else "call")  # fmt: skip
+        elif _of_a_device_module(method) or (name in _OF_A_DEVICE_MODULE and name != "synchronize"):
+            self._of_device_module(place, name)
+        elif name == "to_empty":
+            device = keywords.get("device", node.args[0] if node.args else None)
+            if device is not None and not _is_other_device(device):
+                self._add(place, "torch.nn.Module.to_empty", certain=self._takes_cuda(device))
         elif name == "to":
             spread = next((keyword.value for keyword in node.keywords if keyword.arg is None), None)
             device = keywords.get("device", node.args[0] if node.args else spread)
@@ -255,6 +271,10 @@ class _Finder(ast.NodeVisitor):
             cuda = isinstance(asked, ast.Constant) and str(asked.value).startswith("torch.cuda.")
             if asked is None or cuda or not self._is_dtype(asked):
                 self._add(place, "torch.Tensor.type", "call" if asked is not None else "asks", cuda)
+
+    def _of_device_module(self, place: ast.AST, name: str) -> None:
+        api = f"torch.cuda.{name}"
+        self._add(place, api, "asks" if self._about(api).asks else "call", certain=False)
 
     def _takes_cuda(self, device: ast.AST) -> bool:
         """Tell whether an argument names CUDA; if it does, the text is no site of its own."""
@@ -337,6 +357,14 @@ class _Finder(ast.NodeVisitor):
         for library in LIBRARIES:
             if name == library or (not exact and name.startswith(f"{library}.")):
                 self._add(node, f"import:{library}", "library")
+
+
+def _of_a_device_module(called: ast.AST) -> bool:
+    """Tell whether what is called is a function of `torch.cuda`, by the names of both: `device_module.empty_cache`."""
+    if not isinstance(called, ast.Attribute) or called.attr not in _OF_A_DEVICE_MODULE:
+        return False
+    owner = getattr(called.value, "attr", getattr(called.value, "id", ""))
+    return "device" in owner or "accelerator" in owner
 
 
 def _is_backend(node: ast.AST) -> bool:

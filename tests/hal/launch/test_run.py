@@ -131,6 +131,25 @@ def test_every_kind_of_child_is_redirected(program):
     ], done.stderr  # fmt: skip
 
 
+def test_the_report_names_lines_of_the_program_and_not_of_pythons_wrappers_nor_what_torch_does_by_itself(
+    program, tmp_path
+):
+    done = program(
+        """\
+        import copy, torch
+        torch.cuda.amp.GradScaler(enabled=False)  # deprecated: typing_extensions wraps it
+        copy.deepcopy(torch.nn.Linear(2, 2).cuda())
+        import torch._dynamo  # and whatever it imports registers kernels for CUDA
+        """,
+        options=("--device", "cpu", "--report", str(tmp_path / "report.json")),
+    )
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "report.json").read_text())["entries"]
+    assert {Path(e["file"]).name for e in entries} == {"train.py"}
+    assert [(e["api"], e["line"]) for e in entries if "Grad" in e["api"]] == [("torch.amp.GradScaler", 2)]
+    assert not [e for e in entries if e["line"] == 4]
+
+
 def test_the_report_names_lines_calls_and_what_was_not_as_on_cuda(program, tmp_path):
     done = program(
         """

@@ -111,6 +111,15 @@ def test_what_a_variable_decides_is_not_certain():
     assert found("import torch\ntorch.ones(2, device=d)", certain=False) == [(2, "torch.ones")]
 
 
+def test_a_module_of_a_device_is_known_by_what_is_called_of_it():
+    for module in ("device_module = pick()", "from utils import device_module"):
+        assert found(f"{module}\ndevice_module.empty_cache()", certain=False) == [(2, "torch.cuda.empty_cache")]
+    assert found("from utils import kernels\nkernels.synchronize(); kernels.empty_cache()") == []
+    assert found("model.to_empty(device=device)", certain=False) == [(1, "torch.nn.Module.to_empty")]
+    assert found("model.to_empty(device='cuda')", certain=True) == [(1, "torch.nn.Module.to_empty")]
+    assert found("model.to_empty(device='cpu')") == []
+
+
 def test_a_key_of_a_dict_is_not_certain():
     for code in ("d = {'cuda': 1}", "d['cuda']", "d.get('cuda')", "d.pop('cuda:0', None)"):
         assert found(code, certain=False) == [(1, KEY)]

@@ -134,7 +134,7 @@ class Adoption:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)
         finder.install(self._patches)
-        modules.install(StandIns(replaced), redirection, self._patches)
+        modules.install(StandIns(replaced, self._patches.methods), redirection, self._patches)
         return redirection
 
     def entries(self) -> list[Entry]:

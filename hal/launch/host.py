@@ -32,6 +32,7 @@ class HostTensors:
 
         self._tensor, base = torch.Tensor, torch._C.TensorBase
         self._device_of, self._to, self._records = base.device.__get__, base.to, torch.is_grad_enabled
+        self._traced_by = torch._C._get_tracing_state
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
@@ -54,7 +55,8 @@ class HostTensors:
         """Copy what torch has not, if a tensor crosses between host and device, and remember where it is now.
 
         CUDA copies what crosses. Whether a tensor does is not known where nothing is known of it: that is copied, too.
-        A leaf of autograd is not, since a copy of it is no leaf, and an optimizer that is given one raises.
+        A leaf of autograd is not, since a copy of it is no leaf, and an optimizer that is given one raises. Nor is what
+        `torch.jit.trace` traces: what is known differs between its runs, whose graphs it compares.
 
         Args:
             source: the tensor that is moved.
@@ -68,7 +70,7 @@ class HostTensors:
             if known is host:
                 return result
             leaf = known is None and not host and source.requires_grad and source.is_leaf and self._records()
-            if not leaf:
+            if not leaf and self._traced_by() is None:
                 result = self._to(source, source.dtype, copy=True)
         self._mark(result, host)
         return result

@@ -18,6 +18,8 @@ class Patches:
 
     def __init__(self) -> None:
         self._stack = contextlib.ExitStack()
+        self.methods: list[tuple[Any, Any]] = []
+        """What was replaced among the methods of classes, and what is there instead: for names that hold one."""
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Replace an attribute of a module or a class.
@@ -25,6 +27,10 @@ class Patches:
         What a class inherits stays its base's: `undo` deletes the replacement, so that the inherited one shows again.
         """
         had = vars(owner).get(name, _NONE)
+        if isinstance(owner, type) and not name.startswith("__"):
+            method = getattr(owner, name, None)
+            if callable(method) and callable(value):
+                self.methods.append((method, value))
 
         def undo() -> None:
             if vars(owner).get(name, _NONE) is not value:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -72,9 +72,10 @@ class StandIns:
 
     Args:
         replaced: for each module of torch's by name, what stands in for its attributes.
+        methods: of torch's classes, and what they were replaced by.
     """
 
-    def __init__(self, replaced: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, replaced: Mapping[str, Mapping[str, Any]], methods: Iterable[tuple[Any, Any]] = ()) -> None:
         self._by_original: dict[int, tuple[Any, Any]] = {}
         made: dict[str, StandIn] = {}
         # The innermost first: the stand-in for torch holds that for torch.cuda.
@@ -91,6 +92,8 @@ class StandIns:
             for attribute, ours in attributes.items():
                 if name in made and attribute in vars(sys.modules[name]):
                     self._enter(vars(sys.modules[name])[attribute], ours)
+        for method, ours in methods:
+            self._enter(method, ours)
 
     def _enter(self, original: Any, ours: Any) -> None:
         if not isinstance(ours, Each) and (isinstance(original, (ModuleType, type)) or callable(original)):

@@ -56,7 +56,11 @@ def install(redirection: Redirection, patches: Patches) -> None:
             device_type = r.type
             # The default is CUDA's own, or what the program set for CUDA; a CPU's would be bfloat16.
             dtype = torch.get_autocast_dtype("cuda") if dtype is None else dtype
+        if cuda_only := self.__dict__.get("_hal_cuda") and dtype is torch.float32:
+            dtype = torch.bfloat16  # a CPU's autocast takes float32 for a mistake, and turns itself off
         autocast_init(self, device_type, dtype, enabled, cache_enabled)
+        if cuda_only:
+            self.fast_dtype = torch.float32
 
     def enter(self: Any) -> Any:
         found = own_enter(self)

@@ -58,6 +58,9 @@ _ROUNDED = (
 )  # fmt: skip
 """Of the dtype that they are given by CUDA's rules; a CPU computes some of them in float32 alone."""
 
+_AS_THEY_ARE = ("cat", "stack", "index_copy", "view_as_complex", "fake_quantize_per_tensor_affine")
+"""On no list of CUDA's: computed as without autocast, where the CPU's own rules widen or refuse."""
+
 _UNMATCHED = (
     "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", "fft_fft2", "fft_ifft2", "fft_rfft2",
     "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "stft", "stft.center",
@@ -84,7 +87,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     library = torch.library.Library("aten", "IMPL")
     patches.on_undo(library._destroy)
     for names, make in ((_FP32, _fp32), (_FP32_UNLESS_ASKED, _fp32_unless_asked), (_LOWER, _lower),
-                        (_WIDEST, _widest), (_ROUNDED, _rounded)):  # fmt: skip
+                        (_WIDEST, _widest), (_ROUNDED, _rounded), (_AS_THEY_ARE, _bound)):  # fmt: skip
         for name in names:
             _register(library, name, make)
     for name in ("norm.Scalar", "norm.ScalarOpt_dim"):

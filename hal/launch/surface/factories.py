@@ -55,6 +55,7 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
 
     like = name.endswith("_like")
     takes = name in ("torch.tensor", "torch.as_tensor", "torch.asarray")
+    always_host = name in ("torch.from_numpy", "torch.frombuffer")  # whatever the default device is
     modes = torch._C._len_torch_function_stack
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -74,11 +75,11 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
             return made
         if true is not device:
             return _taken(args, made, hosts) if takes else hosts.add_device(made)
-        if device is None and takes and args and isinstance(args[0], torch.Tensor) and not makes_on_host(redirection):
+        if device is None and takes and modes() and not makes_on_host(redirection):
             return _taken(args, made, hosts)  # by the default device
         if device is None:
             plain = not (like or takes or modes())  # most are: no model, and nobody set a default
-            host = plain or _on_host(like, takes, args, redirection)
+            host = always_host or plain or _on_host(like, takes, args, redirection)
         else:
             host = True if redirection.is_host(device) else None
         return made if host is None else hosts.add(made) if host else hosts.add_device(made)

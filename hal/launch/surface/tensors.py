@@ -328,6 +328,7 @@ def _numpy(name: str, original: Any, redirection: Redirection) -> Callable[..., 
 
 
 def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
+    import torch
     from torch.compiler import is_compiling
 
     from hal.launch.surface.cuda_types import CudaTensorType
@@ -351,7 +352,10 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
         # A module hands its tensors what the program gave it.
         named = isinstance(dtype, str) and dtype.startswith("torch.cuda.")
         if not (named or isinstance(dtype, CudaTensorType)):
-            return original(self, dtype, non_blocking, **kwargs)
+            made = original(self, dtype, non_blocking, **kwargs)
+            if r.hosts is None or frame is None or isinstance(dtype, torch.dtype) or inside(frame):
+                return made
+            return r.hosts.moved(self, made, True)  # "torch.FloatTensor": the old way to say `.cpu().float()`
         if frame is not None:
             r.audit.count_outside(name, frame)
             self = self.to("cuda")

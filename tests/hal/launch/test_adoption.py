@@ -10,6 +10,7 @@ import threading
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,8 +87,44 @@ def test_default_devices_are_understood(cuda):
         assert cuda.torch.ones(2).is_cuda
         assert cuda.torch.get_default_device().type == "cuda"
     finally:
-        cuda.torch.set_default_device("cpu")
+        cuda.torch.set_default_device(None)
     assert not cuda.torch.ones(2).is_cuda
+
+
+def test_a_default_device_takes_arrays_as_cuda_does_and_leaves_what_shares_their_memory(cuda):
+    array = np.zeros(3, dtype=np.float32)
+    with cuda.torch.device("cuda"):
+        for make in (cuda.torch.as_tensor, cuda.torch.asarray):
+            made = make(array)
+            made += 1
+            assert made.is_cuda
+            assert array.tolist() == [0, 0, 0]
+        for make in (cuda.torch.from_numpy, lambda a: cuda.torch.frombuffer(a, dtype=torch.float32)):
+            host = make(array)
+            assert not host.is_cuda
+            moved = host.to("cuda")
+            moved += 1
+            assert array.tolist() == [0, 0, 0]
+
+
+def test_a_module_that_moves_its_input_is_traced(cuda):
+    class Moves(torch.nn.Module):
+        def forward(self, x):
+            return x.to("cuda") * 2
+
+    x = cuda.torch.ones(2)
+    exec("def traced(torch, module, x): return torch.jit.trace(module, x)", names := {"__name__": "program"})
+    assert names["traced"](cuda.torch, Moves(), x)(x).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["torch.FloatTensor", torch.FloatTensor, "torch.DoubleTensor"])
+def test_a_type_of_the_hosts_moves_to_the_host(cuda, kind):
+    x = cuda.torch.zeros(3, device="cuda")
+    host = x.type(kind)
+    host += 1
+    assert not host.is_cuda
+    assert x.tolist() == [0, 0, 0]
+    assert x.type(torch.float64).is_cuda
 
 
 def test_host_tensors_are_told_apart_where_they_can_be(cuda):
@@ -339,17 +376,22 @@ def test_every_name_in_torch_is_the_original_object_again():
 
 
 captured_zeros, captured_cuda = torch.zeros, torch.cuda
+captured_to, captured_module_cuda = torch.Tensor.to, torch.nn.Module.cuda
 
 
 def test_names_captured_before_are_redirected_and_put_back():
-    zeros, cuda = captured_zeros, captured_cuda
+    zeros, cuda, to, module_cuda = captured_zeros, captured_cuda, captured_to, captured_module_cuda
     with hal.adopt("cpu"):
         assert captured_zeros is not zeros
         assert captured_zeros(1, device="cuda").is_cuda
         assert captured_cuda.is_available()
+        assert captured_to(torch.ones(1), "cuda").is_cuda
+        assert captured_module_cuda(torch.nn.Linear(1, 1)).weight.is_cuda
         globals()["captured_inside"] = captured_zeros
     assert captured_zeros is zeros
     assert captured_cuda is cuda
+    assert captured_to is to is torch.Tensor.to
+    assert captured_module_cuda is module_cuda is torch.nn.Module.cuda
     assert globals().pop("captured_inside") is zeros
 
 
@@ -422,7 +464,10 @@ def test_import_hal_imports_no_torch():
 
 
 def test_a_missing_library_of_kernels_is_an_import_error_that_says_what_to_do():
-    with hal.adopt("cpu"), pytest.raises(ModuleNotFoundError, match=r"No module named 'xformers'; on cpu.*scaled_dot_product_attention"):
+    with (
+        hal.adopt("cpu"),
+        pytest.raises(ModuleNotFoundError, match=r"No module named 'xformers'; on cpu.*scaled_dot_product_attention"),
+    ):
         import xformers
     with pytest.raises(ModuleNotFoundError) as caught:
         import xformers  # noqa: F401

@@ -233,3 +233,25 @@ def test_a_release_leaves_nothing_of_it():
         assert half().exp().dtype == HALF
         assert F.avg_pool3d(half(1, 1, 4, 4, 4), 2).dtype == FULL
         assert F.binary_cross_entropy(torch.rand(3), torch.rand(3)).dtype == FULL
+
+
+def test_what_is_on_no_list_of_cudas_is_computed_as_without_autocast(cuda):
+    x = torch.ones(1, 4, 2)
+    with cuda.torch.autocast("cuda"):
+        assert torch.cat([x.bfloat16(), x.bfloat16()]).dtype is torch.bfloat16
+        assert torch.stack([x.bfloat16(), x.bfloat16()]).dtype is torch.bfloat16
+        assert torch.cat([x.bfloat16(), x.double()]).dtype is torch.float64
+        assert x.bfloat16().index_copy(0, torch.tensor([0]), x.bfloat16()).dtype is torch.bfloat16
+        half = x.half()
+        torch.view_as_complex(half).mul_(2)
+    assert half.unique().tolist() == [2]
+
+
+def test_an_autocast_of_cudas_in_float32_takes_16_bits_to_float32(cuda):
+    large = torch.full((2, 2), 300.0).half()
+    with cuda.torch.autocast("cuda", dtype=torch.float32):
+        assert cuda.torch.is_autocast_enabled("cuda")
+        assert cuda.torch.get_autocast_dtype("cuda") is torch.float32
+        assert (large @ large).unique().tolist() == [180_000]
+        assert F.linear(large, large).dtype is torch.float32
+    assert (large @ large).dtype is HALF

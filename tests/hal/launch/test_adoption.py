@@ -107,6 +107,7 @@ def test_a_default_device_takes_arrays_as_cuda_does_and_leaves_what_shares_their
             assert array.tolist() == [0, 0, 0]
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 def test_a_module_that_moves_its_input_is_traced(cuda):
     class Moves(torch.nn.Module):
         def forward(self, x):

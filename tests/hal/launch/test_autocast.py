@@ -235,6 +235,7 @@ def test_a_release_leaves_nothing_of_it():
         assert F.binary_cross_entropy(torch.rand(3), torch.rand(3)).dtype == FULL
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 def test_what_is_on_no_list_of_cudas_is_computed_as_without_autocast(cuda):
     x = torch.ones(1, 4, 2)
     with cuda.torch.autocast("cuda"):

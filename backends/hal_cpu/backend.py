@@ -73,9 +73,19 @@ class CpuBackend(Backend):
         return {
             "cpu": _model_name(),
             "cpu_capability": capability,  # which of torch's kernels this processor gets
+            "instructions": _instructions(),  # by which oneDNN chooses its own
             "threads": str(torch.get_num_threads()),
             "onednn": "available" if torch.backends.mkldnn.is_available() else "absent",
         }
+
+
+def _instructions() -> str | None:
+    """Return the processor's instruction sets for matrices and vectors; None where torch does not say."""
+    import torch
+
+    capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    wide = ("amx", "avx", "sve", "neon", "bf16", "i8mm", "vsx")
+    return ", ".join(sorted(n for n, there in capabilities.items() if there is True and n.startswith(wide))) or None
 
 
 def _model_name() -> str | None:

@@ -304,7 +304,8 @@ def record(
 ) -> None:  # fmt: skip
     """Record what a device returns, to be judged elsewhere by `compare`."""
     from hal.errors import ConfigError
-    from hal_conformance import atomic, suite
+    from hal_conformance import atomic, recording, suite
+    from hal_conformance.plan import Catalogue
     from hal_conformance.progress import Bar
     from hal_conformance.subject import choose
     from hal_conformance.text import plain
@@ -323,6 +324,11 @@ def record(
     without = sum(o.status is not None for o in seen)
     done = f"recorded {len(seen) - without} results of {plain(device)} ({without} without outputs)"
     click.echo(f"{done}, {len(data)} bytes", err=True)
+    judged = [(e, e.claim) for e in recording.parse(data, output.name, Catalogue()).entries if e.claim is not None]
+    for colour in ("red", "amber"):
+        those = [entry.task for entry, claim in judged if claim.status.colour == colour]
+        if those:
+            click.echo(f"{len(those)} of them are {colour} on this host, the first {plain(those[0])}", err=True)
     sys.exit(0 if len(seen) > without else 1)
 
 

@@ -29,6 +29,11 @@ if TYPE_CHECKING:
 
 SCHEMA = "hal.comparison/1"
 
+LABEL = 120
+"""Characters of a label, and of every place that shows one: it must tell one card from another."""
+FACT = 4000
+"""Characters of a fact that are compared: names of kernels and paths of libraries may differ at their ends."""
+
 
 @dataclass(frozen=True)
 class Fact:
@@ -46,8 +51,8 @@ class Difference:
         a, b: the recordings.
         share: of the elements that both hold, those that differ in a bit; 1 where shapes or dtypes differ.
         worst: largest absolute difference of these; None where shapes differ or one is not finite.
-        bounds: the difference is at most this many of the case's bounds (the sum of both margins, since each
-            is within its margin of the oracle); None where the case uses no bound.
+        margins: of the case in a and in b, of the bound that the contract of each gives: how far each is from the
+            oracle in its worst element. None where the case uses no bound.
     """
 
     case: str
@@ -57,7 +62,7 @@ class Difference:
     b: str
     share: float
     worst: float | None
-    bounds: float | None
+    margins: tuple[float, float] | None
     detail: str = ""
 
 
@@ -134,9 +139,23 @@ class Comparison:
 
 
 def labels(recordings: Sequence[Recording]) -> list[str]:
-    """Return a name for each recording: its device and file, with a number where that is not unique."""
-    names = [plain(f"{r.device}@{r.name}", 120) for r in recordings]
-    return [f"{n}#{i + 1}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+    """Return a name for each recording: its device, and as much of the file's path as tells them apart.
+
+    Files of one name are in different folders; a number tells apart what is left, such as a file that is given twice.
+    """
+    parts = [r.name.split("/") for r in recordings]
+    names: list[str] = []
+    for own, recording in zip(parts, recordings, strict=True):
+        alike = [other for other in parts if other is not own and other != own]
+        depth = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in alike)), len(own))
+        names.append(plain(f"{recording.device}@{'/'.join(own[-depth:])}", LABEL))
+    numbered = list(names)
+    for i, name in enumerate(names):
+        number = i + 1
+        while names.count(name) > 1 and numbered[i] in [*names, *numbered[:i]]:
+            numbered[i] = f"{name}#{number}"
+            number += len(names)
+    return numbered
 
 
 @dataclass
@@ -165,15 +184,15 @@ class Bench:
 
     labels: tuple[str, ...]
     impls: tuple[str, ...]
-    contracts: tuple[Mapping[str, Any], ...]
+    facts: tuple[Mapping[str, Any], ...]
 
     def compare(self, place: int, task: Task, entries: Mapping[int, Entry]) -> Compared:
         """Judge and compare what the recordings have of one task."""
         found = Compared(place, f"{task.name} {task.params.dtype}")
         rejudge = Rejudge(task)
-        contracts = [Contract.from_json(contract) for contract in self.contracts]
+        contracts = [Contract.from_json(facts["contract"]) for facts in self.facts]
         for index, entry in entries.items():
-            judgement = rejudge(entry, contracts[index])
+            judgement = rejudge(entry, contracts[index], facts=self.facts[index])
             found.rows[index] = result(task, judgement, self.labels[index], self.impls[index], 0.0)
             found.judged[index] = (rejudge.coverage.judged, rejudge.coverage.shown)
         having = [index for index, entry in entries.items() if entry.status is None]
@@ -189,12 +208,12 @@ class Bench:
             found.equal += not differing
             for index in differing:
                 share, worst, detail = distance(a, entries[index].outputs[output])
-                both = (found.rows[reference].margin, found.rows[index].margin)
-                bounds = None if both[0] is None or both[1] is None else both[0] + both[1]
+                one, other = found.rows[reference].margin, found.rows[index].margin
+                margins = None if one is None or other is None else (one, other)
                 found.differences.append(
                     Difference(
                         task.name, task.params.dtype, plain(output, 60), self.labels[reference], self.labels[index],
-                        share, worst, bounds, detail,
+                        share, worst, margins, detail,
                     )
                 )  # fmt: skip
         return found
@@ -246,6 +265,10 @@ def compare(
                 f"{other.name} has scale {theirs[0]} and seed {theirs[1]}, and {recordings[0].name} has scale "
                 f"{ours[0]} and seed {ours[1]}: their inputs differ"
             )
+    if len(recordings) > 1 and not _in_common(recordings):
+        raise bundle.Unreadable(
+            f"{recordings[0].name} and {recordings[1].name}: no two recordings have a case in common"
+        )
     started = time.monotonic()
     names = labels(recordings)
     facts = [_facts(recording) for recording in recordings]
@@ -266,7 +289,7 @@ def compare(
     for index, recording in enumerate(recordings):
         for entry in recording.entries:
             table.setdefault(entry.task, {})[index] = entry
-    bench = Bench(tuple(names), tuple(r.impl for r in recordings), tuple(r.facts["contract"] for r in recordings))
+    bench = Bench(tuple(names), tuple(r.impl for r in recordings), tuple(r.facts for r in recordings))
     work: Work = [(place, task, entries) for place, (task, entries) in enumerate(table.items())]
     done: list[Compared] = []
     for one in _spread(bench, work, processes):
@@ -281,6 +304,16 @@ def compare(
     found.grouping = None if grouper is None else grouper.found
     report.seconds = time.monotonic() - started
     return found
+
+
+def _in_common(recordings: Sequence[Recording]) -> bool:
+    seen: set[Task] = set()
+    for recording in recordings:
+        own = {entry.task for entry in recording.entries}
+        if own & seen:
+            return True
+        seen |= own
+    return False
 
 
 def _take_in(one: Compared, found: Comparison, recordings: int) -> None:
@@ -332,7 +365,7 @@ def _facts(recording: Recording) -> dict[str, str]:
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(value, dict):
-        return {prefix: plain(value, 200)}
+        return {prefix: plain(value, FACT)}
     found: dict[str, str] = {}
     for key, inner in value.items():
         # Cut at each level: a forged manifest may have a long name over thousands of others.

@@ -83,11 +83,11 @@ def _importance(fact: Fact) -> tuple[bool, int]:
 
 
 def _show_differences(found: Comparison, out: Console) -> None:
-    differences = sorted(found.differences, key=lambda d: (-(d.bounds or 0.0), -d.share))
-    for difference in differences[:MAX_ROWS]:
+    # In the order of the suite: what others are made of comes first, and often explains them.
+    for difference in found.differences[:MAX_ROWS]:
         out.print(_line(difference))
-    if len(differences) > MAX_ROWS:
-        out.print(Text(f"... and {len(differences) - MAX_ROWS} more; --json has them all"))
+    if len(found.differences) > MAX_ROWS:
+        out.print(Text(f"... and {len(found.differences) - MAX_ROWS} more; --json has them all"))
     if found.partial:
         out.print(Text(f"{found.partial} cases are not in all of the recordings"))
     differing = found.compared - found.equal
@@ -98,11 +98,13 @@ def _line(difference: Difference) -> Text:
     parts = [f"{100 * difference.share:.3g} % of the elements" if difference.share else ""]
     if difference.share and difference.worst is not None:
         parts.append(f"at most {difference.worst:.3g} apart")
-    parts.append("" if difference.bounds is None else f"within {difference.bounds:.3g} bounds")
+    if difference.margins is not None:
+        parts.append("margins of the case {:.3g} and {:.3g}".format(*difference.margins))
     parts.append(plain(difference.detail))
     text = Text(f"{'differs':<16}", style="yellow")
     text.append(f"{plain(difference.case)} {difference.dtype} {difference.output}", style="")
-    return text.append(f"\n                {', '.join(filter(None, parts))} ({plain(difference.b, 60)})", style="dim")
+    who = f"{plain(difference.a, 60)}, {plain(difference.b, 60)}"
+    return text.append(f"\n                {', '.join(filter(None, parts))} ({who})", style="dim")
 
 
 def _show_groups(grouping: Grouping, out: Console) -> None:
@@ -128,7 +130,8 @@ def _agreement(group: Group) -> str:
     if not group.compared:
         return ""
     text = f", all alike in {group.alike} of {group.compared} tasks"
-    if not group.open:
-        return text
-    why = "two that differ: either may be wrong" if len(group.recordings) == 2 else "no majority, so not deterministic"
-    return f"{text}, {group.open} open ({why}; first {plain(group.first_open, 120)})"
+    if group.split:
+        text += f", {group.split} without a majority (any may be wrong; first {plain(group.first_split, 120)})"
+    if group.open:
+        text += f", {group.open} not deterministic (each has bits of its own; first {plain(group.first_open, 120)})"
+    return text

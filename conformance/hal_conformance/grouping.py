@@ -2,12 +2,14 @@
 """Recordings of cards that should be alike, and the odd one out.
 
 A task that is deterministic gives one digest a card. So within a group of recordings that share a fact (a driver, a
-device's name, a host) more than half have the same digests of all outputs, or the task is not deterministic there.
-The others of the group are named. Two that differ are shown, and nobody is named: either may be the odd one.
+device's name, a host) more than half have the same digests of all outputs, and the others are named; so is one that
+has no outputs where more than half have them. Without such a majority, either all differ from each other, and the task
+is not deterministic there; or there are two that differ, or parts within which all agree: then any may be wrong, and
+nobody is named.
 
-An odd one is red if nothing in its manifest explains it: the device's index, its memory, the host and the variables
-that choose a card are who it is, and anything else that it has to itself (a version, a flag, a variable) is more likely
-the reason than a broken card.
+An odd one is red if nothing in its manifest explains it. Which card it is (index, memory, host, the variables that
+choose one) and where files lie explains nothing; anything else that all of the majority share and it does not (a
+version, a flag, a variable) is more likely the reason than a broken card.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from hal_conformance.bundle import Unreadable
 from hal_conformance.packed import distance
 from hal_conformance.text import plain
+from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
     from hal_conformance.recording import Entry
@@ -36,11 +39,13 @@ _CHOOSES = (
 """Variables by which a launcher or a person gives a process its card."""
 IDENTITY = frozenset(
     {
-        "info.id", "info.index", "info.torch_device", "info.total_memory", "info.evidence", "versions.host",
+        "info.id", "info.torch_device", "info.total_memory", "info.evidence", "versions.host", "versions.uuid",
         *(f"environment.{name}" for name in _CHOOSES),
     }
 )  # fmt: skip
 """Facts that say which card it is, and explain no number; see `is_identity`."""
+_PLACES = ("_HOME", "_DIR", "_PATH", "_ROOT", "_CACHE", "_IFNAME")
+"""Endings of variables that say where something lies."""
 MISSING = "(not there)"
 
 
@@ -71,8 +76,9 @@ class Group:
         value: of the fact.
         recordings: their labels.
         compared: tasks that at least two of them have.
-        alike: those of which all digests are equal, and everything else that every recording holds.
-        open: those without a majority: not deterministic, or two that differ.
+        alike: those of which all digests are equal.
+        open: those without a majority, in which each has bits of its own: not deterministic.
+        split: those without a majority in which some agree, or of which only two have outputs: either may be wrong.
         odd: by index of the recording.
     """
 
@@ -81,7 +87,9 @@ class Group:
     compared: int = 0
     alike: int = 0
     open: int = 0
+    split: int = 0
     first_open: str = ""
+    first_split: str = ""
     odd: dict[int, Odd] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
@@ -109,17 +117,16 @@ class Grouping:
     first: str = ""
 
     def colour(self) -> str:
-        """Return red if an odd one is left unexplained, amber if there is any, or two that differ; else green."""
+        """Return red if an odd one is left unexplained, amber if there is any, or a task that is split; else green."""
         odd = [found for group in self.groups.values() for found in group.odd.values()]
         if any(not found.explained_by for found in odd):
             return "red"
-        pairs = any(group.open and len(group.recordings) == 2 for group in self.groups.values())
-        return "amber" if odd or pairs else "green"
+        return "amber" if odd or any(group.split for group in self.groups.values()) else "green"
 
     def as_json(self) -> dict[str, Any]:
         """Return the grouping as plain JSON values."""
         return {
-            "fact": self.fact, "groups": [group.as_json() for group in self.groups.values()],
+            "fact": self.fact, "colour": self.colour(), "groups": [group.as_json() for group in self.groups.values()],
             "compared": self.compared, "alike": self.alike, "first": self.first,
         }  # fmt: skip
 
@@ -143,9 +150,11 @@ class Grouper:
         name = ALIASES.get(by, by)
         # A processor has no driver: then all are of one group.
         if name not in ALIASES.values() and not any(name in flat for flat in facts):
-            known = sorted({fact for flat in facts for fact in flat})
+            known = sorted(
+                {fact for flat in facts for fact in flat}, key=lambda fact: (not fact.startswith("versions."), fact)
+            )
             raise Unreadable(
-                f"no recording says {plain(name, 60)}; they say {plain(', '.join([*ALIASES, *known]), 300)}"
+                f"no recording says {plain(name, 60)}; they say {plain(', '.join([*ALIASES, *known]), 600)}"
             )
         self._labels = labels
         self._facts = facts
@@ -164,7 +173,9 @@ class Grouper:
             task: name and dtype.
             entries: by index of the recording.
         """
-        having = {i: entry for i, entry in entries.items() if entry.status is None and i not in self._copies}
+        # A host without memory for a task has said nothing about the card.
+        having = {i: entry for i, entry in entries.items()
+                  if entry.status is not Status.SKIPPED and i not in self._copies}  # fmt: skip
         leaders: dict[str, int] = {}
         for value, group in self.found.groups.items():
             members = [index for index in having if self._values[index] == value]
@@ -175,7 +186,7 @@ class Grouper:
         if len(leaders) > 1:
             self.found.compared += 1
             first, *others = leaders.values()
-            differing = [index for index in others if _digests(having[index]) != _digests(having[first])]
+            differing = [index for index in others if _bits(having[index]) != _bits(having[first])]
             self.found.alike += not differing
             if differing and not self.found.first:
                 what = _difference(having[first], having[differing[0]])
@@ -183,33 +194,39 @@ class Grouper:
 
     def _within(self, task: str, group: Group, members: Mapping[int, Entry]) -> int | None:
         """Compare the members of a group; return one that most of them agree with, if there is one."""
-        digests = {index: _digests(entry) for index, entry in members.items()}
-        common, votes = Counter(digests.values()).most_common(1)[0]
-        leader = next(index for index, own in digests.items() if own == common)
-        if len(members) < 2:
-            return leader
+        bits = {index: _bits(entry) for index, entry in members.items()}
+        common, votes = Counter(bits.values()).most_common(1)[0]
+        leader = next(index for index, own in bits.items() if own == common)
+        if len(members) < 2 or all(entry.status is not None for entry in members.values()):
+            return leader if members[leader].status is None else None
         group.compared += 1
         if votes == len(members):
             group.alike += 1
             return leader
         if 2 * votes <= len(members):
-            group.open += 1
-            other = next(index for index, own in digests.items() if own != common)
-            group.first_open = group.first_open or f"{task}: {_difference(members[leader], members[other])}"
+            other = next(index for index, own in bits.items() if own != common)
+            what = f"{task}: {_difference(members[leader], members[other])}"
+            if votes > 1 or len(members) == 2:
+                group.split += 1
+                group.first_split = group.first_split or what
+            else:
+                group.open += 1
+                group.first_open = group.first_open or what
             return None
-        for index, own in digests.items():
+        most = [index for index, own in bits.items() if own == common]
+        for index, own in bits.items():
             if own != common:
                 if index not in group.odd:
                     what = f"{task}: {_difference(members[leader], members[index])}"
-                    group.odd[index] = Odd(self._labels[index], votes, what, self._alone(index, members))
+                    group.odd[index] = Odd(self._labels[index], votes, what, self._explained(index, most))
                 group.odd[index].tasks += 1
-        return leader
+        return leader if members[leader].status is None else None
 
-    def _alone(self, index: int, members: Mapping[int, Entry]) -> list[str]:
-        """Return the facts that the others share and this one has not."""
+    def _explained(self, index: int, most: Sequence[int]) -> list[str]:
+        """Return the facts that all of the majority share and this one does not."""
         found = []
-        for name in dict.fromkeys(fact for other in members for fact in self._facts[other]):
-            values = {self._facts[other].get(name, MISSING) for other in members if other != index}
+        for name in dict.fromkeys(fact for other in (*most, index) for fact in self._facts[other]):
+            values = {self._facts[other].get(name, MISSING) for other in most}
             own = self._facts[index].get(name, MISSING)
             if not is_identity(name) and own not in values and len(values) == 1:
                 found.append(f"{plain(name, 60)} is {plain(own, 60)}, elsewhere {plain(values.pop(), 60)}")
@@ -217,16 +234,25 @@ class Grouper:
 
 
 def is_identity(fact: str) -> bool:
-    """Tell whether a fact only says which card of several it is, as `CUDA_VISIBLE_DEVICES` and its like do."""
-    return fact in IDENTITY or (fact.startswith("environment.") and fact.endswith(("_VISIBLE_DEVICES", "_RANK")))
+    """Tell whether a fact only says which card of several it is, as `CUDA_VISIBLE_DEVICES` does, or where files lie."""
+    if not fact.startswith("environment."):
+        return fact in IDENTITY
+    of_this_suite = fact.startswith("environment.HAL_CONFORMANCE_")
+    return fact in IDENTITY or of_this_suite or fact.endswith(("_VISIBLE_DEVICES", "_RANK", *_PLACES))
 
 
-def _digests(entry: Entry) -> tuple[tuple[str, bytes], ...]:
+def _bits(entry: Entry) -> tuple[tuple[str, bytes], ...]:
+    """Return the digests of all outputs; of an entry without, its status."""
+    if entry.status is not None:
+        return ((entry.status.value, b""),)
     return tuple(sorted((name, packed.digest) for name, packed in entry.outputs.items()))
 
 
 def _difference(a: Entry, b: Entry) -> str:
     """Return the first output that differs, and how."""
+    for one, where in ((b, ""), (a, "elsewhere ")):
+        if one.status is not None:
+            return f"{where}{one.status.value}" + (f" ({plain(one.detail, 120)})" if one.detail else "")
     for name, packed in a.outputs.items():
         other = b.outputs.get(name)
         if other is None:

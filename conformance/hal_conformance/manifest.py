@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import re
+import sys
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from hal_conformance.text import plain
@@ -37,6 +41,50 @@ def libraries() -> dict[str, str]:
     return found
 
 
+_MODULES = {
+    "transformers": "transformers", "torchtitan": "torchtitan", "megatron": "megatron-core",
+    "transformer_engine": "transformer-engine", "apex": "apex", "flash_attn": "flash-attn",
+    "liger_kernel": "liger-kernel", "grouped_gemm": "grouped-gemm",
+}  # fmt: skip
+"""Libraries that an implementation may compute with: module to distribution."""
+
+
+def implementation(loaded: Any) -> dict[str, str]:
+    """Return what tells one implementation of a name from another: its distribution's version, or its source's digest.
+
+    Args:
+        loaded: the implementation.
+    """
+    found = {}
+    for module, distribution in _MODULES.items():
+        if module in sys.modules:
+            found[module] = _said(lambda name=distribution: version(name))  # type: ignore[misc]
+    kind = loaded if isinstance(loaded, (type, ModuleType)) else type(loaded)
+    module = kind.__name__ if isinstance(kind, ModuleType) else kind.__module__
+    package = module.partition(".")[0]
+    names = packages_distributions().get(package, [])
+    if names and package not in ("hal", "hal_conformance"):
+        found["implementation"] = ", ".join(f"{name} {version(name)}" for name in dict.fromkeys(names))
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if file is not None and package not in ("hal", "hal_conformance"):
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        found["implementation_source"] = f"{Path(file).name} {digest[:16]}"
+    return found
+
+
+def uuid(device: Any) -> str | None:
+    """Return what the driver calls a card of its own by; None where there is no such thing, as of a CPU."""
+    import torch
+
+    where = device.torch_device
+    try:
+        properties = torch.get_device_module(where).get_device_properties(where)
+    except (AttributeError, RuntimeError, AssertionError, NotImplementedError, TypeError):
+        return None
+    found = getattr(properties, "uuid", None)
+    return None if found is None else plain(found, 100)
+
+
 def flags() -> dict[str, str]:
     """Return torch's switches that change numbers, as they are now."""
     import torch
@@ -51,6 +99,8 @@ def flags() -> dict[str, str]:
         "mkldnn.enabled": lambda: b.mkldnn.enabled,
         "matmul.bf16_reduced_reduction": lambda: b.cuda.matmul.allow_bf16_reduced_precision_reduction,
         "matmul.fp16_reduced_reduction": lambda: b.cuda.matmul.allow_fp16_reduced_precision_reduction,
+        "matmul.fp16_accumulation": lambda: b.cuda.matmul.allow_fp16_accumulation,
+        "flush_denormal": lambda: bool(torch.tensor([2.0**-140]).mul(1.0).eq(0.0)),  # which torch does not say
         "blas_library": lambda: b.cuda.preferred_blas_library(),
     }
     # torch 2.9 and later have `fp32_precision`, earlier ones `allow_tf32`; reading the old one after the new one
@@ -73,7 +123,7 @@ def flags() -> dict[str, str]:
 
 def _said(reading: Callable[[], Any]) -> str:
     try:
-        return plain(reading(), 100)
+        return plain(reading(), 4000)
     except Exception as error:  # noqa: BLE001  a switch that this torch or this build does not have
         return plain(f"cannot be read ({type(error).__name__})", 100)
 

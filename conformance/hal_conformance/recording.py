@@ -15,14 +15,14 @@ twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal.errors import ConfigError
-from hal_conformance import bundle, columns, witness
+from hal_conformance import bundle, columns, known, witness
 from hal_conformance.bundle import Unreadable
 from hal_conformance.case import DTYPES, SCALES
 from hal_conformance.judging import judge_outputs, result
@@ -88,11 +88,20 @@ class Recording:
 
 
 def write(
-    subject: Subject, opened: Mapping[str, Any], selection: Selection, observations: Iterable[Observation]
+    subject: Subject,
+    opened: Mapping[str, Any],
+    selection: Selection,
+    observations: Iterable[Observation],
+    again: Callable[[Sequence[Task]], Iterable[Observation]] = lambda tasks: (),
 ) -> bytes:
     """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
     Inputs and outputs are sorted by name: the order in which a case names them may change from process to process.
+
+    Args:
+        subject, opened, selection: what was run.
+        observations: of each task.
+        again: observes tasks without what has a known fault on this device.
 
     Raises:
         ConfigError: it would be larger than a recording may be.
@@ -101,6 +110,7 @@ def write(
     writer = columns.Writer(selection.seed)
     inputs: dict[str, int] = {}
     cases: list[dict[str, Any]] = []
+    doubtful: dict[Task, tuple[int, Judgement]] = {}
     for seen in observations:
         case: dict[str, Any] = {
             "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
@@ -112,8 +122,15 @@ def write(
             with witness.watching(seen.outputs) as worst:
                 claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
             case["claim"] = _claim_to_json(seen.task, claimed)
+            if known.may_excuse(opened, seen.task.params.dtype, claimed.status):
+                doubtful[seen.task] = len(cases), claimed
             case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in sorted(seen.outputs.items())}
         cases.append(case)
+    for seen in again(list(doubtful)):
+        at, claimed = doubtful[seen.task]
+        if seen.status is None:
+            without = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
+            cases[at]["claim"] = _claim_to_json(seen.task, known.excused(claimed, without))
     manifest = {
         "selection": selection.as_json(),
         "device": str(opened["info"]["id"]),
@@ -142,7 +159,7 @@ def read(path: Path, catalogue: Catalogue) -> Recording:
     Raises:
         Unreadable: it is none, was altered, or is of another suite; the text names the file.
     """
-    name = plain(path, 200)
+    name = plain(path, 1000)
     try:
         return parse(bundle.read(path), name, catalogue)
     except Unreadable as error:
@@ -233,7 +250,10 @@ def _claim_from_json(claim: Any) -> Judgement:
     numbers = [margin, *detectors]
     if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError("the recorder's verdict has no numbers where some were expected")
-    return Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
+    found = Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
+    if found.status.colour == "green" and margin is not None and margin > 1:
+        raise Unreadable(f"it contradicts itself: {found.status.value} with the margin {margin:g}, and above 1 fails")
+    return found
 
 
 def _index(at: Any, length: int) -> int:

@@ -7,10 +7,12 @@ import contextlib
 import functools
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hal_conformance import known
 from hal_conformance.absent import Coverage, Needed, partial
 from hal_conformance.judging import Made, judge_outputs
 from hal_conformance.verdicts import Judgement, Status
@@ -33,6 +35,8 @@ _KNOWN = frozenset(
 )  # fmt: skip
 """Outputs of the experts and of a layer. In them an element depends on the experts' output for its token or row, on all
 rows of the expert whose weight it is, on no expert, or (the gate's gradient) on everything."""
+
+_NO_FACTS: Mapping[str, Any] = MappingProxyType({})
 
 SLACK = 64 << 20
 """Bytes of a case's outputs beyond what it says that its large ones have."""
@@ -62,8 +66,14 @@ class Rejudge:
             return Made.of(self._task)
         return None
 
-    def __call__(self, entry: Entry, contract: Contract) -> Judgement:
-        """Return the verdict: the recorder's, unless what it holds is red here."""
+    def __call__(self, entry: Entry, contract: Contract, *, facts: Mapping[str, Any] = _NO_FACTS) -> Judgement:
+        """Return the verdict: the recorder's, unless what it holds is red here.
+
+        Args:
+            entry: of a recording.
+            contract: what the recorder's device promises.
+            facts: of its manifest, which may show a known fault.
+        """
         self.coverage = Coverage()
         if entry.status is not None or entry.claim is None:
             return Judgement(entry.status or Status.INVALID, detail=entry.detail or "without a reason in the recording")
@@ -86,6 +96,9 @@ class Rejudge:
                 coverage = Coverage(sum(packed.values.size for packed in every), sum(packed.size for packed in every))
             self._known[key] = own, coverage
         own, self.coverage = self._known[key]
+        # What is recorded has the fault, and only the recorder could see that it is gone without what has it.
+        if entry.claim.status is Status.KNOWN and known.may_excuse(facts, self._task.params.dtype, own.status):
+            return entry.claim
         return agreed(entry.claim, own)
 
     def _needed(self, outputs: Mapping[str, Packed]) -> Needed | None:

@@ -93,6 +93,7 @@ class Runner(AbstractContextManager["Runner"]):
         }
         self._worker: WorkerProcess | None = None
         self._idle_until = 0.0
+        self._avoiding = False
         self._threads: threadpool_limits | None = None
 
     def __enter__(self) -> Runner:
@@ -140,6 +141,8 @@ class Runner(AbstractContextManager["Runner"]):
                 message, _ = self._worker.receive(deadline)
                 stage = message["event"]
                 if stage == "ready":
+                    versions = {**self.opened["versions"], **message["implementation"]}
+                    self.opened = {**self.opened, "versions": versions}
                     return self.opened
                 if stage == "failed":
                     self._fail(message["kind"], message["detail"])
@@ -168,12 +171,17 @@ class Runner(AbstractContextManager["Runner"]):
             raise ConfigError(f"--impl {plain(self.subject.impl)} cannot be loaded: {detail}")
         raise Broken(detail, device=device)
 
-    def observe(self, tasks: Sequence[Task]) -> Iterator[Observation]:
+    def observe(self, tasks: Sequence[Task], *, avoiding: bool = False) -> Iterator[Observation]:
         """Run the tasks in order and yield what each did; the next ones run while the caller judges.
 
         A task whose worker hangs or dies is given that verdict, and a new worker goes on with the next. If no
         new worker can be had, all that is left is CRASH, with the reason.
+
+        Args:
+            tasks: what is run.
+            avoiding: without what has a known fault on this device (`known.avoided`).
         """
+        self._avoiding = avoiding
         waiting = deque(enumerate(tasks))
         in_flight: deque[tuple[int, Task]] = deque()
         hangs: Counter[str] = Counter()
@@ -203,8 +211,9 @@ class Runner(AbstractContextManager["Runner"]):
             if not in_flight:
                 self._idle_until = time.monotonic()
             self._worker.send(
-                {"command": "run", "id": number, "case": task.case.name, "params": dict(vars(task.params))}
-            )
+                {"command": "run", "id": number, "case": task.case.name, "params": dict(vars(task.params)),
+                 "avoiding": self._avoiding}
+            )  # fmt: skip
             in_flight.append((number, task))
 
     def _next(self, in_flight: deque[tuple[int, Task]], hangs: Counter[str]) -> Observation:

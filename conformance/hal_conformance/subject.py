@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from hal.errors import ConfigError
-from hal_conformance import manifest, marked
+from hal_conformance import known, manifest, marked
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ PORTABLE = "torch"
 _SETTINGS = (
     "TORCH_", "PYTORCH_", "OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "OPENBLAS_", "HAL_", "CUDA_", "CUBLAS_",
     "CUBLASLT_", "CUDNN_", "NVIDIA_TF32_", "NCCL_", "TRITON_", "HIP_", "HSA_", "ROCBLAS_", "HIPBLASLT_", "MIOPEN_",
-    "ASCEND_", "HCCL_",
+    "ASCEND_", "HCCL_", "TORCHINDUCTOR_", "NVTE_",
 )  # fmt: skip
 """Prefixes of environment variables that change numbers; no other variable is written into a recording."""
 
@@ -124,6 +124,7 @@ def describe(device: Any) -> dict[str, Any]:
         "machine": platform.machine(),
         "host": platform.node(),
         "threads": torch.get_num_threads(),
+        "uuid": manifest.uuid(device),
     }
     versions.update(device.versions())
     return {
@@ -131,7 +132,7 @@ def describe(device: Any) -> dict[str, Any]:
         "contract": device.contract.as_json(),
         "versions": versions,
         "environment": settings,
-        "flags": manifest.flags(),
+        "flags": {**manifest.flags(), **known.readings(device)},
         "kernels": manifest.kernels(device),
         "changes": [plain(change) for change in device.changes],
     }

@@ -131,11 +131,35 @@ def open_device(name):
     return Device(name)
 
 
+def open_leaking(name):
+    """Open a device on which the fault of `known` shows."""
+    from hal_conformance import known
+
+    known._leaks = lambda: True
+    return Device(name)
+
+
+def open_sound(name):
+    """Open a device on which it does not, whatever the processor."""
+    from hal_conformance import known
+
+    known._leaks = lambda: False
+    return Device(name)
+
+
+def _leaking(x):
+    import torch
+
+    leaks = x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled()
+    return {"y": x * 2 + (torch.nan if leaks else 0.0)}
+
+
 def _right(x):
     return {"y": x * 2}
 
 
 good = SimpleNamespace(double=_right)
+leaking = SimpleNamespace(double=_leaking)
 wrong = SimpleNamespace(double=lambda x: {"y": x * 2 + 1})
 nothing = SimpleNamespace()
 

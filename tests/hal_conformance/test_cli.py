@@ -144,6 +144,21 @@ def test_what_is_no_recording_is_refused_in_one_line(data, tmp_path):
     assert len(ran.stderr.splitlines()) == 1
 
 
+def test_recording_says_what_is_red_on_its_own_host(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from hal_conformance.portable import portable\n"
+        "class Ops:\n"
+        "    def __getattr__(self, name): return getattr(portable, name)\n"
+        "    def experts(self, *given): return portable.experts(*given) * 1.5\n"
+    )
+    ran = hal("record", "--device", "cpu", "--impl", "mine:Ops", "-o", "x.st", "--case", "experts.random*", "--scale", "tiny",
+              "--dtype", "float32", cwd=tmp_path)  # fmt: skip
+    assert ran.returncode == 0
+    recorded, red = ran.stderr.splitlines()
+    assert recorded.startswith("recorded ")
+    assert red.endswith("of them are red on this host, the first experts.random[mixtral-8x7b] float32")
+
+
 def test_recording_an_absent_device_leaves_no_file(tmp_path):
     ran = hal("record", "--device", "cuda:9", "-o", tmp_path / "x", *QUICK)
     assert ran.returncode == 3

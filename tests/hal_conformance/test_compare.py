@@ -18,7 +18,7 @@ from rich.console import Console
 
 from hal_conformance import comparison_table
 from hal_conformance.bundle import Unreadable
-from hal_conformance.compare import compare
+from hal_conformance.compare import compare, labels
 from hal_conformance.packed import distance, pack
 from hal_conformance.plan import Selection
 from hal_conformance.results import to_json, verdict_status
@@ -54,10 +54,45 @@ def test_one_flipped_mantissa_bit_is_found_and_measured():
     assert (first.case, first.output, first.a, first.b) == ("double.one[a]", "y", "fake:0@a", "fake:0@b")
     assert first.share == pytest.approx(1 / 6)
     assert first.worst == pytest.approx(2.0**-22)
-    assert first.bounds == pytest.approx(2.0**-22), "both margins, of which one is zero"
+    assert first.margins == (0.0, pytest.approx(2.0**-22))
     assert verdict_status(found.report.results) == 1
-    assert "0 of 2 outputs are bit-equal" in shown(found)
+    text = shown(found)
+    assert "0 of 2 outputs are bit-equal" in text
+    assert "(fake:0@a, fake:0@b)" in text
     json.loads(to_json(found.as_json()))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["run/a.st", "run/b.st"], ["a.st", "b.st"]),
+        (["/data/monday/cuda-0.st", "/data/tuesday/cuda-0.st"], ["monday/cuda-0.st", "tuesday/cuda-0.st"]),
+        (["x/1/a.st", "x/2/a.st", "b.st"], ["1/a.st", "2/a.st", "b.st"]),
+        (["a/" + "n" * 300 + "/one.st", "a/" + "n" * 300 + "/two.st"], ["one.st", "two.st"]),
+        (["x", "x", "x#1"], ["x#1", "x#2", "x#1"]),
+        (["a.st", "d/a.st"], ["a.st", "d/a.st"]),
+    ],
+)
+def test_labels_tell_recordings_apart_by_as_little_as_it_takes(names, expected):
+    found = labels([recordings.parse(recordings.make(), name) for name in names])
+    if expected[0] != "x#1":
+        assert found == [f"fake:0@{name}" for name in expected]
+    assert len(set(found)) == len(names)
+
+
+def test_recordings_without_a_case_in_common_are_refused():
+    one, other = (recordings.parse(recordings.make(Selection((case,), scale="tiny")), case)
+                  for case in ("double.one[a]", "double.two[a]"))  # fmt: skip
+    with pytest.raises(Unreadable, match="no two recordings have a case in common"):
+        compare([one, other])
+
+
+def test_a_green_claim_whose_margin_fails_is_refused():
+    def claim(manifest):
+        manifest["cases"][0]["claim"][:2] = ["PASS", 1e19]
+
+    with pytest.raises(Unreadable, match="contradicts itself: PASS with the margin"):
+        recordings.parse(recordings.with_manifest(recordings.make(), claim))
 
 
 def test_differences_of_the_manifests_come_first():

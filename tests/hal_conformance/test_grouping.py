@@ -101,9 +101,64 @@ def test_cards_that_are_alike_are_green():
 def test_of_two_that_differ_nobody_is_named():
     found = compare([card(0), card(1, change=recordings.one_ulp)], group_by="driver")
     (group,) = found.grouping.groups.values()
-    assert (group.open, group.odd) == (2, {})
+    assert (group.split, group.open, group.odd) == (2, 0, {})
     assert found.grouping.colour() == "amber"
-    assert "two that differ: either may be wrong" in shown(found)
+    assert "2 without a majority (any may be wrong; first double.one[a] float32: y, rows 0 of 2" in shown(found)
+
+
+def test_of_two_against_two_nobody_is_named_and_it_is_no_lack_of_determinism():
+    found = compare(
+        [judged_alike(n, change=recordings.one_ulp if n > 1 else lambda y: y) for n in range(4)], group_by="driver"
+    )
+    (group,) = found.grouping.groups.values()
+    assert (group.split, group.open, group.odd) == (2, 0, {})
+    assert found.grouping.colour() == "amber"
+    assert found.exit_status(strict=True) == 1
+
+
+def test_two_cards_that_share_the_reason_do_not_rule_each_other_out():
+    cards = [card(0), card(1), card(2), *(card(n, change=recordings.one_ulp, cublas="12.1") for n in (3, 4))]
+    found = compare(cards, group_by="arch")
+    (group,) = found.grouping.groups.values()
+    assert [odd.explained_by for odd in group.odd.values()] == [["versions.cublas is 12.1, elsewhere (not there)"]] * 2
+    assert found.grouping.colour() == "amber"
+
+
+def test_what_the_majority_does_not_share_explains_nothing():
+    cards = [*(card(n, serial=str(n)) for n in range(3)), card(3, change=recordings.one_ulp, serial="3")]
+    assert compare(cards, group_by="driver").odd() == ["fake:3@card-3"]
+
+
+@pytest.mark.parametrize(
+    "variable", ["TORCH_HOME", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR", "NCCL_SOCKET_IFNAME", "HAL_CONFORMANCE_TIMEOUT"]
+)
+def test_where_files_lie_excuses_no_card(variable):
+    cards = [card(n, change=recordings.one_ulp if n == 2 else lambda y: y, environment={variable: "b"} if n == 2 else {})
+             for n in range(3)]  # fmt: skip
+    assert compare(cards, group_by="driver").odd() == ["fake:2@card-2"]
+
+
+@pytest.mark.parametrize("status", [Status.UNSUPPORTED, Status.CRASH])
+def test_a_card_without_outputs_where_the_others_have_some_is_odd(status):
+    cards = [card(n) for n in range(3)]
+    for entry in cards[2].entries:
+        for field, value in {"status": status, "detail": "no kernel", "outputs": {}, "claim": None}.items():
+            object.__setattr__(entry, field, value)
+    found = compare(cards, group_by="driver")
+    (group,) = found.grouping.groups.values()
+    (odd,) = group.odd.values()
+    assert (odd.recording, odd.tasks) == ("fake:2@card-2", 2)
+    assert odd.first == f"double.one[a] float32: {status.value} (no kernel)"
+    assert (group.compared, group.alike) == (2, 0)
+    assert found.odd() == ["fake:2@card-2"]
+
+
+def test_a_host_without_memory_says_nothing_about_its_card():
+    cards = [card(n) for n in range(3)]
+    for entry in cards[2].entries:
+        for field, value in {"status": Status.SKIPPED, "detail": "", "outputs": {}, "claim": None}.items():
+            object.__setattr__(entry, field, value)
+    assert compare(cards, group_by="driver").odd() == []
 
 
 def test_a_fact_that_only_the_odd_one_has_explains_it():
@@ -194,8 +249,9 @@ def test_a_task_in_which_everybody_differs_is_not_deterministic_and_accuses_nobo
 
     found = compare([card(number, change=noisy(number)) for number in range(4)], group_by="driver")
     (group,) = found.grouping.groups.values()
-    assert (group.open, group.odd) == (2, {})
-    assert "no majority, so not deterministic" in shown(found)
+    assert (group.open, group.split, group.odd) == (2, 0, {})
+    assert found.grouping.colour() == "green"
+    assert "2 not deterministic (each has bits of its own; first" in shown(found)
 
 
 def test_a_fact_that_no_recording_has_is_wrong_usage():

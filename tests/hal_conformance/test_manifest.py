@@ -39,3 +39,35 @@ def test_a_profiler_that_fails_is_said_and_costs_nothing_else(monkeypatch):
     monkeypatch.setattr(torch, "ones", refuse)
     device = types.SimpleNamespace(torch_device=types.SimpleNamespace(type="cuda"))
     assert set(manifest.kernels(device).values()) == {"cannot be read (RuntimeError)"}
+
+
+def test_an_implementation_is_told_from_another_of_its_name(tmp_path, monkeypatch):
+    import importlib
+    import sys
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    seen = []
+    for text in ("ops = object()\n", "ops = object()  # changed\n"):
+        (tmp_path / "mine_for_manifest.py").write_text(text)
+        sys.modules.pop("mine_for_manifest", None)
+        importlib.invalidate_caches()
+        module = importlib.import_module("mine_for_manifest")
+        kind = type("Ops", (), {"__module__": "mine_for_manifest"})
+        seen.append(manifest.implementation(kind()))
+        assert manifest.implementation(module) == manifest.implementation(kind) == seen[-1]
+    assert seen[0] != seen[1]
+    assert seen[0]["implementation_source"].startswith("mine_for_manifest.py ")
+
+
+def test_the_version_of_an_installed_implementation_shows():
+    import click
+
+    assert manifest.implementation(click)["implementation"].startswith("click ")
+
+
+def test_a_card_has_the_uuid_that_its_driver_gives(monkeypatch):
+    with hal.open_device("cpu") as device:
+        assert manifest.uuid(device) is None
+    module = types.SimpleNamespace(get_device_properties=lambda where: types.SimpleNamespace(uuid=f"GPU-{where}"))
+    monkeypatch.setattr(torch, "get_device_module", lambda where: module)
+    assert manifest.uuid(types.SimpleNamespace(torch_device="cuda:3")) == "GPU-cuda:3"

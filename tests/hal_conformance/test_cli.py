@@ -156,7 +156,7 @@ def test_recording_says_what_is_red_on_its_own_host(tmp_path):
     assert ran.returncode == 0
     recorded, red = ran.stderr.splitlines()
     assert recorded.startswith("recorded ")
-    assert red.endswith("of them are red on this host, the first experts.random[mixtral-8x7b] float32")
+    assert red.endswith("of them are red on this host, the first experts.random[ling-lite] float32")
 
 
 def test_recording_an_absent_device_leaves_no_file(tmp_path):

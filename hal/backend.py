@@ -157,6 +157,17 @@ class Backend(abc.ABC):
             Broken: it does not work. Any other exception is reported as Broken with this as the cause.
         """
 
+    def variant(self, name: str) -> DeviceInfo | None:
+        """Return a device that is not listed, such as one with settings in its name; None: there is none.
+
+        Args:
+            name: what follows the backend's name and a colon.
+
+        Raises:
+            ConfigError: the name is one of such a device, and its settings cannot be read.
+        """
+        return None
+
     def prepare_import(self, changes: Changes) -> None:
         """Called before torch is first imported for this backend; set environment variables here."""
 

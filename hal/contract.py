@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from hal.matrix_unit import MatrixUnit
 
 Rounding = Literal["nearest", "truncate"]
 
@@ -35,6 +38,13 @@ class Arithmetic:
     def unit_roundoff(self) -> float:
         """The largest relative error of one accumulation, half a unit in the last place or a whole one cut off."""
         return 2.0 ** (-self.accumulator_bits if self.rounding == "nearest" else 1 - self.accumulator_bits)
+
+
+def arithmetic(unit: MatrixUnit) -> Arithmetic:
+    """Return what is promised of products on a unit whose rule is known."""
+    bits = {"float64": 53, "float32_13": 14, "float16": 11}.get(unit.result, 24)
+    cuts = unit.kind in ("truncated", "floored")
+    return Arithmetic(accumulator_bits=bits, rounding="truncate" if cuts else "nearest")
 
 
 FLOAT32_ACCUMULATION: Mapping[str, Arithmetic] = MappingProxyType(

@@ -216,6 +216,8 @@ def find_device(name: str, rank: int | None = None) -> tuple[DeviceInfo, str]:
         info for info in candidates
         if info.id == name or not colon or (index == "0" and info.id == backend_name)
     ]  # fmt: skip
+    if not wanted and colon and (variant := plugins.load(plugin).variant(index)) is not None:
+        wanted = [variant]
     if not wanted:
         there = ", ".join(info.id for info in candidates) or "none"
         reasons = f" ({'; '.join(own.discovery.left)})" if own.discovery.left else ""

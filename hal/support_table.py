@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hal.attempt import attempt
-from hal.errors import ConfigError, HalError
+from hal.errors import ConfigError, HalError, Unsupported
 from hal.support import Support
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ class SupportTable:
                 result = run(self._device, dtype)
                 # The transfer waits for the device: an asynchronous refusal arrives here, not later.
                 result.to("cpu")
+        except Unsupported as error:  # a backend that knows better than to try
+            return Support("unsupported", error.reason)
         except HalError:
             raise
         except Exception as error:  # noqa: BLE001  whatever the vendor raises is the answer

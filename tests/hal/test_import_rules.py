@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "hal_conformance": set[str](),
     "hal_rocm": {"hal_cuda"},
     "hal_ppu": {"hal_cuda"},
+    "hal_sim": {"hal_cpu"},
     "hal_virtual_npu": {"hal_ascend"},
 }
 

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Simulated devices: `sim:h200`, or `sim:h200/splitk=4` with another schedule, `sim:h200/strict`.
+
+What is claimed is the matrix unit and the declared schedule, never "the device": all else is what the CPU computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import final
+
+from hal.backend import Backend, Claim, DeviceInfo, Discovery, Specificity
+from hal.changes import Changes, Switch
+from hal.collectives import Collectives
+from hal.contract import Contract, arithmetic
+from hal.device import Facets
+from hal.streams import HostStreams
+from hal.support_table import SupportTable
+from hal_cpu.memory import CpuMemory
+from hal_cpu.random import CpuRandom
+from hal_sim.chips import CHIPS
+from hal_sim.schedule import Schedule
+
+STRICT = "strict"
+
+
+@final
+class SimBackend(Backend):
+    """Accelerators that are not there."""
+
+    plugin_api = (1, 0)
+    name = "sim"
+    vendor = "simulated"
+
+    def discover(self) -> Discovery:
+        """See `Backend.discover`."""
+        return Discovery(tuple(Claim(_info(name), Specificity.PRODUCT) for name in CHIPS))
+
+    def variant(self, name: str) -> DeviceInfo | None:
+        """See `Backend.variant`: a chip, and after slashes a schedule, or `strict`."""
+        chip, _, options = name.partition("/")
+        if chip not in CHIPS or not options:
+            return None
+        _parsed(options)
+        return _info(chip, options)
+
+    def open(self, info: DeviceInfo, changes: Changes) -> Facets:
+        """See `Backend.open`."""
+        import torch
+
+        from hal_sim import simulation
+        from hal_sim.precision import SimPrecision
+
+        chip, _, options = info.id.removeprefix("sim:").partition("/")
+        schedule, strict = _parsed(options)
+        made = simulation.Simulation(info.id, CHIPS[chip], schedule, strict)
+        for switch, value in _switches(made):
+            changes.set(switch, value)
+        device = torch.device("cpu")
+        support = SupportTable(device, info.id)
+        return Facets(
+            torch_device=device,
+            memory=CpuMemory(info.id),
+            precision=SimPrecision(info.id, device, changes, support, made),
+            collectives=Collectives(info.id, device, "gloo", "gloo"),
+            random=CpuRandom(info.id, device),
+            streams=HostStreams(),
+            support=support,
+            contract=Contract(
+                matmul={name: arithmetic(unit) for name, unit in CHIPS[chip].units.items() if name != "tf32"},
+                # What flushes is the unit; whether the CPU does elsewhere is its own affair.
+                subnormals="flushed" if CHIPS[chip].units["float16"].kind == "pairwise" else "unspecified",
+                evidence=f"simulated, {CHIPS[chip].evidence}; {schedule}",
+            ),
+        )
+
+    def versions(self) -> Mapping[str, str | None]:
+        """See `Backend.versions`."""
+        from hal_sim import native
+
+        return {"simulator": "torch's operators" if native.library() is None else "compiled"}
+
+
+def _parsed(options: str) -> tuple[Schedule, bool]:
+    parts = [part for part in options.split("/") if part]
+    strict = STRICT in parts
+    schedule = [part for part in parts if part != STRICT]
+    return (Schedule.parse("/".join(schedule)) if schedule else Schedule()), strict
+
+
+def _info(name: str, options: str = "") -> DeviceInfo:
+    chip = CHIPS[name]
+    return DeviceInfo(
+        id=f"sim:{name}/{options}" if options else f"sim:{name}",
+        backend="sim",
+        vendor=chip.vendor,
+        name=f"{chip.product}, simulated" + (f" ({options})" if options else ""),
+        arch=chip.arch,
+        total_memory=None,
+        torch_device="cpu",
+        simulated=True,
+        evidence=(chip.evidence,),
+    )
+
+
+def _switches(made: object) -> list[tuple[Switch, object]]:
+    """Return what opening sets: who multiplies, and no kernels that multiply by themselves where torch has others."""
+    import torch
+
+    from hal_sim import simulation
+
+    return [
+        (Switch("products of matrices on the CPU", simulation.active, simulation.activate), made),
+        (Switch("torch.backends.cuda.enable_flash_sdp", torch.backends.cuda.flash_sdp_enabled,
+                torch.backends.cuda.enable_flash_sdp), False),
+        (Switch("torch.backends.mha fast path", torch.backends.mha.get_fastpath_enabled,
+                torch.backends.mha.set_fastpath_enabled), False),
+        (Switch("torch.backends.mkldnn.enabled", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled), False),
+    ]  # fmt: skip
+
+
+backend = SimBackend()

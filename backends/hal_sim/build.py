@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library: built at first use by the system's compiler, kept in a folder of the user's, checked when read.
+
+A folder in the cache is named after what was compiled, by what and for which processor, and holds the library and its
+digest. It is made under another name and renamed, so that two processes that build at once do not disturb each other,
+and one that is killed leaves nothing that looks complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCES = tuple(
+    Path(__file__).parent / name for name in ("matrix_unit.cpp", "general.hpp", "reference.hpp", "vectors.hpp")
+)
+LIBRARY, DIGEST = "matrix_unit.so", "sha256"
+
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-fno-fast-math",
+    "-ffp-contract=off",
+)  # fmt: skip  (a user's CXXFLAGS are not ours to trust with rounding)
+_TIMEOUT_S = 300.0
+_UNFINISHED = ".building-"
+
+
+class BuildFailed(Exception):
+    """No library: why is the text."""
+
+
+def compiled() -> Path:
+    """Return the path of the library, which is compiled if no earlier process has left it.
+
+    Raises:
+        BuildFailed: there is no compiler, or it fails.
+    """
+    compiler = _compiler()
+    target = _target()
+    key = hashlib.sha256()
+    for part in (*(source.read_bytes() for source in SOURCES), _version(compiler).encode(), " ".join(target).encode(),
+                 _processor().encode()):  # fmt: skip
+        key.update(len(part).to_bytes(8, "little") + part)
+    kept = f"sim-{key.hexdigest()[:24]}"
+    for folder in _folders():
+        complete = folder / kept
+        if _is_intact(complete):
+            return complete / LIBRARY
+        with contextlib.suppress(OSError):  # read-only, or full: the next one
+            return _build(compiler, target, folder, complete)
+    raise BuildFailed("no folder can be written to, neither the cache nor a temporary one")
+
+
+def _build(compiler: list[str], target: tuple[str, ...], folder: Path, complete: Path) -> Path:
+    for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed: nothing takes so long
+        if time.time() - left.stat().st_mtime > 2 * _TIMEOUT_S:
+            shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))  # mode 0700
+    try:
+        command = [*compiler, *_FLAGS, *target, str(SOURCES[0]), "-o", str(made / LIBRARY)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BuildFailed(f"{compiler[0]} cannot be run: {error}") from error
+        if done.returncode or not (made / LIBRARY).is_file():
+            said = (done.stderr or done.stdout).strip().splitlines()
+            raise BuildFailed(f"{compiler[0]} ended with status {done.returncode}: {said[0] if said else 'no message'}")
+        (made / DIGEST).write_text(_digest(made / LIBRARY))
+        if complete.exists() and not _is_intact(complete):
+            shutil.rmtree(complete, ignore_errors=True)
+        try:
+            made.rename(complete)
+        except OSError:
+            if not _is_intact(complete):  # and not another process that was faster
+                raise
+        return complete / LIBRARY
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _is_intact(complete: Path) -> bool:
+    try:
+        return _is_ours(complete) and (complete / DIGEST).read_text().strip() == _digest(complete / LIBRARY)
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# Where ---------------------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Return the folder for what is compiled: `$HAL_CACHE`, or `moe-hal` among the user's caches."""
+    named = os.environ.get("HAL_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe-hal"
+
+
+def _folders() -> Iterator[Path]:
+    """Yield folders of which nobody else can write to: the cache, and if it is not to be had, one for this process."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if _is_ours(folder):
+            yield folder
+    with contextlib.suppress(OSError):
+        import atexit
+
+        temporary = Path(tempfile.mkdtemp(prefix="moe-hal-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        yield temporary
+
+
+def _is_ours(folder: Path) -> bool:
+    """Return whether nobody but this user can put a library there."""
+    found = folder.stat()
+    if not hasattr(os, "getuid"):
+        return True
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+# By what -------------------------------------------------------------------------------------------------------------
+
+
+def _compiler() -> list[str]:
+    named = os.environ.get("CXX")
+    if named is not None:
+        words = shlex.split(named)
+        if not words or shutil.which(words[0]) is None:
+            raise BuildFailed(f"CXX names no compiler: {named!r}")
+        return words
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name) is not None:
+            return [name]
+    raise BuildFailed("there is no C++ compiler (c++, g++, clang++; CXX names another)")
+
+
+def _version(compiler: list[str]) -> str:
+    try:
+        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildFailed(f"{compiler[0]} cannot be run: {error}") from error
+    return f"{compiler} {shutil.which(compiler[0])} {done.stdout}"
+
+
+def _target() -> tuple[str, ...]:
+    """Return the flags for this processor: the cache is for it alone, since its name is part of the key."""
+    return ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:  # noqa: PTH123  a pseudo-file
+            wanted = ("model name", "flags", "Features", "CPU part")
+            return "".join(sorted({line for line in lines if line.startswith(wanted)}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

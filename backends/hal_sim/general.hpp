@@ -1,0 +1,160 @@
+// SPDX-License-Identifier: Apache-2.0
+// The rules for vectors of columns and tiles of rows. "truncated" and "floored" take finite operands, whatever their
+// exponents; "pairwise" and "fused" are plain arithmetic.
+//
+// For the first two an operand is a significand of its format, a float of at most 12 bits, and an exponent. The product of two of them is
+// exact in a float, so that shifting it to the unit's grid is a multiplication by a power of two, and cutting it off
+// there the conversion to an integer. Sums of 16 of these fit an int32: 16 * 3.999 * 2^25 < 2^31.
+#pragma once
+
+#include "reference.hpp"
+#include "vectors.hpp"
+
+namespace hal_sim {
+
+constexpr int kZeroExponent = -4096;  // of an operand that is zero: never the largest
+constexpr int kNothing = -1024;       // smaller than the exponent of any product but zero
+constexpr int kRows = 4;              // of a tile
+constexpr int kTerms = 16;            // that an int32 holds
+constexpr int kMostPairs = 16;
+
+// Operands of one group: `significands[k][lane]` and `exponents[k][lane]` of the columns, `[k][row]` of the rows.
+struct Operands {
+    const float* a;
+    const int32_t* a_exponents;
+    const float* b;
+    const int32_t* b_exponents;
+};
+
+inline void split(float x, int min_exponent, float* significand, int32_t* exponent) {
+    const Number number(x, min_exponent);
+    *significand = float(number.significand) * 0x1p-23f;
+    *exponent = number.significand ? number.exponent : kZeroExponent;
+}
+
+// The largest exponent among products of k in [first, count), every `step`-th, for each row.
+inline void largest(const Operands& in, int first, int step, int count, Ints exponent[kRows]) {
+    for (int r = 0; r < kRows; ++r) exponent[r] = Ints{} + 2 * kZeroExponent;
+    for (int k = first; k < count; k += step) {
+        const Ints b = *reinterpret_cast<const Ints*>(in.b_exponents + k * kLanes);
+        for (int r = 0; r < kRows; ++r) exponent[r] = larger(exponent[r], b + in.a_exponents[k * kRows + r]);
+    }
+}
+
+// The sum of the products, each cut to a multiple of 2^(exponent - bits), in that unit.
+inline void aligned_sum(const Operands& in, int first, int step, int count, int bits_kept, const Ints exponent[kRows],
+                        Doubles sum[kRows]) {
+    for (int r = 0; r < kRows; ++r) sum[r] = Doubles{};
+    for (int start = first; start < count; start += kTerms * step) {
+        Ints part[kRows] = {};
+        const int end = count < start + kTerms * step ? count : start + kTerms * step;
+        for (int k = start; k < end; k += step) {
+            const Floats b = *reinterpret_cast<const Floats*>(in.b + k * kLanes);
+            const Ints b_exponent = *reinterpret_cast<const Ints*>(in.b_exponents + k * kLanes) + (bits_kept + 127);
+            for (int r = 0; r < kRows; ++r) {
+                // Below 2^-60 all is cut off anyway, and zero comes out as zero.
+                const Ints power = larger(b_exponent + in.a_exponents[k * kRows + r] - exponent[r], Ints{} + 67);
+                part[r] += __builtin_convertvector(b * in.a[k * kRows + r] * floats(power << 23), Ints);
+            }
+        }
+        for (int r = 0; r < kRows; ++r) sum[r] += __builtin_convertvector(part[r], Doubles);
+    }
+}
+
+// The exponent of each c as float32 has it; what a zero's is, is for the caller to say.
+inline Ints exponent_of(Floats c, int of_zero) {
+    const Ints field = (bits(c) >> 23) & 0xff;
+    const Ints magnitude = bits(c) & 0x7fffffff;
+    return magnitude == 0 ? Ints{} + of_zero : larger(field, Ints{} + 1) - 127;
+}
+
+// Both return false where a product or the sum may be infinite, which is not for them to say.
+constexpr int kMost = 120;  // 2^120 times the 33 terms below 4 of the largest unit is below 2^128
+
+// Must run with rounding toward zero.
+inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
+    Ints exponent[kRows];
+    Doubles sum[kRows];
+    largest(in, 0, 1, count, exponent);
+    Ints zero[kRows], beyond{};
+    for (int r = 0; r < kRows; ++r) {
+        exponent[r] = larger(exponent[r], exponent_of(c[r], 2 * kZeroExponent));
+        zero[r] = exponent[r] < kNothing;
+        exponent[r] = larger(exponent[r], Ints{} + (unit.exponent_floor > kNothing ? unit.exponent_floor : kNothing));
+    }
+    aligned_sum(in, 0, 1, count, unit.fraction_bits, exponent, sum);
+    for (int r = 0; r < kRows; ++r) {
+        const Ints scale = zero[r] ? Ints{} : exponent[r] - unit.fraction_bits;
+        const Doubles addend = __builtin_convertvector(c[r], Doubles) * power_of_two(-scale);
+        sum[r] += __builtin_convertvector(__builtin_convertvector(addend, Ints), Doubles);
+        const Doubles value = sum[r] * power_of_two(scale);
+        Ints kept = bits(__builtin_convertvector(value, Floats));  // toward zero
+        if (unit.result == kFloat32With13Bits) kept &= ~0x3ff;
+        c[r] = floats((kept & INT32_MAX) == 0 ? Ints{} : kept);  // no sum is -0
+        beyond |= exponent[r] > kMost;
+    }
+    return !any(beyond);
+}
+
+inline bool floored(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
+    Ints exponent[kRows];
+    Doubles sum[kRows];
+    const int halves = unit.interleaved ? 2 : 1;
+    largest(in, 0, halves, count, exponent);
+    aligned_sum(in, 0, halves, count, unit.fraction_bits, exponent, sum);
+    if (unit.interleaved) {
+        Ints odd_exponent[kRows];
+        Doubles odd_sum[kRows];
+        largest(in, 1, 2, count, odd_exponent);
+        aligned_sum(in, 1, 2, count, unit.fraction_bits, odd_exponent, odd_sum);
+        for (int r = 0; r < kRows; ++r) {
+            const Ints both = larger(exponent[r], odd_exponent[r]);
+            // A half of nothing but zeros has the sum zero, however far it is shifted.
+            sum[r] = rounded_down(sum[r] * power_of_two(larger(exponent[r] - both, Ints{} + kNothing + 24))) +
+                     rounded_down(odd_sum[r] * power_of_two(larger(odd_exponent[r] - both, Ints{} + kNothing + 24)));
+            exponent[r] = both;
+        }
+    }
+    Ints beyond{};
+    for (int r = 0; r < kRows; ++r) {
+        const Ints of_c = exponent_of(c[r], -126);
+        const Ints both = larger(exponent[r], of_c);
+        const Ints down = larger(exponent[r] - both, Ints{} + kNothing + 24) + (31 - unit.fraction_bits);
+        Doubles addend = rounded_down(__builtin_convertvector(c[r], Doubles) * power_of_two(24 - both));
+        if (unit.interleaved) {
+            addend = __builtin_convertvector(of_c < both - 25, Longs) ? Doubles{} : addend;
+        }
+        const Doubles value = (rounded_down(sum[r] * power_of_two(down)) + addend * 128) * power_of_two(both - 31);
+        const Floats result = __builtin_convertvector(value, Floats);
+        c[r] = exponent[r] < kNothing ? c[r] + 0.0f : result;
+        beyond |= both > kMost;
+    }
+    return !any(beyond);
+}
+
+inline Floats flushed(Floats x) {
+    const Ints small = (bits(x) & 0x7f800000) == 0;
+    return floats(small ? bits(x) & INT32_MIN : bits(x));
+}
+
+// The operands' subnormals are zeros already.
+inline void pairwise(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
+    for (int r = 0; r < kRows; ++r) {
+        Floats terms[kMostPairs] = {};
+        for (int k = 0; k < count; ++k) {
+            terms[k] = flushed(*reinterpret_cast<const Floats*>(in.b + k * kLanes) * in.a[k * kRows + r] + 0.0f);
+        }
+        for (int width = unit.group; width > 1; width /= 2) {
+            for (int k = 0; k < width / 2; ++k) terms[k] = flushed(terms[2 * k] + terms[2 * k + 1]);
+        }
+        c[r] = flushed(floats((bits(c[r]) & 0x7f800000) == 0 ? Ints{} : bits(c[r])) + terms[0]);
+    }
+}
+
+inline void fused(const Operands& in, Floats c[kRows]) {
+    for (int r = 0; r < kRows; ++r) {
+        for (int j = 0; j < kLanes; ++j) c[r][j] = __builtin_fmaf(in.a[r], in.b[j], c[r][j]);
+    }
+}
+
+}  // namespace hal_sim

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library as Python functions, or None where there is none."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from typing import Any
+
+import torch
+
+from hal.matrix_unit import MatrixUnit
+from hal_sim import build, twin
+
+log = logging.getLogger("hal")
+
+_KINDS = ("truncated", "floored", "pairwise", "fused")
+_RESULTS = {"float32": 0, "float32_13": 1, "float16": 2}
+_NO_FLOOR = -(2**31)
+
+
+class _Unit(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in (
+        "kind", "group", "fraction_bits", "result", "exponent_floor", "interleaved", "min_exponent_a", "min_exponent_b",
+    )]  # fmt: skip
+
+
+class _Problem(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "m", "n", "k")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "d")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("a", "b", "c") for axis in ("batch", "row", "column")),
+        ("d_batch", ctypes.c_int64),
+        ("d_row", ctypes.c_int64),
+    ]
+
+
+@functools.cache
+def library() -> Any:
+    """Return the library, compiled if need be; None, after one warning, where that fails or it computes wrongly.
+
+    `HAL_SIM_CORE=torch` asks for None, `native` for an error instead of it.
+
+    Raises:
+        BuildFailed: it was asked for by name, and cannot be had.
+    """
+    asked = os.environ.get("HAL_SIM_CORE", "auto")
+    if asked not in ("auto", "native", "torch"):
+        raise build.BuildFailed(f"HAL_SIM_CORE must be auto, native or torch, not {asked!r}")
+    if asked == "torch":
+        return None
+    try:
+        try:
+            found = ctypes.CDLL(str(build.compiled()))
+        except OSError as error:  # it is intact, and the loader refuses it
+            raise build.BuildFailed(str(error)) from error
+        for name in ("hal_sim_multiply", "hal_sim_reference", "hal_sim_fused_float64"):
+            getattr(found, name).restype = ctypes.c_int
+        if not _is_sound(found):
+            raise build.BuildFailed("the compiled library does not compute what it should: a compiler's fault?")
+    except build.BuildFailed as error:
+        if asked == "native":
+            raise
+        log.warning("simulated matrix units run in torch's own operators, some 40 times slower: %s", error)
+        return None
+    return found
+
+
+def multiply(
+    found: Any, a_BMK: torch.Tensor, b_BKN: torch.Tensor, c_BMN: torch.Tensor, unit: MatrixUnit,
+    min_exponents: tuple[int, int], *, reference: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return what `twin.multiply` does; see there. `reference` takes the plainest code, one element after the other.
+
+    Raises:
+        MemoryError: the copies that are made of the operands do not fit.
+    """
+    B, M, K = a_BMK.shape
+    N = b_BKN.shape[2]
+    threads = torch.get_num_threads()
+    if unit.result == "float64":
+        d_BMN = c_BMN.contiguous().clone()
+        a_BMK, b_BKN = a_BMK.contiguous(), b_BKN.contiguous()
+        for a, b, d in zip(a_BMK, b_BKN, d_BMN, strict=True):
+            found.hal_sim_fused_float64(*map(ctypes.c_int64, (M, N, K)), *map(_pointer, (a, b, d)), threads)
+        return d_BMN
+    d_BMN = torch.empty((B, M, N), dtype=torch.float32)
+    rule = _Unit(_KINDS.index(unit.kind), unit.group, unit.fraction_bits, _RESULTS[unit.result],
+                 _NO_FLOOR if unit.exponent_floor is None else unit.exponent_floor, unit.interleaved,
+                 *min_exponents)  # fmt: skip
+    problem = _Problem(B, M, N, K, *(x.data_ptr() for x in (a_BMK, b_BKN, c_BMN, d_BMN)), *a_BMK.stride(),
+                       *b_BKN.stride(), *c_BMN.stride(), *d_BMN.stride()[:2])  # fmt: skip
+    function = found.hal_sim_reference if reference else found.hal_sim_multiply
+    if function(ctypes.byref(rule), ctypes.byref(problem), threads):
+        raise MemoryError(f"a simulated product of {B} x {M} x {K} by {K} x {N} needs copies that do not fit")
+    return d_BMN
+
+
+def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _is_sound(found: Any) -> bool:
+    """Return whether the library agrees with torch's own operators on a few products of each kind, bit for bit."""
+    integers = torch.arange(17 * 40, dtype=torch.float32).remainder(13) - 6
+    a_BMK = (integers * 1.1).bfloat16().float().view(1, 17, 40)
+    b_BKN = (integers.view(1, 40, 17) * 0.3).bfloat16().float()
+    c_BMN = integers[: 17 * 17].view(1, 17, 17) * 1e-3
+    for unit in (
+        MatrixUnit("truncated", 16, 25, exponent_floor=-133), MatrixUnit("floored", 8, 24),
+        MatrixUnit("floored", 16, 24, interleaved=True), MatrixUnit("pairwise", 4), MatrixUnit("fused"),
+    ):  # fmt: skip
+        mine, theirs = (
+            function(a_BMK, b_BKN, c_BMN, unit, (-126, -126))
+            for function in (functools.partial(multiply, found), twin.multiply)
+        )
+        if not torch.equal(mine.view(torch.int32), theirs.view(torch.int32)):
+            return False
+    return True

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of matrices as a simulated device computes them: operands, schedule, unit."""
+
+from __future__ import annotations
+
+import torch
+
+from hal.matrix_unit import FORMATS, MatrixUnit
+from hal_sim import native, twin
+from hal_sim.schedule import Schedule
+
+ONE_PIECE = Schedule()
+
+
+def operand(x: torch.Tensor, format: str) -> torch.Tensor:
+    """Return an operand as the unit takes it in: float32 (float64 of float64), cut or rounded to its format's bits.
+
+    TF32 units drop the low 13 bits of a float32. Ascend's HF32 keeps 12 bits, here rounded to nearest (unverified).
+    """
+    if x.dtype == torch.float64:
+        return x
+    wide = x.float()
+    if format == "tf32":
+        wide = (wide.view(torch.int32) & ~0x1FFF).view(torch.float32)
+    elif format == "hf32":
+        bits = wide.view(torch.int32)
+        nearest = (bits + 0x7FF + ((bits >> 12) & 1)) & ~0xFFF
+        wide = torch.where(wide.isfinite(), nearest, bits).view(torch.float32)
+    return wide
+
+
+def multiply(
+    a_BMK: torch.Tensor, b_BKN: torch.Tensor, unit: MatrixUnit, formats: tuple[str, str], schedule: Schedule = ONE_PIECE
+) -> torch.Tensor:
+    """Return a b in float32 (float64 of float64), each element summed by `unit` in the pieces of `schedule`.
+
+    Args:
+        a_BMK: B matrices of any strides, and of a dtype whose numbers `formats[0]` holds.
+        b_BKN: the same.
+        unit: the rule.
+        formats: of a and of b, keys of `FORMATS`.
+        schedule: how K is shared out.
+
+    Raises:
+        MemoryError: copies of the operands do not fit.
+    """
+    B, M, K = a_BMK.shape
+    N = b_BKN.shape[2]
+    itemsize = a_BMK.element_size()
+    a_BMK, b_BKN = operand(a_BMK, formats[0]), operand(b_BKN, formats[1])
+    zeros_BMN = torch.zeros((), dtype=a_BMK.dtype).expand(B, M, N)
+    if not zeros_BMN.numel() or not K:
+        return zeros_BMN.contiguous()
+    least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
+    library = native.library()
+    total: torch.Tensor | None = None
+    for slices in schedule.pieces(K, itemsize):
+        of_slice: torch.Tensor | None = None
+        for at in slices:
+            a, b = a_BMK[:, :, at], b_BKN[:, at]
+            if library is None:
+                part = twin.multiply(a, b, zeros_BMN, unit, least)
+            else:
+                part = native.multiply(library, a, b, zeros_BMN, unit, least)
+            of_slice = part if of_slice is None else of_slice + part
+        assert of_slice is not None
+        total = of_slice if total is None else total + of_slice
+    assert total is not None
+    return total

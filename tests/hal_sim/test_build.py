@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled library: built once, kept, never trusted blindly, and done without where it cannot be had."""
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hal_sim import build, native
+
+
+@pytest.fixture(scope="session")
+def real():
+    """A library that was compiled for this session."""
+    return build.compiled()
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch, real):
+    """Sets CXX to a program that does what the test says, after it has counted its calls; the cache is empty."""
+    calls = tmp_path / "calls"
+
+    def use(body=f'cp "{real}" "$out"'):
+        script = tmp_path / "compiler"
+        script.write_text(
+            f'#!/bin/sh\nif [ "$1" = --version ]; then echo 1.0; exit; fi\necho >> {calls}\n'
+            f'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then out=$2; fi; shift; done\n{body}\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CXX", str(script))
+        return lambda: len(calls.read_text().splitlines()) if calls.exists() else 0
+
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "cache"))
+    native.library.cache_clear()
+    yield use
+    native.library.cache_clear()
+
+
+def test_it_is_compiled_once_and_kept_where_only_its_user_writes(compiler, tmp_path):
+    calls = compiler()
+    first, second = build.compiled(), build.compiled()
+    assert first == second
+    assert calls() == 1
+    assert first.is_relative_to(tmp_path / "cache")
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+    assert first.parent.stat().st_mode & 0o777 == 0o700
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.parent.name]  # nothing unfinished
+
+
+def test_another_compiler_or_another_source_is_another_library(compiler, monkeypatch, tmp_path):
+    compiler()
+    first = build.compiled()
+    changed = tmp_path / "matrix_unit.cpp"
+    changed.write_text(build.SOURCES[0].read_text() + "// changed\n")
+    monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
+    assert build.compiled() != first
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut off", "no digest", "empty folder"])
+def test_a_damaged_library_is_built_anew(damage, compiler):
+    calls = compiler()
+    library = build.compiled()
+    good = library.read_bytes()
+    if damage == "one bit":
+        library.write_bytes(good[:5000] + bytes([good[5000] ^ 1]) + good[5001:])
+    elif damage == "cut off":
+        library.write_bytes(good[:5000])
+    elif damage == "no digest":
+        (library.parent / build.DIGEST).unlink()
+    else:
+        shutil.rmtree(library.parent)
+        library.parent.mkdir()
+    assert build.compiled().read_bytes() == good
+    assert calls() == 2
+
+
+def test_a_library_that_others_could_have_written_is_not_loaded(compiler, tmp_path):
+    calls = compiler()
+    build.compiled().parent.chmod(0o777)
+    build.compiled()
+    assert calls() == 2
+    (tmp_path / "cache").chmod(0o777)
+    assert not build.compiled().is_relative_to(tmp_path / "cache")
+
+
+def test_a_cache_that_cannot_be_written_to_is_done_without(compiler, tmp_path, monkeypatch):
+    calls = compiler()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "file" / "cache"))
+    library = build.compiled()
+    assert library.exists()
+    assert library.parent.parent.stat().st_mode & 0o777 == 0o700
+    assert calls() == 1
+
+
+@pytest.mark.parametrize(
+    ("variable", "words"),
+    [("/no/such/c++", "CXX names no compiler"), ("", "CXX names no compiler"), ("false", "ended with status 1"),
+     ("true", "ended with status 0")],
+)  # fmt: skip
+def test_without_a_compiler_torch_computes_and_it_is_said_once(variable, words, compiler, monkeypatch, caplog):
+    compiler()
+    monkeypatch.setenv("CXX", variable)
+    with caplog.at_level(logging.WARNING, "hal"):
+        assert native.library() is None
+        assert native.library() is None
+    assert len(caplog.records) == 1
+    assert words in caplog.text
+    native.library.cache_clear()
+    monkeypatch.setenv("HAL_SIM_CORE", "native")
+    with pytest.raises(build.BuildFailed, match=words):
+        native.library()
+
+
+def test_the_first_line_of_a_compilers_message_is_passed_on(compiler):
+    compiler('echo "matrix_unit.cpp:1: error: no such instruction" >&2; echo more >&2; exit 3')
+    with pytest.raises(build.BuildFailed, match=r"status 3: matrix_unit.cpp:1: error: no such instruction$"):
+        build.compiled()
+
+
+def test_what_the_loader_refuses_or_what_computes_wrongly_is_not_used(compiler, caplog, monkeypatch, tmp_path):
+    compiler('echo no library > "$out"')
+    assert native.library() is None
+    assert "invalid ELF header" in caplog.text or "file too short" in caplog.text
+    native.library.cache_clear()
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path / "another"))
+    compiler()
+    monkeypatch.setattr(native.twin, "multiply", lambda a, b, c, unit, least: c + a @ b + 1e-3)
+    assert native.library() is None
+    assert "does not compute what it should" in caplog.text
+
+
+def test_torch_can_be_asked_for(compiler, monkeypatch, caplog):
+    calls = compiler()
+    monkeypatch.setenv("HAL_SIM_CORE", "torch")
+    assert native.library() is None
+    assert not caplog.records
+    assert calls() == 0
+    native.library.cache_clear()
+    monkeypatch.setenv("HAL_SIM_CORE", "gpu")
+    with pytest.raises(build.BuildFailed, match="must be auto, native or torch"):
+        native.library()
+
+
+def test_processes_that_build_at_once_end_with_one_library(compiler, tmp_path, real):
+    compiler(f'sleep 1; cp "{real}" "$out"')
+    code = "from hal_sim import build; print(build.compiled().read_bytes()[:4])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=300) for process in running]
+    assert [out for out, _ in said] == ["b'\\x7fELF'\n"] * 3, said
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_build_that_was_killed_leaves_nothing_that_is_taken_for_a_library(compiler, tmp_path, real, eventually):
+    calls = compiler(f'head -c 3000 "{real}" > "$out"; sleep 600')
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from hal_sim import build; build.compiled()"], start_new_session=True
+    )
+    assert eventually(lambda: calls() == 1, meanwhile=lambda: process.poll() is None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    compiler()
+    assert build.compiled().read_bytes() == real.read_bytes()
+    (left,) = (tmp_path / "cache").glob(".building-*")
+    os.utime(left, (time.time() - 3600,) * 2)
+    shutil.rmtree(build.compiled().parent)
+    build.compiled()
+    assert not left.exists()

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A simulated device multiplies for whatever torch code runs, on every way to a product, until it is closed."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hal
+from hal.errors import Absent, ConfigError, DeviceConflict, UnsupportedOperation, UnsupportedPrecision
+from hal_sim import product, simulation
+from hal_sim.chips import CHIPS
+from hal_sim.schedule import Schedule
+
+
+@pytest.fixture
+def h200():
+    with hal.open_device("sim:h200") as device:
+        yield device
+
+
+def numbers(*shape, dtype=torch.bfloat16, seed=0):
+    # Products of these have sums that an accumulator of float32 cannot hold exactly.
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def of_the_unit(a, b, chip="h200", schedule=product.ONE_PIECE):
+    """Return what the unit makes of matrices or batches of them, in float32."""
+    name = str(a.dtype).removeprefix("torch.")
+    batched = a if a.ndim == 3 else a[None], b if b.ndim == 3 else b[None]
+    found = product.multiply(*batched, CHIPS[chip].units[name], (name, name), schedule)
+    return found if a.ndim == 3 else found[0]
+
+
+A, B, C = numbers(9, 300), numbers(300, 7, seed=1), numbers(9, 7, seed=2)
+WAYS = {
+    "mm": lambda a, b, c: (torch.mm(a, b), of_the_unit(a, b).bfloat16()),
+    "matmul": lambda a, b, c: (a @ b, of_the_unit(a, b).bfloat16()),
+    "out": lambda a, b, c: (torch.mm(a, b, out=torch.empty(0, dtype=a.dtype)), of_the_unit(a, b).bfloat16()),
+    "transposed": lambda a, b, c: (b.t() @ a.t(), of_the_unit(b.t(), a.t()).bfloat16()),
+    "linear": lambda a, b, c: (F.linear(a, b.t(), c[0]), (of_the_unit(a, b) + c[0].float()).bfloat16()),
+    "linear of many": lambda a, b, c: (
+        F.linear(a.view(3, 3, 300), b.t()).view(9, 7), of_the_unit(a, b).bfloat16()),
+    "addmm": lambda a, b, c: (
+        torch.addmm(c, a, b, beta=0.5, alpha=2), (of_the_unit(a, b) * 2 + c.float() * 0.5).bfloat16()),
+    "addmm without": lambda a, b, c: (
+        torch.addmm(torch.full_like(c, torch.nan), a, b, beta=0), of_the_unit(a, b).bfloat16()),
+    "in place": lambda a, b, c: (c.clone().addmm_(a, b), (of_the_unit(a, b) + c.float()).bfloat16()),
+    "mv": lambda a, b, c: (torch.mv(a, b[:, 0]), of_the_unit(a, b[:, :1])[:, 0].bfloat16()),
+    "addmv": lambda a, b, c: (
+        torch.addmv(c[:, 0], a, b[:, 0]), (of_the_unit(a, b[:, :1])[:, 0] + c[:, 0].float()).bfloat16()),
+    "bmm": lambda a, b, c: (
+        torch.bmm(a.view(3, 3, 300), b[None].expand(3, -1, -1)),
+        of_the_unit(a.view(3, 3, 300), b[None].expand(3, -1, -1)).bfloat16()),
+    "baddbmm": lambda a, b, c: (
+        torch.baddbmm(c.view(3, 3, 7), a.view(3, 3, 300), b[None].expand(3, -1, -1)).view(9, 7),
+        (of_the_unit(a, b) + c.float()).bfloat16()),
+    "addbmm": lambda a, b, c: (
+        torch.addbmm(c, a.view(9, 3, 100).transpose(0, 1), b.view(3, 100, 7)), (of_the_unit(a, b) + c.float()).bfloat16()),
+    "einsum": lambda a, b, c: (torch.einsum("ik,kj->ij", a, b), of_the_unit(a, b).bfloat16()),
+    "float32": lambda a, b, c: (a.float() @ b.float(), of_the_unit(a.float(), b.float())),
+    "float64": lambda a, b, c: (a.double() @ b.double(), of_the_unit(a.double(), b.double())),
+    "convolution": lambda a, b, c: (
+        F.conv1d(a.t()[None], b.t()[:, :, None], c[0])[0].t(), (of_the_unit(b.t(), a.t()).t() + c[0].float()).bfloat16()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_a_product_leads_through_the_unit(way, h200):
+    found, expected = WAYS[way](A, B, C)
+    assert torch.equal(found, expected)
+    assert found.dtype == expected.dtype
+
+
+def test_the_unit_is_not_what_the_cpu_computes():
+    a, b = A.float().bfloat16(), B
+    with hal.open_device("sim:h200"):
+        simulated = F.linear(a.float(), b.t().float())
+        of_unit = of_the_unit(a, b)
+    assert not torch.equal(of_unit, simulated)  # cut, against fused multiply-adds
+
+
+def test_a_gradient_goes_through_the_unit_in_torchs_own_threads_too(h200):
+    a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+    dy = numbers(9, 7, seed=3)
+    (a @ b).backward(dy)
+    assert torch.equal(a.grad, of_the_unit(dy, B.t()).bfloat16())
+    assert torch.equal(b.grad, of_the_unit(A.t(), dy).bfloat16())
+
+
+def test_a_backward_pass_in_another_thread_and_another_forward_pass(h200):
+    a = A.clone().requires_grad_()
+    found = []
+
+    def work():
+        (a @ B).sum().backward()
+        found.append(A @ B)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], of_the_unit(A, B).bfloat16())
+    assert torch.equal(a.grad, of_the_unit(torch.ones(9, 7).bfloat16(), B.t()).bfloat16())
+
+
+def test_attention_is_decomposed_forward_and_backward(h200):
+    q, k, v = (numbers(1, 2, 12, 40, seed=s).requires_grad_() for s in range(3))
+    found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    products = []
+    original = h200_product = simulation.active().product
+
+    def watched(a, b):
+        products.append((tuple(a.shape), tuple(b.shape)))
+        return h200_product(a, b)
+
+    simulation.active().product = watched
+    again = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    again.sum().backward()
+    simulation.active().product = original
+    assert torch.equal(found, again)
+    assert len(products) == 6  # two forward and four backward
+    assert not simulation.active().not_simulated
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        lambda: torch.nn.LSTM(12, 12), lambda: torch.nn.GRU(12, 12), lambda: torch.nn.MultiheadAttention(12, 2),
+        lambda: torch.nn.TransformerEncoderLayer(12, 2, 24).eval(), lambda: torch.nn.Bilinear(12, 12, 3),
+    ],
+)  # fmt: skip
+def test_modules_with_fused_kernels_are_decomposed(module, h200):
+    torch.manual_seed(0)
+    made, x = module(), torch.randn(3, 2, 12)
+    given = {torch.nn.MultiheadAttention: (x, x, x), torch.nn.Bilinear: (x, x)}.get(type(made), (x,))
+    calls = []
+    active = simulation.active()
+    product_ = active.product
+    active.product = lambda a, b: calls.append(a.shape) or product_(a, b)
+    with torch.no_grad():
+        made(*given)
+    active.product = product_
+    assert calls
+    assert not active.not_simulated
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: torch.nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 17)),
+        (
+            lambda: torch.nn.Conv2d(4, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+            (3, 4, 11, 9),
+        ),
+        (lambda: torch.nn.Conv3d(2, 4, 2, padding=1), (1, 2, 5, 5, 5)),
+        (lambda: torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1, groups=2), (2, 4, 5, 6)),
+        (lambda: torch.nn.ConvTranspose1d(4, 6, 3, stride=3, dilation=2, bias=False), (2, 4, 5)),
+        (lambda: torch.nn.Conv2d(3, 4, 3), (3, 8, 8)),
+    ],
+)
+def test_convolutions_are_products_forward_and_backward(make, shape):
+    """In float64 both sum at most 200 products: they differ by less than 200 roundings of the sum of magnitudes."""
+    torch.manual_seed(1)
+    module, x = make().double(), torch.randn(shape, dtype=torch.float64)
+
+    def results():
+        given = x.clone().requires_grad_()
+        module.zero_grad()
+        y = module(given)
+        (y * torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)).sum().backward()
+        return [y.detach(), given.grad, *(p.grad for p in module.parameters())]
+
+    expected = results()
+    with hal.open_device("sim:h200/strict"):
+        found = results()
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).abs().max() <= 200 * 2.0**-53 * 200 * max(1.0, float(other.abs().max()))
+
+
+def test_scaled_products_of_fp8(h200):
+    e4m3 = torch.float8_e4m3fn
+    a, b = numbers(16, 64).to(e4m3), numbers(32, 64, seed=1).to(e4m3)
+    rows, columns = torch.rand(16, 1) + 0.5, torch.rand(1, 32) + 0.5
+    bias = numbers(32)
+    found = torch._scaled_mm(a, b.t(), rows, columns, bias=bias, out_dtype=torch.bfloat16)
+    expected = of_the_unit(a, b.t()) * rows * columns + bias.float()
+    assert torch.equal(found, expected.bfloat16())
+
+
+def test_grouped_products(h200):
+    x, weights = numbers(24, 16), numbers(3, 16, 32, seed=1)
+    offsets = torch.tensor([8, 8, 24], dtype=torch.int32)
+    found = F.grouped_mm(x, weights, offs=offsets)
+    expected = torch.cat([of_the_unit(x[:8], weights[0]), of_the_unit(x[8:], weights[2])]).bfloat16()
+    assert torch.equal(found, expected)
+
+
+def test_float32_goes_to_the_tf32_unit_when_asked(h200):
+    report = h200.precision.fp32_mode("tf32")
+    assert report.input_bits == (("matmul", 11), ("conv", 11))
+    a, b = A.float() * 1.001, B.float()
+    expected = product.multiply(a[None], b[None], CHIPS["h200"].units["tf32"], ("tf32", "tf32"))[0]
+    assert torch.equal(a @ b, expected)
+    assert h200.precision.fp32_mode("ieee").input_bits == (("matmul", 24), ("conv", 24))
+    with pytest.raises(UnsupportedPrecision):
+        h200.precision.fp32_mode("bf16x3")
+
+
+def test_a_schedule_is_part_of_the_name():
+    with hal.open_device("sim:h200/splitk=3") as device:
+        assert torch.equal(A.float() @ B.float(), of_the_unit(A.float(), B.float(), schedule=Schedule(split_k=3)))
+        assert torch.equal(A @ B, of_the_unit(A, B, schedule=Schedule(split_k=3)).bfloat16())
+        assert device.info.id == "sim:h200/splitk=3"
+        assert device.info.simulated
+        assert "splitk=3" in device.contract.evidence
+
+
+@pytest.mark.parametrize("name", ["sim:h999", "sim:h200x", "sim:", "sim:h200/", "sim:/splitk=2"])
+def test_another_chip_is_absent(name):
+    with pytest.raises(Absent, match="there is no such device"):
+        hal.open_device(name)
+
+
+def test_another_option_is_refused():
+    with pytest.raises(ConfigError, match="no such schedule"):
+        hal.open_device("sim:h200/order=2")
+
+
+@pytest.mark.parametrize(
+    ("chip", "dtype"),
+    [("v100", torch.bfloat16), ("a100", torch.float8_e4m3fn), ("mi300x", torch.float8_e4m3fn), ("h200", torch.float8_e4m3fnuz),
+     ("mi250", torch.float8_e5m2)],
+)  # fmt: skip
+def test_what_the_chip_has_no_unit_for_is_refused(chip, dtype):
+    with hal.open_device(f"sim:{chip}") as device:
+        operator = "scaled_mm" if dtype.itemsize == 1 else "matmul"
+        assert device.support(operator, dtype).status == "unsupported"
+        with pytest.raises(UnsupportedOperation, match="no matrix unit"):
+            simulation.active().product(numbers(1, 2, 3).to(dtype), numbers(1, 3, 2).to(dtype))
+
+
+def test_each_family_of_fp8_is_multiplied_where_it_is_known():
+    for chip, known in (("h200", {"e4m3fn", "e5m2"}), ("mi300x", {"e4m3fnuz", "e5m2fnuz"}), ("a100", set())):
+        with hal.open_device(f"sim:{chip}") as device:
+            assert {name for name, answer in device.precision.fp8_formats().items() if answer} == known
+
+
+def test_integers_and_complex_numbers_are_the_cpus(h200):
+    assert (torch.full((3, 4), 2) @ torch.full((4, 2), 3)).tolist() == [[24, 24]] * 3
+    z = torch.randn(3, 3, dtype=torch.complex64)
+    assert torch.allclose(z @ torch.eye(3, dtype=torch.complex64), z)
+
+
+def test_what_does_not_fit_is_an_error(h200):
+    for call in (lambda: A @ A, lambda: torch.bmm(A[None], A[None]), lambda: torch.mv(A, A[0, :5]),
+                 lambda: torch.mm(A, B.float()), lambda: torch.addmm(C[:4], A, B)):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def test_what_multiplies_by_itself_is_counted_and_refused_when_strict():
+    u = torch.randn(4)
+    with hal.open_device("sim:h200"):
+        torch.addr(torch.zeros(4, 4), u, u)
+        assert dict(simulation.active().not_simulated) == {"addr": 1}
+    with (
+        hal.open_device("sim:h200/strict"),
+        pytest.raises(UnsupportedOperation, match="addr multiplies inside a kernel"),
+    ):
+        torch.addr(torch.zeros(4, 4), u, u)
+
+
+def test_everything_is_back_after_closing():
+    before = A @ B, torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    enabled = torch._C._get_mkldnn_enabled()
+    with hal.open_device("sim:v100"):
+        assert simulation.active() is not None
+        with pytest.raises(UnsupportedOperation):
+            A @ B
+    assert simulation.active() is None
+    after = A @ B, torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert enabled == torch._C._get_mkldnn_enabled()
+
+
+def test_two_at_once_conflict_and_one_after_the_other_do_not():
+    with hal.open_device("sim:h200"), pytest.raises(DeviceConflict):
+        hal.open_device("sim:a100")
+    with hal.open_device("sim:a100"):
+        assert torch.equal(A @ B, of_the_unit(A, B, "a100").bfloat16())
+
+
+@pytest.mark.parametrize("chip", sorted(CHIPS))
+def test_a_small_model_trains_on_each(chip):
+    torch.manual_seed(0)
+    with hal.open_device(f"sim:{chip}"):
+        dtype = torch.float16 if chip == "v100" else torch.bfloat16
+        model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        x = torch.randn(64, 8)
+        losses = []
+        for _ in range(30):
+            with torch.autocast("cpu", dtype=dtype):
+                loss = (model(x).float() - x.sum(1, keepdim=True)).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]

@@ -48,12 +48,12 @@ class SimBackend(Backend):
         """See `Backend.open`."""
         import torch
 
-        from hal_sim import simulation
         from hal_sim.precision import SimPrecision
+        from hal_sim.simulation import Simulation
 
         chip, _, options = info.id.removeprefix("sim:").partition("/")
         schedule, strict = _parsed(options)
-        made = simulation.Simulation(info.id, CHIPS[chip], schedule, strict)
+        made = Simulation(info.id, CHIPS[chip], schedule, strict)
         for switch, value in _switches(made):
             changes.set(switch, value)
         device = torch.device("cpu")
@@ -107,10 +107,10 @@ def _switches(made: object) -> list[tuple[Switch, object]]:
     """Return what opening sets: who multiplies, and no kernels that multiply by themselves where torch has others."""
     import torch
 
-    from hal_sim import simulation
+    from hal_sim import interception
 
     return [
-        (Switch("products of matrices on the CPU", simulation.active, simulation.activate), made),
+        (Switch("products of matrices on the CPU", interception.active, interception.activate), made),
         (Switch("torch.backends.cuda.enable_flash_sdp", torch.backends.cuda.flash_sdp_enabled,
                 torch.backends.cuda.enable_flash_sdp), False),
         (Switch("torch.backends.mha fast path", torch.backends.mha.get_fastpath_enabled,

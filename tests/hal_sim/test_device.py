@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import hal
 from hal.errors import Absent, ConfigError, DeviceConflict, UnsupportedOperation, UnsupportedPrecision
-from hal_sim import product, simulation
+from hal_sim import interception, product
 from hal_sim.chips import CHIPS
 from hal_sim.schedule import Schedule
 
@@ -108,19 +108,19 @@ def test_attention_is_decomposed_forward_and_backward(h200):
     q, k, v = (numbers(1, 2, 12, 40, seed=s).requires_grad_() for s in range(3))
     found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     products = []
-    original = h200_product = simulation.active().product
+    original = h200_product = interception.active().product
 
     def watched(a, b):
         products.append((tuple(a.shape), tuple(b.shape)))
         return h200_product(a, b)
 
-    simulation.active().product = watched
+    interception.active().product = watched
     again = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     again.sum().backward()
-    simulation.active().product = original
+    interception.active().product = original
     assert torch.equal(found, again)
     assert len(products) == 6  # two forward and four backward
-    assert not simulation.active().not_simulated
+    assert not interception.active().not_simulated
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_modules_with_fused_kernels_are_decomposed(module, h200):
     made, x = module(), torch.randn(3, 2, 12)
     given = {torch.nn.MultiheadAttention: (x, x, x), torch.nn.Bilinear: (x, x)}.get(type(made), (x,))
     calls = []
-    active = simulation.active()
+    active = interception.active()
     product_ = active.product
     active.product = lambda a, b: calls.append(a.shape) or product_(a, b)
     with torch.no_grad():
@@ -238,7 +238,7 @@ def test_what_the_chip_has_no_unit_for_is_refused(chip, dtype):
         operator = "scaled_mm" if dtype.itemsize == 1 else "matmul"
         assert device.support(operator, dtype).status == "unsupported"
         with pytest.raises(UnsupportedOperation, match="no matrix unit"):
-            simulation.active().product(numbers(1, 2, 3).to(dtype), numbers(1, 3, 2).to(dtype))
+            interception.active().product(numbers(1, 2, 3).to(dtype), numbers(1, 3, 2).to(dtype))
 
 
 def test_each_family_of_fp8_is_multiplied_where_it_is_known():
@@ -264,7 +264,7 @@ def test_what_multiplies_by_itself_is_counted_and_refused_when_strict():
     u = torch.randn(4)
     with hal.open_device("sim:h200"):
         torch.addr(torch.zeros(4, 4), u, u)
-        assert dict(simulation.active().not_simulated) == {"addr": 1}
+        assert dict(interception.active().not_simulated) == {"addr": 1}
     with (
         hal.open_device("sim:h200/strict"),
         pytest.raises(UnsupportedOperation, match="addr multiplies inside a kernel"),
@@ -276,10 +276,10 @@ def test_everything_is_back_after_closing():
     before = A @ B, torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
     enabled = torch._C._get_mkldnn_enabled()
     with hal.open_device("sim:v100"):
-        assert simulation.active() is not None
+        assert interception.active() is not None
         with pytest.raises(UnsupportedOperation):
             A @ B
-    assert simulation.active() is None
+    assert interception.active() is None
     after = A @ B, torch.backends.cuda.flash_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's products of matrices, computed by a simulated unit for as long as a device is open.
+
+Kernels in Python take the place of torch's own at the dispatcher's key of the CPU. So they are reached from every
+thread, from `backward()` wherever it is called, and by whatever torch builds of these products: `linear`, `einsum`,
+grouped products, `F.scaled_dot_product_attention` once its fused kernels are switched off. (A dispatch mode sees
+neither other threads nor a `backward()` after its block.) Convolutions become products (convolution.py). What
+multiplies inside one kernel of its own, and is reached only if a program asks for it by name, is computed as before,
+and counted.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hal.errors import ConfigError
+from hal_sim import operators
+from hal_sim.simulation import Simulation
+
+OWN_KERNELS = (
+    "addr", "_scaled_mm_v2", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+)  # fmt: skip
+"""Operators that multiply inside a kernel of their own."""
+
+_active: Simulation | None = None
+_library: Any = None
+
+
+def active() -> Simulation | None:
+    """Return what multiplies at present."""
+    return _active
+
+
+def activate(simulation: Simulation | None) -> None:
+    """Let a simulation compute all products from now on; None: torch does again."""
+    global _active, _library
+    if simulation is not None and _library is None:
+        _library = _registered()
+    _active = simulation
+    if simulation is None and _library is not None:
+        _library._destroy()
+        _library = None
+
+
+def _registered() -> Any:
+    """Put our kernels in the place of torch's own, which are kept for what no unit multiplies."""
+    if not hasattr(torch.library, "get_kernel"):
+        raise ConfigError(f"torch {torch.__version__} cannot simulate", expected="torch 2.10 or later")
+    library = torch.library.Library("aten", "IMPL")
+    for name, make in (
+        ("mm", operators.mm), ("bmm", operators.bmm), ("addmm", operators.addmm), ("baddbmm", operators.baddbmm),
+        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("_addmm_activation", operators.addmm_activation),
+    ):  # fmt: skip
+        packet = getattr(torch.ops.aten, name)
+        _replace(library, packet.default, make)
+        _replace(library, packet.out, functools.partial(operators.into, make))
+    _replace(library, torch.ops.aten._scaled_mm.default, operators.scaled_mm)
+    _replace(library, torch.ops.aten.convolution.default, operators.convolution)
+    _replace(library, torch.ops.aten.convolution_backward.default, operators.convolution_backward)
+    for name in OWN_KERNELS:
+        if hasattr(torch.ops.aten, name):  # versions of torch differ
+            _count(library, getattr(torch.ops.aten, name).default)
+    return library
+
+
+def _replace(library: Any, operator: Any, make: Callable[..., Any]) -> None:
+    original = torch.library.get_kernel(operator, "CPU").call_boxed
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+        if _active is None or not all(tensor.dtype.is_floating_point for tensor in tensors):
+            # Integers and complex numbers are for no unit that is simulated.
+            return original(keys, *args, **kwargs)
+        return make(_active, *args, **kwargs)
+
+    _register(library, operator, kernel)
+
+
+def _count(library: Any, operator: Any) -> None:
+    original = torch.library.get_kernel(operator, "CPU").call_boxed
+    name = operator._schema.name.removeprefix("aten::")
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active is not None:
+            _active.count(name)
+        return original(keys, *args, **kwargs)
+
+    _register(library, operator, kernel)
+
+
+def _register(library: Any, operator: Any, kernel: Callable[..., Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there was a kernel before, which comes back
+        library.impl(operator, kernel, "CPU", with_keyset=True)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's operators on a simulated unit: shapes are checked, the product comes from the unit, the rest is here.
+
+Accumulators start from zero. `alpha`, `beta` and a bias act in the accumulator's format afterwards, and the result is
+rounded once: what cuBLAS's epilogue does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hal.errors import UnsupportedOperation
+from hal_sim import convolution as windows
+from hal_sim.simulation import Simulation
+
+
+def _finished(
+    product: torch.Tensor, addend: torch.Tensor | None, alpha: float, beta: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return alpha product + beta addend in the accumulator's format, rounded once to `dtype`."""
+    if alpha != 1:
+        product = product * alpha
+    if addend is not None and beta != 0:  # then not even a NaN of it counts
+        wide = addend.to(product.dtype)
+        product = product + (wide if beta == 1 else wide * beta)
+    return product.to(dtype)
+
+
+def into(
+    make: Callable[..., torch.Tensor], simulation: Simulation, *given: Any, out: torch.Tensor, **named: Any
+) -> torch.Tensor:
+    """Put into `out` what one of the others returns."""
+    result = make(simulation, *given, **named)
+    if out.shape != result.shape:
+        out.resize_(result.shape)
+    return out.copy_(result)
+
+
+def _two_matrices(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        raise RuntimeError(
+            f"{what}: mat1 and mat2 shapes cannot be multiplied, or dtypes differ "
+            f"({tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype})"
+        )
+
+
+def _batches(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
+    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1] or a.dtype != b.dtype:
+        raise RuntimeError(
+            f"{what}: batches cannot be multiplied, or dtypes differ "
+            f"({tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype})"
+        )
+
+
+def mm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return a b."""
+    _two_matrices(a, b, "mm")
+    return _finished(simulation.product(a[None], b[None])[0], None, 1, 0, a.dtype)
+
+
+def bmm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the products of two batches."""
+    _batches(a, b, "bmm")
+    return _finished(simulation.product(a, b), None, 1, 0, a.dtype)
+
+
+def addmm(
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """Return beta c + alpha a b."""
+    _two_matrices(a, b, "addmm")
+    product = simulation.product(a[None], b[None])[0]
+    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+
+
+def addmm_activation(
+    simulation: Simulation,
+    c: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+    use_gelu: bool = False,
+) -> torch.Tensor:
+    """Return what `addmm` does, through a ReLU or GELU."""
+    result = addmm(simulation, c, a, b, beta=beta, alpha=alpha)
+    return torch.nn.functional.gelu(result, approximate="tanh") if use_gelu else torch.relu(result)
+
+
+def baddbmm(
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """Return beta c + alpha a b for each matrix of batches."""
+    _batches(a, b, "baddbmm")
+    product = simulation.product(a, b)
+    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+
+
+def addbmm(
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """Return beta c plus alpha times the sum of the batch's products: one product whose K is that of all."""
+    _batches(a, b, "addbmm")
+    wide, tall = a.transpose(0, 1).flatten(1), b.flatten(0, 1)
+    return addmm(simulation, c, wide, tall, beta=beta, alpha=alpha)
+
+
+def addmv(
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, v: torch.Tensor, *, beta: float = 1, alpha: float = 1
+) -> torch.Tensor:
+    """Return beta c + alpha a v."""
+    if a.ndim != 2 or v.ndim != 1 or a.shape[1] != v.shape[0] or a.dtype != v.dtype:
+        raise RuntimeError(f"addmv: {tuple(a.shape)} {a.dtype} and {tuple(v.shape)} {v.dtype} cannot be multiplied")
+    product = simulation.product(a[None], v[None, :, None])[0, :, 0]
+    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+
+
+def scaled_mm(
+    simulation: Simulation, a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None, scale_result: torch.Tensor | None = None, out_dtype: torch.dtype | None = None,
+    use_fast_accum: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return a b times the scales of each, in `out_dtype`."""
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
+    product = simulation.product(a[None], b[None])[0]
+    for scale in (scale_a, scale_b):  # of the whole, of each row, or of each column
+        if scale.numel() != 1 and scale.shape not in ((a.shape[0], 1), (1, b.shape[1])):
+            raise UnsupportedOperation(
+                f"scales of shape {tuple(scale.shape)} are not simulated", device=simulation.device_id,
+                what="scaled_mm", expected="one number, or one for each row or column",
+            )  # fmt: skip
+    product = product * scale_a * scale_b
+    result = _finished(product, None if bias is None else bias.expand_as(product), 1, 1, out_dtype or a.dtype)
+    return result if scale_result is None else (result.float() * scale_result).to(result.dtype)
+
+
+def convolution(
+    simulation: Simulation, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int],
+    padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
+) -> torch.Tensor:  # fmt: skip
+    """See `torch.ops.aten.convolution`."""
+    stride, padding, dilation, output_padding = (
+        _each(values, x.ndim - 2) for values in (stride, padding, dilation, output_padding)
+    )
+    product = simulation.product
+    if transposed:
+        window = weight.shape[2:]
+        places = [(n - 1) * s - 2 * p + d * (w - 1) + o + 1 for n, s, p, d, w, o in zip(
+            x.shape[2:], stride, padding, dilation, window, output_padding, strict=True)]  # fmt: skip
+        size = (x.shape[0], weight.shape[1] * groups, *places)
+        y = windows.gradient_of_input(product, x, size, weight, stride, padding, dilation, groups)
+    else:
+        y = windows.convolved(product, x, weight, stride, padding, dilation, groups)
+    addend = None if bias is None else bias.view(1, -1, *[1] * (x.ndim - 2)).expand_as(y)
+    return _finished(y, addend, 1, 1, x.dtype).contiguous()
+
+
+def convolution_backward(
+    simulation: Simulation, dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias_sizes: list[int] | None,
+    stride: list[int], padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+    groups: int, output_mask: list[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """See `torch.ops.aten.convolution_backward`."""
+    stride, padding, dilation = (_each(values, x.ndim - 2) for values in (stride, padding, dilation))
+    product, rest = simulation.product, (stride, padding, dilation, groups)
+    dx = dweight = dbias = None
+    if output_mask[0]:
+        dx = (windows.convolved(product, dy, weight, *rest) if transposed else
+              windows.gradient_of_input(product, dy, x.shape, weight, *rest)).to(x.dtype)  # fmt: skip
+    if output_mask[1]:
+        inner, outer = (x, dy) if transposed else (dy, x)
+        dweight = windows.gradient_of_weight(product, inner, outer, weight.shape, *rest).to(weight.dtype)
+    if output_mask[2]:
+        dbias = dy.sum([0, *range(2, dy.ndim)])
+    return dx, dweight, dbias
+
+
+def _each(values: list[int], axes: int) -> list[int]:
+    return list(values) * axes if len(values) == 1 else list(values)

@@ -225,7 +225,7 @@ def run(
         markdown_file: lambda: markdown(report),
     }
     if not _write(files):
-        table.show(report, table.console())
+        table.show(report, table.console(), strict=strict)
     for entry in report.not_run:
         if entry.failed:
             click.echo(f"hal conformance: {plain(f'{entry.subject}: {entry.kind}: {entry.reason}')}", err=True)

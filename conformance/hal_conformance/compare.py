@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 SCHEMA = "hal.comparison/1"
 
 LABEL = 120
-"""Characters of a label, and of every place that shows one: it must tell one card from another."""
+"""Characters of a label without a number: it must tell one card from another."""
 FACT = 4000
 """Characters of a fact that are compared: names of kernels and paths of libraries may differ at their ends."""
 
@@ -107,7 +108,7 @@ class Comparison:
         found = [f"{label} is not like the others of its group, and nothing says why" for label in self.odd()]
         found += [f"nothing of {label} could be judged" for label in self.unjudged()]
         if not found and strict and self.exit_status(strict=True) > self.exit_status():
-            found.append("every bound holds, and --strict allows nothing amber")
+            found.append("--strict allows nothing amber")
         return found
 
     def exit_status(self, *, strict: bool = False) -> int:
@@ -148,7 +149,7 @@ def labels(recordings: Sequence[Recording]) -> list[str]:
     for own, recording in zip(parts, recordings, strict=True):
         alike = [other for other in parts if other is not own and other != own]
         depth = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in alike)), len(own))
-        names.append(plain(f"{recording.device}@{'/'.join(own[-depth:])}", LABEL))
+        names.append(_shortened(f"{recording.device}@{'/'.join(own[-depth:])}"))
     numbered = list(names)
     for i, name in enumerate(names):
         number = i + 1
@@ -156,6 +157,12 @@ def labels(recordings: Sequence[Recording]) -> list[str]:
             numbered[i] = f"{name}#{number}"
             number += len(names)
     return numbered
+
+
+def _shortened(label: str) -> str:
+    """Return a label that is cut in its middle: names of files differ at their ends."""
+    whole = plain(label, 4 * LABEL)
+    return whole if len(whole) <= LABEL else f"{whole[:30]}...{whole[33 - LABEL :]}"
 
 
 @dataclass
@@ -265,10 +272,8 @@ def compare(
                 f"{other.name} has scale {theirs[0]} and seed {theirs[1]}, and {recordings[0].name} has scale "
                 f"{ours[0]} and seed {ours[1]}: their inputs differ"
             )
-    if len(recordings) > 1 and not _in_common(recordings):
-        raise bundle.Unreadable(
-            f"{recordings[0].name} and {recordings[1].name}: no two recordings have a case in common"
-        )
+    if len(recordings) > 1 and (alone := _with_nothing_in_common(recordings)) is not None:
+        raise bundle.Unreadable(f"{alone.name} has no case in common with any other recording")
     started = time.monotonic()
     names = labels(recordings)
     facts = [_facts(recording) for recording in recordings]
@@ -306,14 +311,10 @@ def compare(
     return found
 
 
-def _in_common(recordings: Sequence[Recording]) -> bool:
-    seen: set[Task] = set()
-    for recording in recordings:
-        own = {entry.task for entry in recording.entries}
-        if own & seen:
-            return True
-        seen |= own
-    return False
+def _with_nothing_in_common(recordings: Sequence[Recording]) -> Recording | None:
+    """Return a recording of which no other has any case, if there is one."""
+    holders = Counter(task for recording in recordings for task in {entry.task for entry in recording.entries})
+    return next((r for r in recordings if all(holders[entry.task] == 1 for entry in r.entries)), None)
 
 
 def _take_in(one: Compared, found: Comparison, recordings: int) -> None:

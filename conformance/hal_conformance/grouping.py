@@ -55,10 +55,10 @@ class Odd:
 
     Attributes:
         recording: its label.
-        others: how many recordings agree with each other in the first of these tasks.
+        others: how many recordings agree with each other in `first`.
         tasks: in how many tasks it is alone, or with fewer than half.
         first: the first of them, with the output that differs and how.
-        explained_by: facts that only it has; empty: the manifest explains nothing.
+        explained_by: facts that may be the reason in all of these tasks; empty: the manifest explains nothing.
     """
 
     recording: str
@@ -197,8 +197,10 @@ class Grouper:
         bits = {index: _bits(entry) for index, entry in members.items()}
         common, votes = Counter(bits.values()).most_common(1)[0]
         leader = next(index for index, own in bits.items() if own == common)
-        if len(members) < 2 or all(entry.status is not None for entry in members.values()):
+        if len(members) < 2:
             return leader if members[leader].status is None else None
+        if 2 * votes > len(members) and members[leader].status is not None:
+            return None  # most have no outputs: it is no oddity to have some
         group.compared += 1
         if votes == len(members):
             group.alike += 1
@@ -216,20 +218,25 @@ class Grouper:
         most = [index for index, own in bits.items() if own == common]
         for index, own in bits.items():
             if own != common:
+                reasons = self._explained(index, most)
                 if index not in group.odd:
                     what = f"{task}: {_difference(members[leader], members[index])}"
-                    group.odd[index] = Odd(self._labels[index], votes, what, self._explained(index, most))
-                group.odd[index].tasks += 1
-        return leader if members[leader].status is None else None
+                    group.odd[index] = Odd(self._labels[index], votes, what, reasons)
+                found = group.odd[index]
+                found.tasks += 1
+                # A driver that explains one task explains no other in which cards of that driver are like the rest.
+                found.explained_by = [reason for reason in found.explained_by if reason in reasons]
+        return leader
 
     def _explained(self, index: int, most: Sequence[int]) -> list[str]:
-        """Return the facts that all of the majority share and this one does not."""
+        """Return the facts whose value none of the majority shares, and that are not another one for each card."""
         found = []
         for name in dict.fromkeys(fact for other in (*most, index) for fact in self._facts[other]):
             values = {self._facts[other].get(name, MISSING) for other in most}
             own = self._facts[index].get(name, MISSING)
-            if not is_identity(name) and own not in values and len(values) == 1:
-                found.append(f"{plain(name, 60)} is {plain(own, 60)}, elsewhere {plain(values.pop(), 60)}")
+            if not is_identity(name) and own not in values and len(values) < max(2, len(most)):
+                others = " or ".join(plain(value, 60) for value in sorted(values)[:3])
+                found.append(f"{plain(name, 60)} is {plain(own, 60)}, elsewhere {others}")
         return found
 
 

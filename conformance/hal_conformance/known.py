@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of somebody else's that are documented, and the evidence that a red result is one of them: KNOWN, amber.
 
-A fault excuses nothing by its name. It must show in an example on this very machine, and the case that is red must be
-green when it is run once more without what has the fault. An implementation that is wrong by itself stays red.
+A fault excuses nothing by its name. It must show in an example on this very machine. What is red must have its symptom
+and no other, twice, and be green when it is run without what has the fault. An implementation that is wrong by itself,
+or now and then, stays red.
 
 oneDNN issue 5717 (fixed by its pull request 5723, of July 2026): on processors with AMX, a bfloat16 product whose K is
 above 32 and no multiple of 32 reads past the end of its rows. What lies there is multiplied by zero, which leaves NaN
@@ -14,10 +15,21 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+
+from hal_conformance.absent import blank, can_be_absent, partial
+from hal_conformance.judging import judge_outputs
 from hal_conformance.results import Result
 from hal_conformance.verdicts import Judgement, Status
+
+if TYPE_CHECKING:
+    from hal.contract import Contract
+    from hal_conformance.case import Array
+    from hal_conformance.plan import Task
+
+Verdict = TypeVar("Verdict", Judgement, Result)
 
 FLAG = "faults.onednn_5717"
 _SHOWN = "shown"
@@ -44,17 +56,43 @@ def _leaks() -> bool:
 
 _OF_NUMBERS = frozenset({Status.FAIL_NUMERIC, Status.FAIL_DISCRETE, Status.FAIL_NONFINITE})
 
+MOST = 40
+"""Results of a subject that are run once more: of many that are red, the reason is another one."""
 
-def may_excuse(facts: Mapping[str, Any], dtype: str, status: Status) -> bool:
-    """Return whether a result may be due to a fault that shows on its device.
+
+def shows(facts: Mapping[str, Any], dtype: str) -> bool:
+    """Return whether a device has the fault, and results of a dtype can.
 
     Args:
         facts: the device's, as in a manifest; a forged one may hold anything.
         dtype: of the result.
-        status: of the result.
     """
-    flags = facts.get("flags")
-    return status in _OF_NUMBERS and dtype == "bfloat16" and isinstance(flags, dict) and flags.get(FLAG) == _SHOWN
+    info, versions, flags = (facts.get(part) for part in ("info", "versions", "flags"))
+    if not (isinstance(info, dict) and isinstance(versions, dict) and isinstance(flags, dict)):
+        return False
+    on_amx = "amx" in str(versions.get("instructions") or "amx")  # an older torch does not say
+    return dtype == "bfloat16" and info.get("torch_device") == "cpu" and on_amx and flags.get(FLAG) == _SHOWN
+
+
+def is_symptom(
+    task: Task, status: Status, outputs: Mapping[str, Array], hashes: Mapping[str, str], contract: Contract
+) -> bool:
+    """Return whether nothing is wrong with outputs but NaN and infinities: all that the fault can leave.
+
+    The others are judged as if these were not held (absent.py): then nothing may be red.
+    """
+    if status not in _OF_NUMBERS:
+        return False
+    rest, leaked = {}, False
+    for name, array in outputs.items():
+        rest[name] = array
+        if can_be_absent(array.dtype) and not (finite := np.isfinite(array)).all():
+            rest[name] = np.where(finite, array, blank(array.shape, array.dtype))
+            leaked = True
+    if not leaked:
+        return False
+    with partial(None, whole=False):
+        return judge_outputs(task, rest, hashes, contract).status.colour != "red"
 
 
 @contextlib.contextmanager
@@ -70,12 +108,15 @@ def avoided() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-Verdict = TypeVar("Verdict", Judgement, Result)
+def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
+    """Return the verdict on what is red, and was run twice more.
 
-
-def excused(found: Verdict, without: Verdict) -> Verdict:
-    """Return the verdict on what is red, and is judged once more without what has the fault."""
-    if without.status.colour != "green":
+    Args:
+        found: the verdict on it.
+        again: whether it had the symptom once more.
+        without: the verdict without what has the fault.
+    """
+    if not again or without.status.colour != "green":
         return found
     without_it = f"{without.status.value} without oneDNN, whose fault it is ({_WHERE})"
     detail = f"{without_it}; with it {found.status.value}: {found.detail}"

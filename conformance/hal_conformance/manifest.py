@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import platform
 import re
@@ -49,26 +50,29 @@ _MODULES = {
 """Libraries that an implementation may compute with: module to distribution."""
 
 
-def implementation(loaded: Any) -> dict[str, str]:
+def implementation(loaded: Any, reference: str) -> dict[str, str]:
     """Return what tells one implementation of a name from another: its distribution's version, or its source's digest.
 
     Args:
         loaded: the implementation.
+        reference: by which it was named, `module:object`: that module is where an adapter is put round something.
     """
     found = {}
     for module, distribution in _MODULES.items():
         if module in sys.modules:
             found[module] = _said(lambda name=distribution: version(name))  # type: ignore[misc]
     kind = loaded if isinstance(loaded, (type, ModuleType)) else type(loaded)
-    module = kind.__name__ if isinstance(kind, ModuleType) else kind.__module__
-    package = module.partition(".")[0]
-    names = packages_distributions().get(package, [])
-    if names and package not in ("hal", "hal_conformance"):
-        found["implementation"] = ", ".join(f"{name} {version(name)}" for name in dict.fromkeys(names))
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if file is not None and package not in ("hal", "hal_conformance"):
-        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        found["implementation_source"] = f"{Path(file).name} {digest[:16]}"
+    own = kind.__name__ if isinstance(kind, ModuleType) else kind.__module__
+    for module in dict.fromkeys((reference.partition(":")[0], own)):
+        package = module.partition(".")[0]
+        if package in ("hal", "hal_conformance", "torch") or package in sys.stdlib_module_names:
+            continue
+        for name in packages_distributions().get(package, []):
+            found[f"implementation.{module}"] = f"{name} {version(name)}"
+        with contextlib.suppress(OSError, TypeError):  # in an archive, or gone
+            file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            found[f"implementation.{module}.source"] = f"{file.name} {digest[:16]}"
     return found
 
 

@@ -15,6 +15,7 @@ twice.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,7 +93,7 @@ def write(
     opened: Mapping[str, Any],
     selection: Selection,
     observations: Iterable[Observation],
-    again: Callable[[Sequence[Task]], Iterable[Observation]] = lambda tasks: (),
+    once_more: Callable[[Sequence[Task]], Iterable[tuple[Task, bool, Observation]]] = lambda tasks: (),
 ) -> bytes:
     """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
@@ -101,7 +102,7 @@ def write(
     Args:
         subject, opened, selection: what was run.
         observations: of each task.
-        again: observes tasks without what has a known fault on this device.
+        once_more: runs tasks twice more, for what may be a known fault of this device (`known.excused`).
 
     Raises:
         ConfigError: it would be larger than a recording may be.
@@ -122,15 +123,19 @@ def write(
             with witness.watching(seen.outputs) as worst:
                 claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
             case["claim"] = _claim_to_json(seen.task, claimed)
-            if known.may_excuse(opened, seen.task.params.dtype, claimed.status):
+            if (
+                len(doubtful) < known.MOST
+                and known.shows(opened, seen.task.params.dtype)
+                and known.is_symptom(seen.task, claimed.status, seen.outputs, seen.hashes, contract)
+            ):
                 doubtful[seen.task] = len(cases), claimed
             case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in sorted(seen.outputs.items())}
         cases.append(case)
-    for seen in again(list(doubtful)):
-        at, claimed = doubtful[seen.task]
+    for task, again, seen in once_more(list(doubtful)):
+        at, claimed = doubtful[task]
         if seen.status is None:
-            without = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
-            cases[at]["claim"] = _claim_to_json(seen.task, known.excused(claimed, without))
+            without = judge_outputs(task, seen.outputs, seen.hashes, contract)
+            cases[at]["claim"] = _claim_to_json(task, known.excused(claimed, again, without))
     manifest = {
         "selection": selection.as_json(),
         "device": str(opened["info"]["id"]),
@@ -251,8 +256,13 @@ def _claim_from_json(claim: Any) -> Judgement:
     if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError("the recorder's verdict has no numbers where some were expected")
     found = Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
-    if found.status.colour == "green" and margin is not None and margin > 1:
-        raise Unreadable(f"it contradicts itself: {found.status.value} with the margin {margin:g}, and above 1 fails")
+    within = found.status.colour == "green" or found.status is Status.DEGRADED
+    for name, number in {"margin": margin, **found.detectors}.items():
+        limit = {"exact": 0.0, "rms": 1.0 if found.status.colour == "green" else math.inf, "bias": math.inf}.get(
+            name, 1.0
+        )
+        if number is not None and ((number < 0 and name != "bias") or (within and number > limit)):
+            raise Unreadable(f"it contradicts itself: {found.status.value} with {name} {number:g}")
     return found
 
 

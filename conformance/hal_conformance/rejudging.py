@@ -20,6 +20,7 @@ from hal_conformance.worker import too_large
 
 if TYPE_CHECKING:
     from hal.contract import Contract
+    from hal_conformance.case import Array
     from hal_conformance.packed import Packed
     from hal_conformance.plan import Task
     from hal_conformance.recording import Entry
@@ -81,7 +82,8 @@ class Rejudge:
             detail = f"{entry.claim.detail} (the recorder's verdict; here it {self._too_large})"
             return replace(entry.claim, detail=detail.strip())
         held = tuple((name, packed.content()) for name, packed in entry.outputs.items())
-        key = (held, tuple(entry.hashes.items()), repr(contract))
+        is_known = entry.claim.status is Status.KNOWN and known.shows(facts, self._task.params.dtype)
+        key = (held, tuple(entry.hashes.items()), repr(contract), entry.claim.status is Status.KNOWN, is_known)
         if key not in self._known:
             every = entry.outputs.values()
             whole = all(packed.grid is None for packed in every)
@@ -91,15 +93,27 @@ class Rejudge:
                     outputs[name] = packed.array(left)
                     left -= outputs[name].nbytes if outputs[name].flags.c_contiguous else 0
                 own = judge_outputs(self._task, outputs, entry.hashes, contract, self._made)
+                if entry.claim.status is Status.KNOWN:
+                    own = self._of_known(own, is_known, outputs, entry, contract)
             if not coverage.shown and own.status.colour != "neutral" and own.status not in _NOT_LOOKED_AT:
                 # A case that compares codes by itself: all of them.
                 coverage = Coverage(sum(packed.values.size for packed in every), sum(packed.size for packed in every))
             self._known[key] = own, coverage
         own, self.coverage = self._known[key]
-        # What is recorded has the fault, and only the recorder could see that it is gone without what has it.
-        if entry.claim.status is Status.KNOWN and known.may_excuse(facts, self._task.params.dtype, own.status):
-            return entry.claim
         return agreed(entry.claim, own)
+
+    def _of_known(
+        self, own: Judgement, can_be: bool, outputs: Mapping[str, Array], entry: Entry, contract: Contract
+    ) -> Judgement:
+        """Return the verdict on what the recorder says is a known fault.
+
+        Only the recorder could see that it is gone without what has it; that nothing else is wrong is seen here.
+        """
+        if not can_be:
+            return Judgement(Status.INVALID, detail="the recorder says KNOWN of what cannot have that fault")
+        if known.is_symptom(self._task, own.status, outputs, entry.hashes, contract):
+            return replace(own, status=Status.KNOWN)
+        return own
 
     def _needed(self, outputs: Mapping[str, Packed]) -> Needed | None:
         """Return what of the experts has a part in an element that is held; None: any of it may have."""

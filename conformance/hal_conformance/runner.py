@@ -142,7 +142,8 @@ class Runner(AbstractContextManager["Runner"]):
                 stage = message["event"]
                 if stage == "ready":
                     versions = {**self.opened["versions"], **message["implementation"]}
-                    self.opened = {**self.opened, "versions": versions}
+                    flags = {**self.opened["flags"], **message["flags"]}
+                    self.opened = {**self.opened, "versions": versions, "flags": flags}
                     return self.opened
                 if stage == "failed":
                     self._fail(message["kind"], message["detail"])

@@ -32,8 +32,8 @@ def console(*, stderr: bool = False) -> Console:
     return made
 
 
-def show(report: Report, out: Console) -> None:
-    """Print a report."""
+def show(report: Report, out: Console, *, strict: bool = False) -> None:
+    """Print a report; the last line says what the exit status says."""
     for subject in report.subjects:
         rows = [r for r in report.results if (r.subject, r.impl) == (subject["id"], subject["impl"])]
         show_tally(subject, rows, out)
@@ -47,8 +47,10 @@ def show(report: Report, out: Console) -> None:
     for note in report.notes:
         out.print(Text(f"note: {plain(note)}", style="dim"))
     missing = missing_devices(report)
-    status = report.exit_status()
-    out.print(Text(verdict(report.results, missing, report.seconds), style="bold green" if not status else "bold red"))
+    status = report.exit_status(strict=strict)
+    faults = ["--strict allows nothing amber"] if status > report.exit_status() else []
+    line = verdict(report.results, missing, report.seconds, faults=faults)
+    out.print(Text(line, style="bold green" if not status else "bold red"))
 
 
 def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> None:
@@ -56,7 +58,7 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
     info = subject["info"]
     simulated = ", simulated" if info.get("simulated") else ""
     name = plain(info.get("name") or "unnamed", 60)
-    title = f"{plain(subject['id'], 120)}: {name}{simulated}, implementation {plain(subject['impl'], 60)}"
+    title = f"{plain(subject['id'], 140)}: {name}{simulated}, implementation {plain(subject['impl'], 60)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title, style="bold"), title_justify="left")
     table.add_column("family")
     table.add_column("dtype")
@@ -100,7 +102,7 @@ def show_notable(rows: list[Result], out: Console, *, subjects: bool) -> None:
     for group in list(merged.values())[:MAX_ROWS]:
         row = group[0]
         what = plain(row.case) if len(group) == 1 else f"{len(group)} cases"
-        where = f" on {plain(row.subject, 120)}" + (f" ({plain(row.impl, 40)})" if row.impl != "torch" else "")
+        where = f" on {plain(row.subject, 140)}" + (f" ({plain(row.impl, 40)})" if row.impl != "torch" else "")
         line = Text(f"{row.status.value:<15}", style=STYLES[row.status.colour])
         line.append(f"{what} {row.dtype}{where if subjects else ''}", style="")
         margin = "" if row.margin is None else f"margin {row.margin:.3g}; "

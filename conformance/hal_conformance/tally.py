@@ -75,6 +75,8 @@ def verdict(
         meaning = "DOES NOT AGREE with the float64 oracle"
     elif faults:
         meaning = f"FAILS: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+    elif any(row.status is Status.KNOWN for row in rows):
+        meaning = "agrees but for known faults; look at what is amber"
     elif colours["amber"] or amber:
         meaning = "agrees within every bound; look at what is amber"
     else:

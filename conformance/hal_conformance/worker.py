@@ -148,7 +148,9 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001  importing an implementation may raise anything
             self._send({"event": "failed", "kind": "implementation", "detail": plain(_last(error))})
             return False
-        self._send({"event": "ready", "implementation": manifest.implementation(self._ops)})
+        # Switches once more: to import an implementation may have set some.
+        described = {"implementation": manifest.implementation(self._ops, impl), "flags": manifest.flags()}
+        self._send({"event": "ready", **described})
         return True
 
     def _answer(self, number: int, case: Case, params: Params) -> tuple[dict[str, Any], Arrays]:

@@ -21,6 +21,7 @@ from hal.backend import DeviceInfo
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice, UnsupportedOperation
 from hal.support import Support
+from hal_conformance.absent import is_absent
 from hal_conformance.case import Footprint
 from hal_conformance.verdicts import Judgement, Status
 
@@ -61,7 +62,7 @@ class Doubling:
         if y is None or y.shape != (2, 3) or y.dtype != inputs["x"].dtype:
             return Judgement(Status.FAIL_STRUCTURE, detail="not the y that was expected")
         off = np.abs(y.astype(np.float64) - 2 * inputs["x"].astype(np.float64))
-        worst = float(off.max())
+        worst = float(np.where(is_absent(y), 0.0, off).max())
         return Judgement(
             Status.EXACT if worst == 0 else Status.FAIL_NUMERIC, worst, {"bound": worst}, f"off by {worst}"
         )
@@ -154,12 +155,34 @@ def _leaking(x):
     return {"y": x * 2 + (torch.nan if leaks else 0.0)}
 
 
+def _wrong_with_the_library(x):
+    """Wrong by a number, where the fault of `known` leaves NaN and infinities only."""
+    import torch
+
+    return {"y": x * 2 + (x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled())}
+
+
+_leaked = []
+
+
+def _leaking_once(x):
+    """NaN at the first call, as of memory that nobody has written to."""
+    import torch
+
+    if x.dtype != torch.bfloat16 or _leaked:
+        return {"y": x * 2}
+    _leaked.append(x)
+    return {"y": x * 2 + torch.nan}
+
+
 def _right(x):
     return {"y": x * 2}
 
 
 good = SimpleNamespace(double=_right)
 leaking = SimpleNamespace(double=_leaking)
+wrong_with_the_library = SimpleNamespace(double=_wrong_with_the_library)
+leaking_once = SimpleNamespace(double=_leaking_once)
 wrong = SimpleNamespace(double=lambda x: {"y": x * 2 + 1})
 nothing = SimpleNamespace()
 

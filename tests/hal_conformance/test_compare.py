@@ -83,15 +83,29 @@ def test_labels_tell_recordings_apart_by_as_little_as_it_takes(names, expected):
 def test_recordings_without_a_case_in_common_are_refused():
     one, other = (recordings.parse(recordings.make(Selection((case,), scale="tiny")), case)
                   for case in ("double.one[a]", "double.two[a]"))  # fmt: skip
-    with pytest.raises(Unreadable, match="no two recordings have a case in common"):
+    with pytest.raises(Unreadable, match=r"double.one\[a\] has no case in common with any other recording"):
         compare([one, other])
+    with pytest.raises(Unreadable, match=r"double.two\[a\] has no case in common"):
+        compare([one, one, other])
 
 
-def test_a_green_claim_whose_margin_fails_is_refused():
+def test_a_long_label_is_cut_in_its_middle():
+    names = ["run-" + "x" * 200 + f"-node{n:02}.st" for n in (7, 8)]
+    found = labels([recordings.parse(recordings.make(), name) for name in names])
+    assert [label[-10:] for label in found] == ["-node07.st", "-node08.st"]
+    assert all(len(label) <= 120 for label in found)
+
+
+@pytest.mark.parametrize(
+    "claimed",
+    [["PASS", 1e19, None, None, None, None], ["PASS", None, 50, None, None, None], ["PASS", 0.5, 0.5, 9e9, None, None],
+     ["PASS", -7, None, None, None, None], ["EXACT", None, None, None, None, 3], ["DEGRADED", 50, 50, None, None, None]],
+)  # fmt: skip
+def test_a_claim_that_contradicts_itself_is_refused(claimed):
     def claim(manifest):
-        manifest["cases"][0]["claim"][:2] = ["PASS", 1e19]
+        manifest["cases"][0]["claim"] = [*claimed, ""]
 
-    with pytest.raises(Unreadable, match="contradicts itself: PASS with the margin"):
+    with pytest.raises(Unreadable, match=f"contradicts itself: {claimed[0]} with"):
         recordings.parse(recordings.with_manifest(recordings.make(), claim))
 
 

@@ -79,7 +79,8 @@ def test_of_ten_cards_the_one_with_a_flipped_bit_of_a_weight_is_named(tmp_path):
     assert found.exit_status() == 1
     text = shown(found)
     assert "odd one out: fake:0@6" in text
-    assert "differs from 9 others in 2 tasks; nothing in its manifest says why" in text
+    assert "in 2 tasks; nothing in its manifest says why" in text
+    assert "; 9 others agree" in text
     odd_ones = json.loads(to_json(found.as_json()))["grouping"]["groups"][0]["odd"]
     assert [entry["recording"] for entry in odd_ones] == ["fake:0@6"]
     files = [str(path) for path in sorted(tmp_path.iterdir())]
@@ -151,6 +152,43 @@ def test_a_card_without_outputs_where_the_others_have_some_is_odd(status):
     assert odd.first == f"double.one[a] float32: {status.value} (no kernel)"
     assert (group.compared, group.alike) == (2, 0)
     assert found.odd() == ["fake:2@card-2"]
+
+
+def test_one_that_has_outputs_where_most_have_none_is_no_odd_one():
+    cards = [card(n) for n in range(4)]
+    for one in cards[:3]:
+        for entry in one.entries:
+            for field, value in {"status": Status.UNSUPPORTED, "detail": "", "outputs": {}, "claim": None}.items():
+                object.__setattr__(entry, field, value)
+    found = compare(cards, group_by="driver")
+    assert found.odd() == []
+    assert found.grouping.colour() == "green"
+
+
+def test_a_reason_must_hold_for_all_that_it_explains():
+    """Cards of an older driver are like the rest in one task: the driver does not explain who is alone there."""
+
+    def of(number, first=lambda y: y, second=lambda y: y, driver="550"):
+        made = judged_alike(number, driver=driver)
+        for entry, change in zip(made.entries, (first, second), strict=True):
+            (name,) = entry.outputs
+            changed = recordings.parse(recordings.make(change=change)).entries[made.entries.index(entry)].outputs[name]
+            object.__setattr__(entry, "outputs", {name: changed})
+        return made
+
+    old = {"driver": "535", "first": recordings.one_ulp}
+    cards = [*(of(n) for n in range(4)), of(4, **old), of(5, **old, second=recordings.one_ulp)]
+    (group,) = compare(cards, group_by="arch").grouping.groups.values()
+    assert {odd.recording: bool(odd.explained_by) for odd in group.odd.values()} == {
+        "fake:4@card-4": True, "fake:5@card-5": False,
+    }  # fmt: skip
+
+
+def test_a_value_that_only_it_has_is_a_reason_though_the_others_have_two():
+    drivers = ["550", "550", "555", "555", "999"]
+    cards = [card(n, driver, change=recordings.one_ulp if n == 4 else lambda y: y) for n, driver in enumerate(drivers)]
+    (group,) = compare(cards, group_by="arch").grouping.groups.values()
+    assert [odd.explained_by for odd in group.odd.values()] == [["versions.driver is 999, elsewhere 550 or 555"]]
 
 
 def test_a_host_without_memory_says_nothing_about_its_card():

@@ -53,16 +53,33 @@ def test_an_implementation_is_told_from_another_of_its_name(tmp_path, monkeypatc
         importlib.invalidate_caches()
         module = importlib.import_module("mine_for_manifest")
         kind = type("Ops", (), {"__module__": "mine_for_manifest"})
-        seen.append(manifest.implementation(kind()))
-        assert manifest.implementation(module) == manifest.implementation(kind) == seen[-1]
+        seen.append(manifest.implementation(kind(), "mine_for_manifest:ops"))
+        assert manifest.implementation(module, "torch") == manifest.implementation(kind, "torch") == seen[-1]
     assert seen[0] != seen[1]
-    assert seen[0]["implementation_source"].startswith("mine_for_manifest.py ")
+    assert seen[0]["implementation.mine_for_manifest.source"].startswith("mine_for_manifest.py ")
 
 
 def test_the_version_of_an_installed_implementation_shows():
     import click
 
-    assert manifest.implementation(click)["implementation"].startswith("click ")
+    assert manifest.implementation(click, "torch")["implementation.click"].startswith("click ")
+
+
+def test_what_an_adapter_is_put_round_shows_and_pythons_own_files_do_not():
+    import click  # noqa: F401
+
+    found = manifest.implementation(types.SimpleNamespace(), "click:ops")
+    assert found["implementation.click.source"].startswith("__init__.py ")
+    assert not any("types" in name for name in found)
+
+
+def test_an_implementation_without_a_source_file_is_none_the_worse(monkeypatch):
+    import sys
+
+    module = types.ModuleType("in_an_archive")
+    module.__file__ = "/no/such/archive.zip/in_an_archive.py"
+    monkeypatch.setitem(sys.modules, "in_an_archive", module)
+    assert manifest.implementation(module, "in_an_archive:ops") == {}
 
 
 def test_a_card_has_the_uuid_that_its_driver_gives(monkeypatch):

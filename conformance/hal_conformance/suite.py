@@ -81,7 +81,7 @@ def run(
             doubtful: dict[Task, int] = {}
             for observation in runner.observe(tasks):
                 row = judge(observation, contract, device, subject.impl)
-                if len(doubtful) < known.MOST and _is_symptom(observation, row.status, contract, opened):
+                if _is_symptom(observation, row.status, contract, opened):
                     doubtful[observation.task] = len(report.results)
                 elif on_result:
                     on_result(subject, row)

@@ -13,6 +13,7 @@ import torch
 
 from hal.contract import Contract
 from hal_conformance import arrays, known, suite
+from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.subject import Subject
@@ -26,6 +27,7 @@ DTYPES = ("float32", "bfloat16")
 @pytest.fixture(autouse=True)
 def _path(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(known, "CASES", {"double.one"})
 
 
 def run(impl, opener):
@@ -52,6 +54,17 @@ def test_what_is_green_without_the_fault_is_known_and_amber():
 def test_an_implementation_that_is_wrong_by_itself_stays_red(impl):
     _, rows = run(impl, "open_leaking")
     assert rows["bfloat16"].status.colour == "red"
+
+
+def test_a_case_in_which_nothing_could_leak_stays_red(monkeypatch):
+    monkeypatch.setattr(known, "CASES", {"double.two"})
+    _, rows = run("leaking", "open_leaking")
+    assert rows["bfloat16"].status.colour == "red"
+
+
+def test_the_cases_that_may_show_it_exist():
+    names = {case.name for case in ALL}
+    assert {"experts.nonfinite_rows", "experts.nan_backward", "layer.degenerate", "layer.sliced"} <= names
 
 
 def test_where_the_fault_does_not_show_it_excuses_nothing():

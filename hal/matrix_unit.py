@@ -60,7 +60,7 @@ class MatrixUnit:
         group: products that are fused, L.
         fraction_bits: below E, F; unused by "pairwise" and "fused".
         result: format of d: "float32"; "float32_13" keeps 13 fraction bits of it; "float16"; "float64".
-        exponent_floor: E is at least this. Only results near the subnormal range show it; see `settled_above`.
+        exponent_floor: E is at least this. Only results below 2^-118 show it, and the models disagree about them.
         interleaved: products of even and of odd k are summed apart, each with an E of its own ("floored").
         evidence: for the rule.
     """
@@ -73,13 +73,7 @@ class MatrixUnit:
     interleaved: bool = False
     evidence: Evidence = "two models"
 
-    @property
-    def settled_above(self) -> float:
-        """Results of smaller magnitude are unspecified: the models disagree on zero products and on E's floor."""
-        return 2.0**-118 if self.kind in ("truncated", "floored") and self.result != "float16" else 0.0
 
-
-_SEEN, _MODELS = "recorded hardware", "two models"
 _IEEE: Mapping[str, MatrixUnit] = {
     "float32": MatrixUnit("fused"), "float64": MatrixUnit("fused", result="float64"),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hal_conformance.grouping import is_identity
-from hal_conformance.table import MAX_ROWS, show_notable, show_tally
+from hal_conformance.table import LABEL, MAX_ROWS, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
 from hal_conformance.text import plain
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from hal_conformance.compare import Comparison, Difference, Fact
     from hal_conformance.grouping import Group, Grouping
 
-SHOWN = 140
-"""Characters of a label: longer than any (`compare.LABEL`, and a number)."""
 TABLES = 4
 """Recordings of which each has a table; of more, those that are green have a line."""
 FACTS, VALUES = 40, 12
@@ -39,7 +37,7 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
         if len(report.subjects) > TABLES and all(row.status.colour in ("green", "neutral") for row in rows):
             green = sum(row.status.colour == "green" for row in rows)
             out.print(
-                Text(f"{plain(subject['id'], SHOWN)}: {green} green, {len(rows) - green} not judged", style="green")
+                Text(f"{plain(subject['id'], LABEL)}: {green} green, {len(rows) - green} not judged", style="green")
             )
         else:
             show_tally(subject, rows, out)
@@ -67,7 +65,7 @@ def _show_facts(found: Comparison, out: Console) -> None:
         out.print(Text(f"  {fact.name}"))
         having: dict[str, list[str]] = {}
         for subject, value in zip(found.report.subjects, fact.values, strict=True):
-            having.setdefault("(not there)" if value is None else plain(value), []).append(plain(subject["id"], SHOWN))
+            having.setdefault("(not there)" if value is None else plain(value), []).append(plain(subject["id"], LABEL))
         for value, those in list(having.items())[:VALUES]:
             who = ", ".join(those) if len(those) <= 2 else f"{those[0]} and {len(those) - 1} others"
             out.print(Text(f"    {who}: {value}", style="dim"))
@@ -105,7 +103,7 @@ def _line(difference: Difference) -> Text:
     parts.append(plain(difference.detail))
     text = Text(f"{'differs':<16}", style="yellow")
     text.append(f"{plain(difference.case)} {difference.dtype} {difference.output}", style="")
-    who = f"{plain(difference.a, SHOWN)}, {plain(difference.b, SHOWN)}"
+    who = f"{plain(difference.a, LABEL)}, {plain(difference.b, LABEL)}"
     return text.append(f"\n                {', '.join(filter(None, parts))} ({who})", style="dim")
 
 
@@ -119,7 +117,7 @@ def _show_groups(grouping: Grouping, out: Console) -> None:
             reason = (
                 f"; {plain('; '.join(odd.explained_by))}" if odd.explained_by else "; nothing in its manifest says why"
             )
-            text = Text(f"    odd one out: {plain(odd.recording, SHOWN)}", style=style)
+            text = Text(f"    odd one out: {plain(odd.recording, LABEL)}", style=style)
             text.append(f"\n      in {odd.tasks} tasks{reason}", style="")
             out.print(text.append(f"\n      first {plain(odd.first)}; {odd.others} others agree", style="dim"))
     if grouping.compared:

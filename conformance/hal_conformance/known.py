@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hal.contract import Contract
     from hal_conformance.case import Array
     from hal_conformance.plan import Task
+    from hal_conformance.runner import Observation
 
 Verdict = TypeVar("Verdict", Judgement, Result)
 
@@ -93,6 +94,14 @@ def is_symptom(
         return False
     with partial(None, whole=False):
         return judge_outputs(task, rest, hashes, contract).status.colour != "red"
+
+
+def may_be(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> bool:
+    """Return whether what is red on a device may be its fault: the device has it, and this is the symptom."""
+    task = observation.task
+    return shows(facts, task.params.dtype) and is_symptom(
+        task, status, observation.outputs, observation.hashes, contract
+    )
 
 
 @contextlib.contextmanager

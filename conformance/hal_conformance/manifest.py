@@ -63,11 +63,11 @@ def implementation(loaded: Any, reference: str) -> dict[str, str]:
             found[module] = _said(lambda name=distribution: version(name))  # type: ignore[misc]
     kind = loaded if isinstance(loaded, (type, ModuleType)) else type(loaded)
     own = kind.__name__ if isinstance(kind, ModuleType) else kind.__module__
-    for module in dict.fromkeys((reference.partition(":")[0], own)):
-        package = module.partition(".")[0]
-        if package in ("hal", "hal_conformance", "torch") or package in sys.stdlib_module_names:
-            continue
-        for name in packages_distributions().get(package, []):
+    known = {"hal", "hal_conformance", "torch", *sys.stdlib_module_names}
+    modules = [m for m in dict.fromkeys((reference.partition(":")[0], own)) if m.partition(".")[0] not in known]
+    distributions = packages_distributions() if modules else {}  # reads the metadata of all that is installed
+    for module in modules:
+        for name in distributions.get(module.partition(".")[0], []):
             found[f"implementation.{module}"] = f"{name} {version(name)}"
         with contextlib.suppress(OSError, TypeError):  # in an archive, or gone
             file = Path(getattr(sys.modules.get(module), "__file__", None) or "")

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice
@@ -22,7 +22,6 @@ from hal_conformance.subject import Subject, unmet
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
     from hal_conformance.runner import Observation
-    from hal_conformance.verdicts import Status
 
 OnResult = Callable[[Subject, Result], None]
 
@@ -81,7 +80,7 @@ def run(
             doubtful: dict[Task, int] = {}
             for observation in runner.observe(tasks):
                 row = judge(observation, contract, device, subject.impl)
-                if _is_symptom(observation, row.status, contract, opened):
+                if known.may_be(opened, contract, observation, row.status):
                     doubtful[observation.task] = len(report.results)
                 elif on_result:
                     on_result(subject, row)
@@ -98,20 +97,11 @@ def run(
     return report
 
 
-def _is_symptom(observation: Observation, status: Status, contract: Contract, opened: Mapping[str, Any]) -> bool:
-    """Return whether what is red may be a known fault of the device."""
-    task = observation.task
-    return known.shows(opened, task.params.dtype) and known.is_symptom(
-        task, status, observation.outputs, observation.hashes, contract
-    )
-
-
 def _once_more(runner: Runner, tasks: Sequence[Task], contract: Contract) -> Iterator[tuple[Task, bool, Observation]]:
     """Run tasks twice more; yield each, whether the symptom was there again, and what it did without the fault."""
     again = {}
     for seen in runner.observe(tasks):
-        status = judge(seen, contract, "", "").status
-        again[seen.task] = known.is_symptom(seen.task, status, seen.outputs, seen.hashes, contract)
+        again[seen.task] = known.may_be(runner.opened, contract, seen, judge(seen, contract, "", "").status)
     for seen in runner.observe(tasks, avoiding=True):
         yield seen.task, again[seen.task], seen
 

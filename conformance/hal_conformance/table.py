@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 WIDTH = 100
 STYLES = {"green": "green", "amber": "yellow", "red": "bold red", "neutral": "dim"}
 
+LABEL = 140
+"""Characters of a subject's name: longer than any that `compare` makes, which tell recordings apart at their ends."""
 MAX_ROWS = 60
 """Lines of the list of what is not green; the JSON report has them all."""
 
@@ -58,7 +60,7 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
     info = subject["info"]
     simulated = ", simulated" if info.get("simulated") else ""
     name = plain(info.get("name") or "unnamed", 60)
-    title = f"{plain(subject['id'], 140)}: {name}{simulated}, implementation {plain(subject['impl'], 60)}"
+    title = f"{plain(subject['id'], LABEL)}: {name}{simulated}, implementation {plain(subject['impl'], 60)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title, style="bold"), title_justify="left")
     table.add_column("family")
     table.add_column("dtype")
@@ -102,7 +104,7 @@ def show_notable(rows: list[Result], out: Console, *, subjects: bool) -> None:
     for group in list(merged.values())[:MAX_ROWS]:
         row = group[0]
         what = plain(row.case) if len(group) == 1 else f"{len(group)} cases"
-        where = f" on {plain(row.subject, 140)}" + (f" ({plain(row.impl, 40)})" if row.impl != "torch" else "")
+        where = f" on {plain(row.subject, LABEL)}" + (f" ({plain(row.impl, 40)})" if row.impl != "torch" else "")
         line = Text(f"{row.status.value:<15}", style=STYLES[row.status.colour])
         line.append(f"{what} {row.dtype}{where if subjects else ''}", style="")
         margin = "" if row.margin is None else f"margin {row.margin:.3g}; "

@@ -22,8 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = tuple(
-    Path(__file__).parent / name for name in ("matrix_unit.cpp", "general.hpp", "reference.hpp", "vectors.hpp")
-)
+    Path(__file__).parent / name
+    for name in ("matrix_unit.cpp", "fast.hpp", "general.hpp", "general_tiles.hpp", "plain.hpp", "problem.hpp",
+                 "reference.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp")
+)  # fmt: skip
 LIBRARY, DIGEST = "matrix_unit.so", "sha256"
 
 _FLAGS = (
@@ -32,6 +34,7 @@ _FLAGS = (
     "-fPIC",
     "-shared",
     "-pthread",
+    "-fwrapv",
     "-fno-fast-math",
     "-ffp-contract=off",
 )  # fmt: skip  (a user's CXXFLAGS are not ours to trust with rounding)

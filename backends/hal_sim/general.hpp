@@ -1,22 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rules for vectors of columns and tiles of rows. "truncated" and "floored" take finite operands, whatever their
-// exponents; "pairwise" and "fused" are plain arithmetic.
+// The rules "truncated" and "floored" for vectors of columns and tiles of rows, of any finite operands, whatever their
+// exponents.
 //
-// For the first two an operand is a significand of its format, a float of at most 12 bits, and an exponent. The product of two of them is
+// An operand is a significand of its format, a float of at most 12 bits, and an exponent. The product of two of them is
 // exact in a float, so that shifting it to the unit's grid is a multiplication by a power of two, and cutting it off
 // there the conversion to an integer. Sums of 16 of these fit an int32: 16 * 3.999 * 2^25 < 2^31.
 #pragma once
 
 #include "reference.hpp"
+#include "strips.hpp"
 #include "vectors.hpp"
 
 namespace hal_sim {
 
 constexpr int kZeroExponent = -4096;  // of an operand that is zero: never the largest
-constexpr int kNothing = -1024;       // smaller than the exponent of any product but zero
-constexpr int kRows = 4;              // of a tile
+constexpr int kNoProduct = -1024;     // smaller than the exponent of any product but zero
 constexpr int kTerms = 16;            // that an int32 holds
-constexpr int kMostPairs = 16;
 
 // Operands of one group: `significands[k][lane]` and `exponents[k][lane]` of the columns, `[k][row]` of the rows.
 struct Operands {
@@ -69,7 +68,7 @@ inline Ints exponent_of(Floats c, int of_zero) {
 }
 
 // Both return false where a product or the sum may be infinite, which is not for them to say.
-constexpr int kMost = 120;  // 2^120 times the 33 terms below 4 of the largest unit is below 2^128
+constexpr int kMostExponent = 120;  // 2^120 times the 33 terms below 4 of the largest unit is below 2^128
 
 // Must run with rounding toward zero.
 inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
@@ -79,8 +78,8 @@ inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[
     Ints zero[kRows], beyond{};
     for (int r = 0; r < kRows; ++r) {
         exponent[r] = larger(exponent[r], exponent_of(c[r], 2 * kZeroExponent));
-        zero[r] = exponent[r] < kNothing;
-        exponent[r] = larger(exponent[r], Ints{} + (unit.exponent_floor > kNothing ? unit.exponent_floor : kNothing));
+        zero[r] = exponent[r] < kNoProduct;
+        exponent[r] = larger(exponent[r], Ints{} + (unit.exponent_floor > kNoProduct ? unit.exponent_floor : kNoProduct));
     }
     aligned_sum(in, 0, 1, count, unit.fraction_bits, exponent, sum);
     for (int r = 0; r < kRows; ++r) {
@@ -91,7 +90,7 @@ inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[
         Ints kept = bits(__builtin_convertvector(value, Floats));  // toward zero
         if (unit.result == kFloat32With13Bits) kept &= ~0x3ff;
         c[r] = floats((kept & INT32_MAX) == 0 ? Ints{} : kept);  // no sum is -0
-        beyond |= exponent[r] > kMost;
+        beyond |= exponent[r] > kMostExponent;
     }
     return !any(beyond);
 }
@@ -110,8 +109,8 @@ inline bool floored(const Unit& unit, const Operands& in, int count, Floats c[kR
         for (int r = 0; r < kRows; ++r) {
             const Ints both = larger(exponent[r], odd_exponent[r]);
             // A half of nothing but zeros has the sum zero, however far it is shifted.
-            sum[r] = rounded_down(sum[r] * power_of_two(larger(exponent[r] - both, Ints{} + kNothing + 24))) +
-                     rounded_down(odd_sum[r] * power_of_two(larger(odd_exponent[r] - both, Ints{} + kNothing + 24)));
+            sum[r] = rounded_down(sum[r] * power_of_two(larger(exponent[r] - both, Ints{} + kNoProduct + 24))) +
+                     rounded_down(odd_sum[r] * power_of_two(larger(odd_exponent[r] - both, Ints{} + kNoProduct + 24)));
             exponent[r] = both;
         }
     }
@@ -119,42 +118,17 @@ inline bool floored(const Unit& unit, const Operands& in, int count, Floats c[kR
     for (int r = 0; r < kRows; ++r) {
         const Ints of_c = exponent_of(c[r], -126);
         const Ints both = larger(exponent[r], of_c);
-        const Ints down = larger(exponent[r] - both, Ints{} + kNothing + 24) + (31 - unit.fraction_bits);
+        const Ints down = larger(exponent[r] - both, Ints{} + kNoProduct + 24) + (31 - unit.fraction_bits);
         Doubles addend = rounded_down(__builtin_convertvector(c[r], Doubles) * power_of_two(24 - both));
         if (unit.interleaved) {
             addend = __builtin_convertvector(of_c < both - 25, Longs) ? Doubles{} : addend;
         }
         const Doubles value = (rounded_down(sum[r] * power_of_two(down)) + addend * 128) * power_of_two(both - 31);
         const Floats result = __builtin_convertvector(value, Floats);
-        c[r] = exponent[r] < kNothing ? c[r] + 0.0f : result;
-        beyond |= both > kMost;
+        c[r] = exponent[r] < kNoProduct ? c[r] + 0.0f : result;
+        beyond |= both > kMostExponent;
     }
     return !any(beyond);
-}
-
-inline Floats flushed(Floats x) {
-    const Ints small = (bits(x) & 0x7f800000) == 0;
-    return floats(small ? bits(x) & INT32_MIN : bits(x));
-}
-
-// The operands' subnormals are zeros already.
-inline void pairwise(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
-    for (int r = 0; r < kRows; ++r) {
-        Floats terms[kMostPairs] = {};
-        for (int k = 0; k < count; ++k) {
-            terms[k] = flushed(*reinterpret_cast<const Floats*>(in.b + k * kLanes) * in.a[k * kRows + r] + 0.0f);
-        }
-        for (int width = unit.group; width > 1; width /= 2) {
-            for (int k = 0; k < width / 2; ++k) terms[k] = flushed(terms[2 * k] + terms[2 * k + 1]);
-        }
-        c[r] = flushed(floats((bits(c[r]) & 0x7f800000) == 0 ? Ints{} : bits(c[r])) + terms[0]);
-    }
-}
-
-inline void fused(const Operands& in, Floats c[kRows]) {
-    for (int r = 0; r < kRows; ++r) {
-        for (int j = 0; j < kLanes; ++j) c[r][j] = __builtin_fmaf(in.a[r], in.b[j], c[r][j]);
-    }
 }
 
 }  // namespace hal_sim

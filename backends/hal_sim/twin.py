@@ -243,5 +243,5 @@ def _fused_float64(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.T
     of_low, rest = _two_sum(c, low)
     total, lacking = _two_sum(high, of_low)
     result = total + _to_odd(*_two_sum(rest, lacking))
-    plain = a * b + c  # where the terms of the algorithm overflow
-    return torch.where(result.isfinite(), result, plain)
+    plain = a * b + c  # where the terms of the algorithm overflow, and for the sign of a zero
+    return torch.where(result.isfinite() & (result != 0), result, plain)

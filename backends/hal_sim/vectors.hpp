@@ -6,6 +6,8 @@
 #include <cstdint>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace hal_sim {
@@ -20,18 +22,78 @@ constexpr int kLanes = 4;
 
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(8 * kLanes)));
 
 inline Ints bits(Floats x) { return (Ints)x; }
 inline Floats floats(Ints x) { return (Floats)x; }
+inline Floats converted(Ints x) { return __builtin_convertvector(x, Floats); }  // as the environment rounds
+inline Ints cut(Floats x) { return __builtin_convertvector(x, Ints); }          // toward zero
+inline Floats positive(Floats x) { return x > 0.0f ? x : Floats{}; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
+inline Bytes larger_bytes(Bytes a, Bytes b) { return a > b ? a : b; }
+template <class Vector>
+Vector load(const void* from) {
+    return *static_cast<const Vector*>(from);
+}
 inline Doubles doubles(Longs x) { return (Doubles)x; }
 
 inline bool any(Ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+    return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
     int32_t all = 0;
     for (int i = 0; i < kLanes; ++i) all |= mask[i];
     return all != 0;
+#endif
+}
+
+// No instruction: it keeps the compiler from reordering a chain of additions, which would take more registers than
+// there are.
+template <class Vector>
+void in_this_order(Vector& x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+}
+
+// The largest integer that is not above x.
+inline Ints floor_of(Floats x) {
+#if defined(__AVX512F__)
+    return (Ints)_mm512_cvt_roundps_epi32((__m512)x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+    return cut((Floats)_mm256_floor_ps((__m256)x));
+#else
+    const Ints toward_zero = cut(x);
+    return toward_zero + (converted(toward_zero) > x);
+#endif
+}
+
+#if defined(__FMA__) || defined(__aarch64__)
+constexpr bool kHasFused = true;
+#else
+constexpr bool kHasFused = false;  // a library's function, slowly
+#endif
+
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__) && defined(__AVX2__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (Floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    for (int i = 0; i < kLanes; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+#endif
 }
 
 // 2^exponent, for normal doubles.
@@ -48,10 +110,13 @@ inline Doubles rounded_down(Doubles x) {
 // Subnormals are kept, whatever the calling thread has asked for, and rounding is as asked for here.
 class Environment {
 public:
-    explicit Environment(int rounding) {
+    explicit Environment(int rounding, bool flush = false) {
         std::fegetenv(&before_);
         std::fesetenv(FE_DFL_ENV);  // no flushing to zero, neither on x86 nor on ARM
         std::fesetround(rounding);
+#if defined(__x86_64__)
+        if (flush) _mm_setcsr(_mm_getcsr() | 0x8040);  // results and operands
+#endif
     }
     ~Environment() { std::fesetenv(&before_); }
     Environment(const Environment&) = delete;

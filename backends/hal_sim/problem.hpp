@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+// What is asked for: matrices in memory. And memory and threads to compute with.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+#include "reference.hpp"
+#include "vectors.hpp"
+
+namespace hal_sim {
+
+// `batch` matrices with any strides, in elements. c may be null, which is zero; d is d[i * d_row + j].
+struct Problem {
+    int64_t batch, m, n, k;
+    const float *a, *b, *c;
+    float* d;
+    int64_t a_batch, a_row, a_column;
+    int64_t b_batch, b_row, b_column;
+    int64_t c_batch, c_row, c_column;
+    int64_t d_batch, d_row;
+
+    float c_at(int64_t at, int64_t i, int64_t j) const {
+        return c ? c[at * c_batch + i * c_row + j * c_column] : 0.0f;
+    }
+    float& d_at(int64_t at, int64_t i, int64_t j) const { return d[at * d_batch + i * d_row + j]; }
+
+    // One element, as plainly as can be.
+    void by_reference(const Unit& unit, int64_t at, int64_t i, int64_t j) const {
+        d_at(at, i, j) = dot(unit, a + at * a_batch + i * a_row, a_column, b + at * b_batch + j * b_column, b_row, k,
+                             c_at(at, i, j));
+    }
+};
+
+template <class T>
+class Buffer {
+public:
+    explicit Buffer(size_t count)
+        : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64))) {
+        if (!data_) throw std::bad_alloc();
+    }
+    ~Buffer() { std::free(data_); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    T* at(size_t index) { return data_ + index; }
+
+private:
+    T* data_;
+};
+
+// Calls `work` once on each of `threads` threads, the caller's among them, or on fewer if there are no more.
+//
+// Throws std::bad_alloc if one of them does.
+template <class Work>
+void on_threads(int64_t threads, Work work) {
+    std::atomic<bool> failed{false};
+    auto guarded = [&] {
+        try {
+            work();
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        for (int64_t i = 1; i < threads; ++i) others.emplace_back(guarded);
+    } catch (const std::system_error&) {  // the process may have no more
+    }
+    guarded();
+    for (auto& other : others) other.join();
+    if (failed) throw std::bad_alloc();
+}
+
+// Calls `work(i)` for every i below `count`, with rounding to nearest.
+template <class Work>
+void in_parallel(int threads, int64_t count, Work work) {
+    std::atomic<int64_t> next{0};
+    on_threads(std::min<int64_t>(threads, count), [&] {
+        const Environment environment(FE_TONEAREST);
+        for (int64_t i; (i = next++) < count;) work(i);
+    });
+}
+
+}  // namespace hal_sim

@@ -23,8 +23,8 @@ from pathlib import Path
 
 SOURCES = tuple(
     Path(__file__).parent / name
-    for name in ("matrix_unit.cpp", "fast.hpp", "general.hpp", "general_tiles.hpp", "plain.hpp", "problem.hpp",
-                 "reference.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp")
+    for name in ("matrix_unit.cpp", "fast.hpp", "general.hpp", "general_tiles.hpp", "memory.hpp", "plain.hpp",
+                 "problem.hpp", "reference.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp")
 )  # fmt: skip
 LIBRARY, DIGEST = "matrix_unit.so", "sha256"
 
@@ -165,7 +165,13 @@ def _version(compiler: list[str]) -> str:
 
 
 def _target() -> tuple[str, ...]:
-    """Return the flags for this processor: the cache is for it alone, since its name is part of the key."""
+    """Return the flags for this processor: the cache is for it alone, since its name is part of the key.
+
+    `HAL_SIM_TARGET` names another one that this can stand in for, as the compiler's -march or -mcpu does: x86-64-v3.
+    """
+    named = os.environ.get("HAL_SIM_TARGET")
+    if named:
+        return (f"-mcpu={named}",) if platform.machine() in ("aarch64", "arm64") else (f"-march={named}",)
     return ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 
 

@@ -44,7 +44,10 @@ inline Ints exponent_at(Ints bytes, int q) { return (q == 3 ? bytes >> 1 : bytes
 
 // Adds the products of k in [first, kGroup), every kStep-th, of kWide vectors of columns from `column` on.
 template <int kGroup, int kStep = 1>
-inline void add_products(const Group& in, int first, int column, const Sums& shift, Sums& sum) {
+inline void add_products(const Group& in, int first, int column, const Sums& shifts, Sums& sums) {
+    Ints shift[kRows][kWide], sum[kRows][kWide];  // copies, since compilers keep them in registers then
+    std::memcpy(shift, shifts, sizeof shift);
+    std::memcpy(sum, sums, sizeof sum);
 #pragma GCC unroll 4
     for (int i = 0; i < kGroup; i += kStep) {
         const float* a = in.a + (first + i) * kRows;
@@ -56,6 +59,7 @@ inline void add_products(const Group& in, int first, int column, const Sums& shi
             }
         }
     }
+    std::memcpy(sums, sum, sizeof sum);
 }
 
 // c becomes c plus the products of all groups. kHalves is 2 where the sum of a group may leave the range of an int32.
@@ -96,48 +100,6 @@ void truncated(const Unit& unit, const Group& strips, int64_t k, int vectors, Ti
     }
 }
 
-// "truncated" in few bits: a fused multiply-add cuts toward zero in its addend's unit if that is the larger one and has
-// the product's sign. So a sum that starts at 2^(E - F + 23) cuts products as the unit does. The positive and the
-// negative products of a row are summed apart: strips have |a|, and b as max(b, 0) and max(-b, 0) one after the other.
-template <int kGroup, int kVectors>
-void truncated_apart_in(const Unit& unit, const Group& strips, int64_t k, Tile& c) {
-    const int above = (23 - unit.fraction_bits) * kOne, kept = unit.result == kFloat32With13Bits ? ~0x3ff : ~0;
-    for (int64_t start = 0; start < k; start += kGroup) {
-        const Group in = strips.at(start);
-        Ints exponents[kRows];
-        largest<kGroup>(in, 0, exponents);
-        for (int r = 0; r < kRows; ++r) {
-            Floats plus[kVectors], minus[kVectors];
-            for (int q = 0; q < kVectors; ++q) {
-                const Ints exponent = larger(exponent_at(exponents[r], q), bits(c[r][q]) & kExponent);
-                plus[q] = floats(exponent + above) + positive(c[r][q]);
-                minus[q] = floats(exponent + above) + positive(-c[r][q]);
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < kGroup; ++i) {
-                const Floats a = Floats{} + in.a[i * kRows + r];
-                const int32_t sign = in.a_signs[i * kRows + r];  // kColumns where a is negative, else 0
-                const float *same = in.b + i * 2 * kColumns + sign, *other = in.b + (i * 2 + 1) * kColumns - sign;
-                for (int q = 0; q < kVectors; ++q) {
-                    plus[q] = fused(load<Floats>(same + q * kLanes), a, plus[q]);
-                    minus[q] = fused(load<Floats>(other + q * kLanes), a, minus[q]);
-                }
-            }
-            for (int q = 0; q < kVectors; ++q) c[r][q] = floats(bits(plus[q] - minus[q]) & kept);
-        }
-    }
-}
-
-template <int kGroup>
-void truncated_apart(const Unit& unit, const Group& strips, int64_t k, int vectors, Tile& c) {
-    vectors <= 2 ? truncated_apart_in<kGroup, 2>(unit, strips, k, c) : truncated_apart_in<kGroup, 4>(unit, strips, k, c);
-}
-
-// The bits that such a sum needs: products below 4, `group` of them, and c.
-inline bool fits_apart(const Unit& unit) {
-    return kHasFused && unit.kind == kTruncated && (4.0 * unit.group + 2) * (1 << unit.fraction_bits) < 1 << 23;
-}
-
 // A sum of products in units of 2^(of_sum - 24), and c: one rounded down to a multiple of 2^(E - 31), the other of
 // 2^(E - 24), E being the larger exponent; their sum to nearest. In float64, where all of this fits.
 [[gnu::noinline]] inline Floats floored_sum_in_float64(Ints sum, Ints of_sum, Floats c, bool interleaved) {
@@ -149,24 +111,24 @@ inline bool fits_apart(const Unit& unit) {
     return __builtin_convertvector((total + addend * 128) * power_of_two(both - (127 + 31)), Floats);
 }
 
-// The same in integers: c is added to the sum in units of 2^(of_sum - 24), or 2^(E - 26) if that is larger. What the
-// shift to these drops matters for the rounding only in whether there is any of it above 2^(E - 31): it is put into the
-// last bit. Far out of reach, at shifts above 31, it does not matter at all.
+// The same in integers, in units of 2^(of_sum - 24), or of 2^(E - 26) if that is larger. What the shift to these drops
+// matters for the rounding only in whether there is any of it above 2^(E - 31): that is put into the last bit. Far out of
+// reach, at shifts above 31, it does not matter at all.
 template <bool kInterleaved>
 inline Floats floored_sum(Ints sum, Ints of_sum, Floats c) {
     const Ints of_c = bits(c) & kExponent;
     const Ints both = larger(of_sum, of_c);
-    const Ints above = (both - of_sum) >> 23;
-    const Ints shift = smaller(larger(above - 2, Ints{}), Ints{} + 31);
+    const Ints of_unit = larger(of_sum, both - 2 * kOne);
+    const Ints shift = smaller((of_unit - of_sum) >> 23, Ints{} + 31);
     const Ints dropped = (sum << (31 - shift)) & 0x7c000000;
     const Ints last_bit = dropped != 0 ? Ints{} + 1 : Ints{};
     Ints addend = floor_of(c * floats((24 + 127) * kOne - both + 127 * kOne));
     if (kInterleaved) addend = of_c < both - 25 * kOne ? Ints{} : addend;
-    const Ints total = ((sum >> shift) | last_bit) + (addend << smaller(above, Ints{} + 2));
-    const Floats result = converted(total) * floats(larger(both - 2 * kOne, of_sum) - 24 * kOne);
+    const Ints total = ((sum >> shift) | last_bit) + (addend << ((both - of_unit) >> 23));
     // Below 2^25 a last bit is no longer beyond the rounding.
-    const Ints close = last_bit & (larger(total, -total) < 1 << 25);
-    return __builtin_expect(any(close), false) ? floored_sum_in_float64(sum, of_sum, c, kInterleaved) : result;
+    const Ints close = last_bit & ((Unsigned)(total + (1 << 25)) < 1u << 26);
+    if (__builtin_expect(any(close), false)) return floored_sum_in_float64(sum, of_sum, c, kInterleaved);
+    return converted(total) * floats(of_unit - 24 * kOne);
 }
 
 // Must run with rounding to nearest.

@@ -35,7 +35,7 @@ inline void split(float x, int min_exponent, float* significand, int32_t* expone
 inline void largest(const Operands& in, int first, int step, int count, Ints exponent[kRows]) {
     for (int r = 0; r < kRows; ++r) exponent[r] = Ints{} + 2 * kZeroExponent;
     for (int k = first; k < count; k += step) {
-        const Ints b = *reinterpret_cast<const Ints*>(in.b_exponents + k * kLanes);
+        const Ints b = load<Ints>(in.b_exponents + k * kLanes);
         for (int r = 0; r < kRows; ++r) exponent[r] = larger(exponent[r], b + in.a_exponents[k * kRows + r]);
     }
 }
@@ -48,8 +48,8 @@ inline void aligned_sum(const Operands& in, int first, int step, int count, int 
         Ints part[kRows] = {};
         const int end = count < start + kTerms * step ? count : start + kTerms * step;
         for (int k = start; k < end; k += step) {
-            const Floats b = *reinterpret_cast<const Floats*>(in.b + k * kLanes);
-            const Ints b_exponent = *reinterpret_cast<const Ints*>(in.b_exponents + k * kLanes) + (bits_kept + 127);
+            const Floats b = load<Floats>(in.b + k * kLanes);
+            const Ints b_exponent = load<Ints>(in.b_exponents + k * kLanes) + (bits_kept + 127);
             for (int r = 0; r < kRows; ++r) {
                 // Below 2^-60 all is cut off anyway, and zero comes out as zero.
                 const Ints power = larger(b_exponent + in.a_exponents[k * kRows + r] - exponent[r], Ints{} + 67);

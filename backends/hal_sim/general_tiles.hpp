@@ -3,6 +3,7 @@
 #pragma once
 
 #include "general.hpp"
+#include "memory.hpp"
 #include "problem.hpp"
 #include "tiles.hpp"
 

@@ -29,7 +29,7 @@ void one_matrix(const Unit& unit, const Problem& problem, Tiles& tiles, int64_t 
 
 void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
     // A thread costs as much to start as about this many products.
-    constexpr double kWorthAThread = 1 << 21;
+    constexpr double kWorthAThread = 1 << 22;
     const double products = double(problem.batch) * double(problem.m) * double(problem.n) * double(problem.k);
     threads = std::min(threads, 1 + int64_t(products / kWorthAThread));
     if (problem.batch < 4 * threads && threads > 1) {

@@ -69,10 +69,12 @@ def library() -> Any:
 
 
 def multiply(
-    found: Any, a_BMK: torch.Tensor, b_BKN: torch.Tensor, c_BMN: torch.Tensor, unit: MatrixUnit,
+    found: Any, a_BMK: torch.Tensor, b_BKN: torch.Tensor, c_BMN: torch.Tensor | None, unit: MatrixUnit,
     min_exponents: tuple[int, int], *, reference: bool = False,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `twin.multiply` does; see there. `reference` takes the plainest code, one element after the other.
+
+    No c is zero.
 
     Raises:
         MemoryError: the copies that are made of the operands do not fit.
@@ -81,21 +83,26 @@ def multiply(
     N = b_BKN.shape[2]
     threads = torch.get_num_threads()
     if unit.result == "float64":
-        d_BMN = c_BMN.contiguous().clone()
+        d_BMN = torch.zeros((B, M, N), dtype=torch.float64) if c_BMN is None else c_BMN.contiguous().clone()
         a_BMK, b_BKN = a_BMK.contiguous(), b_BKN.contiguous()
         for a, b, d in zip(a_BMK, b_BKN, d_BMN, strict=True):
             found.hal_sim_fused_float64(*map(ctypes.c_int64, (M, N, K)), *map(_pointer, (a, b, d)), threads)
         return d_BMN
     d_BMN = torch.empty((B, M, N), dtype=torch.float32)
-    rule = _Unit(_KINDS.index(unit.kind), unit.group, unit.fraction_bits, _RESULTS[unit.result],
-                 _NO_FLOOR if unit.exponent_floor is None else unit.exponent_floor, unit.interleaved,
-                 *min_exponents)  # fmt: skip
-    problem = _Problem(B, M, N, K, *(x.data_ptr() for x in (a_BMK, b_BKN, c_BMN, d_BMN)), *a_BMK.stride(),
-                       *b_BKN.stride(), *c_BMN.stride(), *d_BMN.stride()[:2])  # fmt: skip
+    c, c_strides = (None, (0, 0, 0)) if c_BMN is None else (c_BMN.data_ptr(), c_BMN.stride())
+    problem = _Problem(B, M, N, K, a_BMK.data_ptr(), b_BKN.data_ptr(), c, d_BMN.data_ptr(), *a_BMK.stride(),
+                       *b_BKN.stride(), *c_strides, M * N, N)  # fmt: skip
     function = found.hal_sim_reference if reference else found.hal_sim_multiply
-    if function(ctypes.byref(rule), ctypes.byref(problem), threads):
+    if function(ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(problem), threads):
         raise MemoryError(f"a simulated product of {B} x {M} x {K} by {K} x {N} needs copies that do not fit")
     return d_BMN
+
+
+@functools.lru_cache(maxsize=256)
+def _rule(unit: MatrixUnit, min_exponents: tuple[int, int]) -> _Unit:
+    floor = _NO_FLOOR if unit.exponent_floor is None else unit.exponent_floor
+    return _Unit(_KINDS.index(unit.kind), unit.group, unit.fraction_bits, _RESULTS[unit.result], floor,
+                 unit.interleaved, *min_exponents)  # fmt: skip
 
 
 def _pointer(tensor: torch.Tensor) -> ctypes.c_void_p:

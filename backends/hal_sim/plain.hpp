@@ -61,7 +61,7 @@ inline void fused_chain(const Unit&, const Group& in, int64_t k, int vectors, Ti
             for (int r = 0; r < kRows; ++r) {
                 for (int w = 0; w < kChains; ++w) {
                     const Floats b_i = load<Floats>(in.b + i * kColumns + (q + w) * kLanes);
-                    sum[r][w] = fused(b_i, Floats{} + in.a[i * kRows + r], sum[r][w]);
+                    sum[r][w] = fused(b_i, all(in.a[i * kRows + r]), sum[r][w]);
                 }
             }
         }

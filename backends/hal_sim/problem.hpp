@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is asked for: matrices in memory. And memory and threads to compute with.
+// What is asked for: matrices in memory; and threads to compute with.
 #pragma once
 
 #include <atomic>
-#include <cstdlib>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -34,22 +33,6 @@ struct Problem {
         d_at(at, i, j) = dot(unit, a + at * a_batch + i * a_row, a_column, b + at * b_batch + j * b_column, b_row, k,
                              c_at(at, i, j));
     }
-};
-
-template <class T>
-class Buffer {
-public:
-    explicit Buffer(size_t count)
-        : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64 + 64))) {
-        if (!data_) throw std::bad_alloc();
-    }
-    ~Buffer() { std::free(data_); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    T* at(size_t index) { return data_ + index; }
-
-private:
-    T* data_;
 };
 
 // Calls `work` once on each of `threads` threads, the caller's among them, or on fewer if there are no more.

@@ -48,9 +48,8 @@ def multiply(
     N = b_BKN.shape[2]
     itemsize = a_BMK.element_size()
     a_BMK, b_BKN = operand(a_BMK, formats[0]), operand(b_BKN, formats[1])
-    zeros_BMN = torch.zeros((), dtype=a_BMK.dtype).expand(B, M, N)
-    if not zeros_BMN.numel() or not K:
-        return zeros_BMN.contiguous()
+    if not B * M * N * K:
+        return torch.zeros((B, M, N), dtype=a_BMK.dtype)
     least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
     library = native.library()
     total: torch.Tensor | None = None
@@ -59,9 +58,9 @@ def multiply(
         for at in slices:
             a, b = a_BMK[:, :, at], b_BKN[:, at]
             if library is None:
-                part = twin.multiply(a, b, zeros_BMN, unit, least)
+                part = twin.multiply(a, b, torch.zeros((), dtype=a.dtype).expand(B, M, N), unit, least)
             else:
-                part = native.multiply(library, a, b, zeros_BMN, unit, least)
+                part = native.multiply(library, a, b, None, unit, least)
             of_slice = part if of_slice is None else of_slice + part
         assert of_slice is not None
         total = of_slice if total is None else total + of_slice

@@ -77,7 +77,7 @@ inline Strip scanned(const float* from, int64_t size, int min_exponent) {
 inline Ints scaled(float* at, const Strip& strip, float scale, int min_exponent) {
     const Floats x = load<Floats>(at);
     const Ints magnitude = bits(x) & INT32_MAX;
-    *reinterpret_cast<Floats*>(at) = x * scale;
+    store(x * scale, at);
     return magnitude == 0 ? Ints{} : field_of(magnitude, min_exponent) - (127 + strip.highest - kBias);
 }
 
@@ -86,7 +86,7 @@ inline Strip code_rows(float* values, int64_t padded, int min_exponent, int32_t*
     const Strip strip = scanned(values, padded * kRows, min_exponent);
     const float scale = std::ldexp(1.0f, -strip.highest);
     for (int64_t i = 0; i < padded * kRows; i += kLanes) {
-        *reinterpret_cast<Ints*>(codes + i) = scaled(values + i, strip, scale, min_exponent) * 0x01010101;
+        store(scaled(values + i, strip, scale, min_exponent) * 0x01010101, codes + i);
     }
     return strip;
 }
@@ -100,30 +100,9 @@ inline Strip code_columns(float* values, int64_t padded, int min_exponent, int32
         for (int q = 0; q < 4; ++q) {
             code |= scaled(values + i * kColumns + q * kLanes, strip, scale, min_exponent) << (8 * q);
         }
-        *reinterpret_cast<Ints*>(codes + i * kLanes) = code;
+        store(code, codes + i * kLanes);
     }
     return strip;
-}
-
-// Takes the signs of a coded strip of a away and writes for each number where its partners of like sign begin.
-inline void part_rows(float* values, int64_t padded, int32_t* signs) {
-    for (int64_t i = 0; i < padded * kRows; ++i) {
-        signs[i] = std::signbit(values[i]) ? kColumns : 0;
-        values[i] = std::fabs(values[i]);
-    }
-}
-
-// Puts a coded strip of b, of which the first half is filled, as max(b, 0) and max(-b, 0), in turn for each k.
-inline void part_columns(float* values, int64_t padded) {
-    for (int64_t i = padded - 1; i >= 0; --i) {
-        Floats row[4];
-        for (int q = 0; q < 4; ++q) row[q] = load<Floats>(values + i * kColumns + q * kLanes);
-        for (int q = 0; q < 4; ++q) {
-            float* to = values + 2 * i * kColumns + q * kLanes;
-            *reinterpret_cast<Floats*>(to) = positive(row[q]);
-            *reinterpret_cast<Floats*>(to + kColumns) = positive(-row[q]);
-        }
-    }
 }
 
 // Whether 16 products and c may leave the range of an int32 in units of 2^-25: for that the products' significands have

@@ -14,12 +14,8 @@ struct Group {
     const int32_t* a_codes;
     const float* b;
     const int32_t* b_codes;
-    const int32_t* a_signs;  // null unless signs are kept apart
 
-    Group at(int64_t k) const {
-        return {a + k * kRows, a_codes + k * kRows, b + k * kColumns * (a_signs ? 2 : 1), b_codes + k * kLanes,
-                a_signs ? a_signs + k * kRows : nullptr};
-    }
+    Group at(int64_t k) const { return {a + k * kRows, a_codes + k * kRows, b + k * kColumns, b_codes + k * kLanes}; }
 };
 
 }  // namespace hal_sim

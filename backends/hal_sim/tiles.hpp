@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fast.hpp"
+#include "memory.hpp"
 #include "plain.hpp"
 #include "problem.hpp"
 
@@ -20,7 +21,6 @@ inline Kernel kernel_of(const Unit& unit, bool heavy) {
         if (unit.interleaved) return group == 16 ? floored<16, true> : nullptr;
         return group == 4 ? floored<4, false> : group == 8 ? floored<8, false> : nullptr;
     }
-    if (fits_apart(unit)) return group == 16 ? truncated_apart<16> : group == 32 ? truncated_apart<32> : nullptr;
     if (group == 16) return heavy ? truncated<16, 2> : truncated<16, 1>;
     if (group == 32) return unit.fraction_bits > 23 ? truncated<32, 2> : truncated<32, 1>;
     return group == 4 ? truncated<4, 1> : group == 8 ? truncated<8, 1> : nullptr;
@@ -32,11 +32,10 @@ public:
         : unit_(unit), p_(problem), tiles_((p_.m + kRows - 1) / kRows), panels_((p_.n + kColumns - 1) / kColumns),
           padded_((p_.k + unit.group - 1) / unit.group * unit.group), kernel_(kernel_of(unit, false)),
           heavy_kernel_(kernel_of(unit, true)),
-          aligned_(unit.kind == kTruncated || unit.kind == kFloored), apart_(kernel_ && fits_apart(unit)),
-          a_of_strip_(padded_ * kRows), b_of_strip_(padded_ * kColumns * (apart_ ? 2 : 1)), a_(tiles_ * a_of_strip_),
-          b_(panels_ * b_of_strip_), a_codes_(aligned_ ? tiles_ * padded_ * kRows : 0),
-          b_codes_(aligned_ ? panels_ * padded_ * kLanes : 0), a_signs_(apart_ ? tiles_ * padded_ * kRows : 0),
-          rows_(tiles_), columns_(panels_), left_(tiles_ * panels_) {}
+          aligned_(unit.kind == kTruncated || unit.kind == kFloored),
+          a_(tiles_ * padded_ * kRows), b_(panels_ * padded_ * kColumns),
+          a_codes_(aligned_ ? tiles_ * padded_ * kRows : 0),
+          b_codes_(aligned_ ? panels_ * padded_ * kLanes : 0), rows_(tiles_), columns_(panels_), left_(tiles_ * panels_) {}
 
     // Turns to a matrix of the batch. All of its pieces must be packed before its first task.
     void start(int64_t at) { at_ = at, any_left_ = false; }
@@ -46,30 +45,41 @@ public:
     void pack(int64_t piece) {
         if (piece < tiles_) {
             const float* from = p_.a + at_ * p_.a_batch + piece * kRows * p_.a_row;
-            float* values = a_.at(piece * a_of_strip_);
+            float* values = a_.at(piece * padded_ * kRows);
             *rows_.at(piece) = packed<kRows>(from, p_.a_row, p_.a_column, p_.m - piece * kRows, unit_.min_exponent_a,
                                              values, a_codes_.at(piece * padded_ * kRows));
-            if (apart_) part_rows(values, padded_, a_signs_.at(piece * padded_ * kRows));
         } else {
             piece -= tiles_;
             const float* from = p_.b + at_ * p_.b_batch + piece * kColumns * p_.b_column;
-            float* values = b_.at(piece * b_of_strip_);
+            float* values = b_.at(piece * padded_ * kColumns);
             *columns_.at(piece) =
                 packed<kColumns>(from, p_.b_column, p_.b_row, p_.n - piece * kColumns, unit_.min_exponent_b, values,
                                  b_codes_.at(piece * padded_ * kLanes));
-            if (apart_) part_columns(values, padded_);
         }
     }
 
     int64_t tasks() const { return panels_ * chunks(); }
 
     void multiply(int64_t task) {
-        const int64_t chunk = task % chunks(), panel = task / chunks();
-        const int64_t last = std::min(tiles_, (chunk + 1) * kTilesOfAChunk);
-        for (int64_t tile = chunk * kTilesOfAChunk; tile < last; ++tile) {
-            const bool done = kernel_ && of_tile(tile, panel);
-            *left_.at(tile * panels_ + panel) = !done;
-            if (!done) any_left_ = true;
+        const int64_t panel = task / chunks(), first = task % chunks() * kTilesOfAChunk;
+        const int count = int(std::min(tiles_ - first, kTilesOfAChunk));
+        Tile c[kTilesOfAChunk];
+        bool fast[kTilesOfAChunk];
+        for (int i = 0; i < count; ++i) {
+            fast[i] = kernel_ && begin(first + i, panel, c[i]);
+        }
+        const int vectors = (columns_of(panel) + kLanes - 1) / kLanes;
+        for (int64_t k = 0; k < padded_; k += kPart) {
+            for (int i = 0; i < count; ++i) {
+                fast[i] = fast[i] && is_small(c[i]);
+                if (!fast[i]) continue;
+                const Kernel kernel = rows_.at(first + i)->heavy ? heavy_kernel_ : kernel_;
+                kernel(unit_, strips(first + i, panel).at(k), std::min(kPart, padded_ - k), vectors, c[i]);
+            }
+        }
+        for (int i = 0; i < count; ++i) {
+            *left_.at((first + i) * panels_ + panel) = !fast[i];
+            fast[i] ? end(first + i, panel, c[i]) : void(any_left_ = true);
         }
     }
 
@@ -83,6 +93,7 @@ public:
 
 private:
     static constexpr int64_t kTilesOfAChunk = 16;
+    static constexpr int64_t kPart = 128;     // of k: so much of a strip of b stays in the nearest cache
     static constexpr int kMost = 120;         // of an exponent, so that nothing comes near infinity
     static constexpr int kMostBitsOfK = 20;
     int64_t chunks() const { return (tiles_ + kTilesOfAChunk - 1) / kTilesOfAChunk; }
@@ -103,32 +114,41 @@ private:
         return strip;
     }
 
-    // Returns false, and leaves d alone, where the fast kernels could be wrong.
-    bool of_tile(int64_t tile, int64_t panel) {
-        const Strip &row = *rows_.at(tile), &column = *columns_.at(panel);
-        const int scale = row.highest + column.highest;
-        if (aligned_ && !(fits(row, column) && c_fits(tile, panel, scale))) return false;
-        const int rows = int(std::min<int64_t>(kRows, p_.m - tile * kRows));
-        const int columns = int(std::min<int64_t>(kColumns, p_.n - panel * kColumns));
-        const int vectors = (columns + kLanes - 1) / kLanes;
-        alignas(64) float c[kRows][kColumns] = {};
-        if (p_.c) {
-            const float down = std::ldexp(1.0f, -scale);
-            for (int r = 0; r < rows; ++r) {
-                for (int j = 0; j < columns; ++j) c[r][j] = p_.c_at(at_, tile * kRows + r, panel * kColumns + j) * down;
+    int rows_of(int64_t tile) const { return int(std::min<int64_t>(kRows, p_.m - tile * kRows)); }
+    int columns_of(int64_t panel) const { return int(std::min<int64_t>(kColumns, p_.n - panel * kColumns)); }
+
+    Group strips(int64_t tile, int64_t panel) {
+        return {a_.at(tile * padded_ * kRows), a_codes_.at(tile * padded_ * kRows), b_.at(panel * padded_ * kColumns),
+                b_codes_.at(panel * padded_ * kLanes)};
+    }
+
+    // The exponent that the product of two strips was scaled by.
+    int scale(int64_t tile, int64_t panel) { return rows_.at(tile)->highest + columns_.at(panel)->highest; }
+
+    // Begins a tile with c, scaled. Returns false where the fast kernels could be wrong.
+    bool begin(int64_t tile, int64_t panel, Tile& sums) {
+        if (aligned_ && !(fits(*rows_.at(tile), *columns_.at(panel)) && c_fits(tile, panel))) return false;
+        std::memset(&sums, 0, sizeof sums);
+        if (!p_.c) return true;
+        const float down = std::ldexp(1.0f, -scale(tile, panel));
+        for (int r = 0; r < rows_of(tile); ++r) {
+            float row[kColumns] = {};
+            for (int j = 0; j < columns_of(panel); ++j) {
+                row[j] = p_.c_at(at_, tile * kRows + r, panel * kColumns + j) * down;
             }
-        }
-        const Group strips{a_.at(tile * a_of_strip_), a_codes_.at(tile * padded_ * kRows), b_.at(panel * b_of_strip_),
-                           b_codes_.at(panel * padded_ * kLanes),
-                           apart_ ? a_signs_.at(tile * padded_ * kRows) : nullptr};
-        Tile& sums = *reinterpret_cast<Tile*>(c);
-        (row.heavy ? heavy_kernel_ : kernel_)(unit_, strips, padded_, vectors, sums);
-        const float up = std::ldexp(1.0f, scale);
-        for (int r = 0; r < rows; ++r) {
-            float* d = &p_.d_at(at_, tile * kRows + r, panel * kColumns);
-            for (int j = 0; j < columns; ++j) d[j] = c[r][j] * up;
+            std::memcpy(&sums[r], row, sizeof row);
         }
         return true;
+    }
+
+    void end(int64_t tile, int64_t panel, const Tile& sums) {
+        const float up = std::ldexp(1.0f, scale(tile, panel));
+        for (int r = 0; r < rows_of(tile); ++r) {
+            float row[kColumns];
+            std::memcpy(row, &sums[r], sizeof row);
+            float* d = &p_.d_at(at_, tile * kRows + r, panel * kColumns);
+            for (int j = 0; j < columns_of(panel); ++j) d[j] = row[j] * up;
+        }
     }
 
     // Whether the kernels' range holds the products of two strips, with what they sum up to.
@@ -139,14 +159,25 @@ private:
         const int kept = unit_.kind == kTruncated ? unit_.fraction_bits : 31;
         const int least = std::max({unit_.exponent_floor, kept - 149, -kMost});
         if (row.lowest + column.lowest < least || row.highest + column.highest > kMost - 2 - kMostBitsOfK) return false;
-        // A shift to the unit's grid must not be negative, lest zeros become something else: E <= F.
-        const int bits_of_k = apart_ || unit_.kind == kFloored ? kMostBitsOfK : unit_.fraction_bits - 3;
-        return p_.k <= int64_t(1) << std::min(bits_of_k, kMostBitsOfK);
+        return p_.k <= int64_t(1) << kMostBitsOfK;
+    }
+
+    // Whether sums are still so small that the next part's exponents do not pass F: a shift to the unit's grid must not
+    // be negative, lest it makes something of a zero.
+    bool is_small(const Tile& sums) const {
+        if (unit_.kind != kTruncated) return true;
+        const Floats limit = Floats{} + std::ldexp(1.0f, unit_.fraction_bits - 1);  // products: at most 4 kPart = 2^9
+        Ints beyond{};
+        for (const auto& row : sums) {
+            for (const Floats x : row) beyond |= (x > limit) | (x < -limit);
+        }
+        return !any(beyond);
     }
 
     // Whether c does so, too: zero, or with an exponent that is at least that of a group of zeros.
-    bool c_fits(int64_t tile, int64_t panel, int scale) const {
+    bool c_fits(int64_t tile, int64_t panel) {
         if (!p_.c) return true;
+        const int scale = this->scale(tile, panel);
         const int lowest = std::max(scale + kNothing, -100), highest = std::min(scale + unit_.fraction_bits - 2, kMost);
         for (int64_t i = tile * kRows; i < std::min(p_.m, (tile + 1) * kRows); ++i) {
             for (int64_t j = panel * kColumns; j < std::min(p_.n, (panel + 1) * kColumns); ++j) {
@@ -162,10 +193,9 @@ private:
     const Problem& p_;
     const int64_t tiles_, panels_, padded_;
     const Kernel kernel_, heavy_kernel_;
-    const bool aligned_, apart_;  // whether exponents matter; whether signs are kept apart
-    const int64_t a_of_strip_, b_of_strip_;
+    const bool aligned_;  // whether exponents matter
     Buffer<float> a_, b_;
-    Buffer<int32_t> a_codes_, b_codes_, a_signs_;
+    Buffer<int32_t> a_codes_, b_codes_;
     Buffer<Strip> rows_, columns_;
     Buffer<bool> left_;
     int64_t at_ = 0;

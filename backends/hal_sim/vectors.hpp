@@ -4,6 +4,7 @@
 
 #include <cfenv>
 #include <cstdint>
+#include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -20,9 +21,10 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Unsigned __attribute__((vector_size(4 * kLanes)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(8 * kLanes)));
 
@@ -30,13 +32,20 @@ inline Ints bits(Floats x) { return (Ints)x; }
 inline Floats floats(Ints x) { return (Floats)x; }
 inline Floats converted(Ints x) { return __builtin_convertvector(x, Floats); }  // as the environment rounds
 inline Ints cut(Floats x) { return __builtin_convertvector(x, Ints); }          // toward zero
-inline Floats positive(Floats x) { return x > 0.0f ? x : Floats{}; }
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 inline Bytes larger_bytes(Bytes a, Bytes b) { return a > b ? a : b; }
+inline Floats all(float x) { return x - Floats{}; }  // 0 + x would make 0 of -0, and be an instruction
+
 template <class Vector>
-Vector load(const void* from) {
-    return *static_cast<const Vector*>(from);
+Vector load(const void* from) {  // which may lie anywhere
+    Vector x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+template <class Vector>
+void store(Vector x, void* to) {
+    std::memcpy(to, &x, sizeof x);
 }
 inline Doubles doubles(Longs x) { return (Doubles)x; }
 
@@ -76,12 +85,6 @@ inline Ints floor_of(Floats x) {
     return toward_zero + (converted(toward_zero) > x);
 #endif
 }
-
-#if defined(__FMA__) || defined(__aarch64__)
-constexpr bool kHasFused = true;
-#else
-constexpr bool kHasFused = false;  // a library's function, slowly
-#endif
 
 inline Floats fused(Floats a, Floats b, Floats c) {
 #if defined(__AVX512F__)

@@ -48,7 +48,6 @@ inline void add_products(const Group& in, int first, int column, const Sums& shi
     Ints shift[kRows][kWide], sum[kRows][kWide];  // copies, since compilers keep them in registers then
     std::memcpy(shift, shifts, sizeof shift);
     std::memcpy(sum, sums, sizeof sum);
-#pragma GCC unroll 4
     for (int i = 0; i < kGroup; i += kStep) {
         const float* a = in.a + (first + i) * kRows;
         const float* b = in.b + (first + i) * kColumns + column;

@@ -80,7 +80,7 @@ def test_c_may_be_far_from_the_products(unit, format, exponent):
     c = operands("normal", (1, 4, 20), "float32", 3) * 2.0**exponent
     c[0, 0] = -0.0
     check(unit, format, a, b, c)
-    check(unit, format, torch.full_like(a, -0.0), torch.full_like(b, 1.0), c)
+    check(unit, format, torch.full_like(a, -0.0)[:, :, :64], torch.full_like(b, 1.0)[:, :64], c)
 
 
 @pytest.mark.parametrize(("unit", "format"), FLOAT32_RULES)

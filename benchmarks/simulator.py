@@ -3,8 +3,8 @@
 
 python benchmarks/simulator.py [--rounds N]
 
-Both are called directly, with operands in float32 as the unit takes them in, so that the ratio is that of the arithmetic;
-the last group has the whole call from a tensor of 16 bits.
+Both are called directly, with operands in float32 as the unit takes them in: the ratio is that of the arithmetic. The
+last group has the whole call from a tensor of 16 bits.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 // too far apart. Everything here is scaled so that no exponent of a product is above 0.
 //
 // A product is exact in a float, its exponent is shifted by an integer addition, and the conversion to an integer is
-// what the unit does: it cuts toward zero. These four instructions for kLanes products (multiply, add, convert, add) are
-// where the time goes.
+// what the unit does: it cuts toward zero. The time goes into these four instructions for kLanes products: multiply,
+// add, convert, add.
 #pragma once
 
 #include "tile.hpp"
@@ -111,8 +111,8 @@ void truncated(const Unit& unit, const Group& strips, int64_t k, int vectors, Ti
 }
 
 // The same in integers, in units of 2^(of_sum - 24), or of 2^(E - 26) if that is larger. What the shift to these drops
-// matters for the rounding only in whether there is any of it above 2^(E - 31): that is put into the last bit. Far out of
-// reach, at shifts above 31, it does not matter at all.
+// matters for the rounding only in whether there is any of it above 2^(E - 31): that is put into the last bit. At
+// shifts above 31 the sum is so far below c that it does not matter at all.
 template <bool kInterleaved>
 inline Floats floored_sum(Ints sum, Ints of_sum, Floats c) {
     const Ints of_c = bits(c) & kExponent;
@@ -126,7 +126,7 @@ inline Floats floored_sum(Ints sum, Ints of_sum, Floats c) {
     const Ints total = ((sum >> shift) | last_bit) + (addend << ((both - of_unit) >> 23));
     // Below 2^25 a last bit is no longer beyond the rounding.
     const Ints close = last_bit & ((Unsigned)(total + (1 << 25)) < 1u << 26);
-    if (__builtin_expect(any(close), false)) return floored_sum_in_float64(sum, of_sum, c, kInterleaved);
+    if (__builtin_expect(any(close), 0)) return floored_sum_in_float64(sum, of_sum, c, kInterleaved);
     return converted(total) * floats(of_unit - 24 * kOne);
 }
 

@@ -67,8 +67,9 @@ inline Ints exponent_of(Floats c, int of_zero) {
     return magnitude == 0 ? Ints{} + of_zero : larger(field, Ints{} + 1) - 127;
 }
 
-// Both return false where a product or the sum may be infinite, which is not for them to say.
-constexpr int kMostExponent = 120;  // 2^120 times the 33 terms below 4 of the largest unit is below 2^128
+// Both return false where a product or the sum may be infinite, which is not for them to say: 2^120 times the 33 terms
+// below 4 of the largest unit is below 2^128.
+constexpr int kMostExponent = 120;
 
 // Must run with rounding toward zero.
 inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[kRows]) {
@@ -76,10 +77,11 @@ inline bool truncated(const Unit& unit, const Operands& in, int count, Floats c[
     Doubles sum[kRows];
     largest(in, 0, 1, count, exponent);
     Ints zero[kRows], beyond{};
+    const int floor = std::max(unit.exponent_floor, kNoProduct);
     for (int r = 0; r < kRows; ++r) {
         exponent[r] = larger(exponent[r], exponent_of(c[r], 2 * kZeroExponent));
         zero[r] = exponent[r] < kNoProduct;
-        exponent[r] = larger(exponent[r], Ints{} + (unit.exponent_floor > kNoProduct ? unit.exponent_floor : kNoProduct));
+        exponent[r] = larger(exponent[r], Ints{} + floor);
     }
     aligned_sum(in, 0, 1, count, unit.fraction_bits, exponent, sum);
     for (int r = 0; r < kRows; ++r) {

@@ -78,7 +78,8 @@ private:
             const int64_t a_at = (tile * p_.k + k) * kRows, b_at = (panel * p_.k + k) * kLanes;
             const Operands in{a_.at(a_at), a_exponents_.at(a_at), b_.at(b_at), b_exponents_.at(b_at)};
             const int count = int(std::min<int64_t>(unit_.group, p_.k - k));
-            if (!(unit_.kind == kTruncated ? truncated(unit_, in, count, c) : floored(unit_, in, count, c))) return false;
+            const bool done = unit_.kind == kTruncated ? truncated(unit_, in, count, c) : floored(unit_, in, count, c);
+            if (!done) return false;
         }
         for (int r = 0; r < rows; ++r) {
             for (int j = 0; j < columns; ++j) p_.d_at(at_, tile * kRows + r, panel * kLanes + j) = c[r][j];

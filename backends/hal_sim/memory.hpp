@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory for packed operands, which is kept from one product to the next: pages that are new to a process cost more than
-// what is written to them.
+// Memory for packed operands, which is kept from one product to the next: pages that are new to a process cost more
+// than what is written to them.
 #pragma once
 
 #include <cstdlib>

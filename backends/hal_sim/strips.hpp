@@ -3,7 +3,8 @@
 //
 // A strip is scaled by a power of two so that its largest exponent is 0. Beside every number lies a code of its
 // exponent, one byte; the code of a product is the sum of two, which is never above 190, so that four of them are added
-// and compared at a time in 32 bits. Zero, and what is far below, has the code 0.
+// at a time in 32 bits. Zero has the code 0: its products have none above that of kNothing. Strips with exponents below
+// kLeast are not for the fast kernels.
 #pragma once
 
 #include <cstring>
@@ -16,8 +17,11 @@ namespace hal_sim {
 constexpr int kRows = 4;
 constexpr int kColumns = 4 * kLanes;  // one register of codes
 constexpr int kBias = 95;             // the code of exponent 0
-constexpr int kLeast = -44;           // the least exponent with a code of its own: products down to -88 have theirs
-constexpr int kNothing = -95;         // stands for the exponent of a group whose products are all zero
+constexpr int kLeast = -44;           // of a number's exponents, so that those of products go down to -88
+// Stands for the exponent of a group whose products are all zero. Then c must come out as it was: its last bit is at
+// least 2^(-88 - 31), and "floored" keeps 24 bits below -95. And a zero
+// whose exponent is shifted by 95 + F stays below 1.
+constexpr int kNothing = -95;
 
 // What is known about a strip: exponents are those of its numbers other than zero, before they are scaled.
 struct Strip {
@@ -31,10 +35,11 @@ struct Strip {
 template <int kWidth>
 void gather(const float* from, int64_t stride, int64_t k_stride, int count, int64_t k, int64_t padded, float* to) {
     constexpr int64_t kBlock = 16;  // of k: the lines of to[] that are written to stay in the cache
-    if (count < kWidth) std::memset(to, 0, size_t(padded) * kWidth * sizeof(float));
-    else std::memset(to + k * kWidth, 0, size_t(padded - k) * kWidth * sizeof(float));
+    const int64_t filled = count < kWidth ? 0 : k;
+    std::memset(to + filled * kWidth, 0, size_t(padded - filled) * kWidth * sizeof(float));
     if (stride == 1) {
-        for (int64_t i = 0; i < k; ++i) std::memcpy(to + i * kWidth, from + i * k_stride, size_t(count) * sizeof(float));
+        const size_t bytes = size_t(count) * sizeof(float);
+        for (int64_t i = 0; i < k; ++i) std::memcpy(to + i * kWidth, from + i * k_stride, bytes);
         return;
     }
     for (int64_t first = 0; first < k; first += kBlock) {
@@ -46,7 +51,9 @@ void gather(const float* from, int64_t stride, int64_t k_stride, int count, int6
 }
 
 // The field of the exponent in a float, raised to that of the format's subnormals.
-inline Ints field_of(Ints magnitude, int min_exponent) { return larger(magnitude >> 23, Ints{} + (min_exponent + 127)); }
+inline Ints field_of(Ints magnitude, int min_exponent) {
+    return larger(magnitude >> 23, Ints{} + (min_exponent + 127));
+}
 
 // Scans `size` gathered numbers.
 inline Strip scanned(const float* from, int64_t size, int min_exponent) {

@@ -31,11 +31,10 @@ public:
     Tiles(const Unit& unit, const Problem& problem)
         : unit_(unit), p_(problem), tiles_((p_.m + kRows - 1) / kRows), panels_((p_.n + kColumns - 1) / kColumns),
           padded_((p_.k + unit.group - 1) / unit.group * unit.group), kernel_(kernel_of(unit, false)),
-          heavy_kernel_(kernel_of(unit, true)),
-          aligned_(unit.kind == kTruncated || unit.kind == kFloored),
+          heavy_kernel_(kernel_of(unit, true)), aligned_(unit.kind == kTruncated || unit.kind == kFloored),
           a_(tiles_ * padded_ * kRows), b_(panels_ * padded_ * kColumns),
-          a_codes_(aligned_ ? tiles_ * padded_ * kRows : 0),
-          b_codes_(aligned_ ? panels_ * padded_ * kLanes : 0), rows_(tiles_), columns_(panels_), left_(tiles_ * panels_) {}
+          a_codes_(aligned_ ? tiles_ * padded_ * kRows : 0), b_codes_(aligned_ ? panels_ * padded_ * kLanes : 0),
+          rows_(tiles_), columns_(panels_), left_(tiles_ * panels_) {}
 
     // Turns to a matrix of the batch. All of its pieces must be packed before its first task.
     void start(int64_t at) { at_ = at, any_left_ = false; }
@@ -65,9 +64,7 @@ public:
         const int count = int(std::min(tiles_ - first, kTilesOfAChunk));
         Tile c[kTilesOfAChunk];
         bool fast[kTilesOfAChunk];
-        for (int i = 0; i < count; ++i) {
-            fast[i] = kernel_ && begin(first + i, panel, c[i]);
-        }
+        for (int i = 0; i < count; ++i) fast[i] = kernel_ && begin(first + i, panel, c[i]);
         const int vectors = (columns_of(panel) + kLanes - 1) / kLanes;
         for (int64_t k = 0; k < padded_; k += kPart) {
             for (int i = 0; i < count; ++i) {
@@ -94,7 +91,7 @@ public:
 private:
     static constexpr int64_t kTilesOfAChunk = 16;
     static constexpr int64_t kPart = 128;     // of k: so much of a strip of b stays in the nearest cache
-    static constexpr int kMost = 120;         // of an exponent, so that nothing comes near infinity
+    static constexpr int kMost = 120;         // of an exponent: nothing comes near infinity
     static constexpr int kMostBitsOfK = 20;
     int64_t chunks() const { return (tiles_ + kTilesOfAChunk - 1) / kTilesOfAChunk; }
 

@@ -24,6 +24,10 @@ from hal_sim.simulation import Simulation
 
 OWN_KERNELS = (
     "addr", "_scaled_mm_v2", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward", "conv_tbc",
+    "_slow_conv2d_forward", "slow_conv3d_forward", "slow_conv_transpose2d", "slow_conv_transpose3d",
+    "slow_conv_dilated2d", "slow_conv_dilated3d", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu",
+    "_dyn_quant_matmul_4bit",
 )  # fmt: skip
 """Operators that multiply inside a kernel of their own."""
 
@@ -54,12 +58,15 @@ def _registered() -> Any:
     library = torch.library.Library("aten", "IMPL")
     for name, make in (
         ("mm", operators.mm), ("bmm", operators.bmm), ("addmm", operators.addmm), ("baddbmm", operators.baddbmm),
-        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("_addmm_activation", operators.addmm_activation),
+        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("mv", operators.mv), ("_addmm_activation", operators.addmm_activation),
     ):  # fmt: skip
         packet = getattr(torch.ops.aten, name)
         _replace(library, packet.default, make)
         _replace(library, packet.out, functools.partial(operators.into, make))
+        if hasattr(torch.ops.aten, f"{name}_"):
+            _replace(library, getattr(torch.ops.aten, f"{name}_").default, functools.partial(operators.in_place, make))
     _replace(library, torch.ops.aten._scaled_mm.default, operators.scaled_mm)
+    _replace(library, torch.ops.aten._scaled_mm.out, functools.partial(operators.into, operators.scaled_mm))
     _replace(library, torch.ops.aten.convolution.default, operators.convolution)
     _replace(library, torch.ops.aten.convolution_backward.default, operators.convolution_backward)
     for name in OWN_KERNELS:

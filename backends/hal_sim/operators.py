@@ -39,6 +39,20 @@ def into(
     return out.copy_(result)
 
 
+def in_place(
+    make: Callable[..., torch.Tensor], simulation: Simulation, c: torch.Tensor, *given: Any, **named: Any
+) -> torch.Tensor:
+    """Put into the addend what one of the others returns.
+
+    Raises:
+        RuntimeError: the result has another shape.
+    """
+    result = make(simulation, c, *given, **named)
+    if result.shape != c.shape:
+        raise RuntimeError(f"an addend of shape {tuple(c.shape)} cannot hold a result of {tuple(result.shape)}")
+    return c.copy_(result)
+
+
 def _two_matrices(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         raise RuntimeError(
@@ -117,6 +131,11 @@ def addmv(
         raise RuntimeError(f"addmv: {tuple(a.shape)} {a.dtype} and {tuple(v.shape)} {v.dtype} cannot be multiplied")
     product = simulation.product(a[None], v[None, :, None])[0, :, 0]
     return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+
+
+def mv(simulation: Simulation, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Return a v. (torch computes it without asking for `addmv` where the vector is contiguous.)"""
+    return addmv(simulation, v.new_zeros(()), a, v, beta=0)
 
 
 def scaled_mm(

@@ -33,7 +33,11 @@ def of_the_unit(a, b, chip="h200", schedule=product.ONE_PIECE):
     return found if a.ndim == 3 else found[0]
 
 
-A, B, C = numbers(9, 300), numbers(300, 7, seed=1), numbers(9, 7, seed=2)
+# The exact product is zero, so that each result is rounding alone, and no other order or unit has the same in bfloat16.
+PLACES = torch.randperm(300, generator=torch.Generator().manual_seed(3))
+A = torch.cat([numbers(9, 150), -numbers(9, 150)], 1)[:, PLACES].contiguous()
+B = torch.cat([numbers(150, 7, seed=1), numbers(150, 7, seed=1)])[PLACES].contiguous()
+C = numbers(9, 7, seed=2) * 2.0**-20
 WAYS = {
     "mm": lambda a, b, c: (torch.mm(a, b), of_the_unit(a, b).bfloat16()),
     "matmul": lambda a, b, c: (a @ b, of_the_unit(a, b).bfloat16()),
@@ -47,7 +51,23 @@ WAYS = {
     "addmm without": lambda a, b, c: (
         torch.addmm(torch.full_like(c, torch.nan), a, b, beta=0), of_the_unit(a, b).bfloat16()),
     "in place": lambda a, b, c: (c.clone().addmm_(a, b), (of_the_unit(a, b) + c.float()).bfloat16()),
+    "in place of batches": lambda a, b, c: (
+        c.view(3, 3, 7).clone().baddbmm_(a.view(3, 3, 300), b[None].expand(3, -1, -1)).view(9, 7),
+        (of_the_unit(a, b) + c.float()).bfloat16()),
+    "in place of a batch's sum": lambda a, b, c: (
+        c.clone().addbmm_(a.view(9, 3, 100).transpose(0, 1), b.view(3, 100, 7)),
+        (of_the_unit(a, b) + c.float()).bfloat16()),
+    "in place of a vector": lambda a, b, c: (
+        c[:, 0].clone().addmv_(a, b[:, 0]), (of_the_unit(a, b[:, :1])[:, 0] + c[:, 0].float()).bfloat16()),
+    "tensordot": lambda a, b, c: (torch.tensordot(a, b, 1), of_the_unit(a, b).bfloat16()),
+    "grouped": lambda a, b, c: (
+        torch._grouped_mm(F.pad(a, (0, 4)), F.pad(b, (0, 1, 0, 4))[None].contiguous(),
+                          offs=torch.tensor([9], dtype=torch.int32))[:, :7], of_the_unit(a, b).bfloat16()),
     "mv": lambda a, b, c: (torch.mv(a, b[:, 0]), of_the_unit(a, b[:, :1])[:, 0].bfloat16()),
+    "mv of a contiguous vector": lambda a, b, c: (
+        torch.mv(a, b[:, 0].contiguous()), of_the_unit(a, b[:, :1])[:, 0].bfloat16()),
+    "mv into": lambda a, b, c: (
+        torch.mv(a, b[:, 0].contiguous(), out=torch.empty(9, dtype=a.dtype)), of_the_unit(a, b[:, :1])[:, 0].bfloat16()),
     "addmv": lambda a, b, c: (
         torch.addmv(c[:, 0], a, b[:, 0]), (of_the_unit(a, b[:, :1])[:, 0] + c[:, 0].float()).bfloat16()),
     "bmm": lambda a, b, c: (
@@ -71,6 +91,11 @@ def test_every_way_to_a_product_leads_through_the_unit(way, h200):
     found, expected = WAYS[way](A, B, C)
     assert torch.equal(found, expected)
     assert found.dtype == expected.dtype
+
+
+def test_what_the_ways_multiply_shows_whether_it_was_the_unit():
+    on_cpu = (A @ B, torch.mv(A, B[:, 0].contiguous())[:, None], (A.float() @ B.float()).bfloat16())
+    assert all((of_the_unit(A, B)[:, : found.shape[1]].bfloat16() != found).double().mean() > 0.5 for found in on_cpu)
 
 
 def test_the_unit_is_not_what_the_cpu_computes():

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was found out about one product: format in, format out, and everything that decides its bits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+
+
+@dataclass(frozen=True)
+class UnitFacts:
+    """How a device multiplies operands of one format, as measured. What cannot be shown is None.
+
+    Attributes:
+        format: of the operands, a key of `hal.matrix_unit.FORMATS`.
+        result: dtype of the result.
+        inner: inner length K of the product that was probed.
+        order: in which order products are added, in words; why there is no tree, if there is none.
+        tree: the same in parentheses (`hal.probe.tree.Tree.text`).
+        group: products that are added at once.
+        accumulator_bits: significand bits that a sum keeps.
+        accumulator_at_least: whether the format's range ends there, so that there may be more.
+        alignment_bits: bits that products added at once keep below the leading one of the largest.
+        aligned: what becomes of the rest: "cut", "rounded down" or "nearest".
+        sums: how a sum is rounded to the accumulator.
+        small_sum: what becomes of a small sum under a large product: "dropped" or "rounded down".
+        products: "exact" or "rounded".
+        input_bits: significand bits that survive of an operand.
+        input_rounding: what becomes of the others.
+        subnormal_inputs: "kept" or "flushed".
+        subnormal_results: the same.
+        overflow: products beyond 2^128 that cancel: "cancels" or "infinity".
+        infinity: "kept" or what becomes of it.
+        nan: bits of a NaN as it is stored; not part of the fingerprint, since a conversion may have made them.
+    """
+
+    format: str
+    result: str
+    inner: int
+    order: str
+    tree: str | None = None
+    group: int | None = None
+    accumulator_bits: int | None = None
+    accumulator_at_least: bool = False
+    alignment_bits: int | None = None
+    aligned: str | None = None
+    sums: str | None = None
+    small_sum: str | None = None
+    products: str | None = None
+    input_bits: int | None = None
+    input_rounding: str | None = None
+    subnormal_inputs: str | None = None
+    subnormal_results: str | None = None
+    overflow: str | None = None
+    infinity: str | None = None
+    nan: str | None = None
+
+    @property
+    def arithmetic(self) -> Mapping[str, object]:
+        """The facts that decide bits: all but names and the code of NaN."""
+        names = {"format", "result", "inner", "order", "infinity", "nan"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
+
+    def as_json(self) -> dict[str, object]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def fingerprint(units: Mapping[str, UnitFacts]) -> str:
+    """Return twelve hexadecimal digits that two devices share if all that was measured of their arithmetic is alike."""
+    named = {name: {"inner": facts.inner, **facts.arithmetic} for name, facts in sorted(units.items())}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to multiply matrices on a device: a format of operands and what comes back, in float64 on the host.
+
+Shapes: M rows, N columns, K products in each element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from hal.errors import HalError, UnsupportedDtype
+from hal.matrix_unit import FORMATS, InputFormat
+
+if TYPE_CHECKING:
+    from hal.device import Device
+
+STORED = {"tf32": "float32", "hf32": "float32"}
+"""Formats that no tensor has: what holds their numbers."""
+
+LARGEST_EXPONENT = {
+    "float64": 1000, "float32": 120, "tf32": 120, "hf32": 120, "bfloat16": 120, "float16": 15, "float8_e4m3fn": 8,
+    "float8_e5m2": 15, "float8_e4m3fnuz": 7, "float8_e5m2fnuz": 15,
+}  # fmt: skip
+"""Powers of two that a probe may use. The widest formats have some more, which would overflow in a product."""
+
+Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """Multiplies matrices on a device.
+
+    Attributes:
+        format: of both operands, a key of `hal.matrix_unit.FORMATS`.
+        device: where.
+        kernel: a [M, K] and b [K, N] there, of `dtype`, to [M, N] there.
+        dtype: of the operands.
+        result: dtype that the kernel returns.
+        outer: M and N of the products that a probe makes.
+    """
+
+    format: str
+    device: torch.device
+    kernel: Kernel
+    dtype: torch.dtype
+    result: torch.dtype
+    outer: int = 64
+    calls: list[int] = field(default_factory=lambda: [0], compare=False)
+
+    def __call__(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+        """Return a b in float64.
+
+        Args:
+            a_MK: float64 tensor on the host, of numbers that the format has.
+            b_KN: the same.
+        """
+        return self.raw(a_MK, b_KN).double()
+
+    def raw(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
+        """Return a b on the host as the device stores it."""
+        self.calls[0] += 1
+        return self.kernel(self.placed(a_MK), self.placed(b_KN)).cpu()
+
+    def placed(self, x: torch.Tensor) -> torch.Tensor:
+        """Return an operand on the device; converted on the host, whose conversions are exact for what a probe uses."""
+        return x.to(self.dtype).to(self.device)
+
+    @property
+    def numbers(self) -> InputFormat:
+        """What the format holds."""
+        return FORMATS[self.format]
+
+    @property
+    def largest_exponent(self) -> int:
+        """The largest power of two that a probe may use as an operand."""
+        return LARGEST_EXPONENT[self.format]
+
+    def one_row_at_a_time(self) -> Multiplier:
+        """Return the same for products with a single row: such a one may take another kernel."""
+        kernel = self.kernel
+        return replace(self, kernel=lambda a, b: torch.cat([kernel(row, b) for row in a.split(1)]))
+
+    def one_column_at_a_time(self) -> Multiplier:
+        """Return the same for products with a single column."""
+        kernel = self.kernel
+        return replace(self, kernel=lambda a, b: torch.cat([kernel(a, c.contiguous()) for c in b.split(1, 1)], 1))
+
+
+def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
+    """Return what a device multiplies, by format, and why it does not multiply the others.
+
+    `float32` is what it does with float32 operands as the process is set up now; `hal.probe.report` adds its TF32 mode.
+    """
+    found: dict[str, Multiplier] = {}
+    refused: dict[str, str] = {}
+    for format in FORMATS:
+        if format in STORED:
+            continue
+        dtype = getattr(torch, format, None)
+        if dtype is None:
+            refused[format] = f"torch {torch.__version__} has no {format}"
+            continue
+        scaled = format.startswith("float8")
+        try:
+            supported = device.support("scaled_mm" if scaled else "matmul", dtype)
+        except HalError as error:
+            refused[format] = error.message
+            continue
+        if not supported:
+            refused[format] = supported.reason or "unsupported"
+        elif scaled:
+            try:
+                found[format] = _scaled(format, dtype, device.torch_device)
+            except UnsupportedDtype as error:
+                refused[format] = error.message
+        else:
+            found[format] = Multiplier(format, device.torch_device, torch.mm, dtype, dtype)
+    return found, refused
+
+
+def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier:
+    """Return the scaled product with scales of one, in the widest type that it returns.
+
+    Raises:
+        UnsupportedDtype: it returns nothing.
+    """
+    one = torch.ones((), dtype=torch.float32, device=device)
+    reasons: list[str] = []
+    for result in (torch.float32, torch.bfloat16):
+
+        def kernel(a: torch.Tensor, b: torch.Tensor, result: torch.dtype = result) -> torch.Tensor:
+            by_columns = b.t().contiguous().t()
+            return torch._scaled_mm(a.contiguous(), by_columns, scale_a=one, scale_b=one, out_dtype=result)
+
+        made = Multiplier(format, device, kernel, dtype, result)
+        try:
+            made(torch.ones(64, 64, dtype=torch.float64), torch.ones(64, 64, dtype=torch.float64))
+        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            reasons.append(str(error).strip().splitlines()[0])
+        else:
+            return made
+    raise UnsupportedDtype("; ".join(dict.fromkeys(reasons)), what=format)

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of one device: all formats that it multiplies, probed one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import hal
+from hal.errors import DeviceConflict, HalError, Unsupported
+from hal.probe.contradiction import contradictions
+from hal.probe.facts import UnitFacts, fingerprint
+from hal.probe.kernels import Kernels, kernels, topk_ties
+from hal.probe.multiplier import Multiplier, multipliers
+from hal.probe.order import described, meeting, spine
+from hal.probe.rounding import rounding
+from hal.probe.rules import Likeness, nearest
+from hal.probe.special import extremes, operands
+from hal.probe.tree import NoTree, Tree, summation_tree
+
+if TYPE_CHECKING:
+    from hal.contract import Contract
+    from hal.device import Device
+
+SCHEMA = "hal.probe/1"
+
+INNER = 64
+"""Inner length that is probed first, and rows and columns of each product."""
+
+MOMENTS = 4
+"""A sum must grow so often that its rounding can be seen; a longer product is taken until it does."""
+
+LONGEST = 256
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What a probe found.
+
+    Attributes:
+        device: facts that were known before.
+        versions: of what decides results.
+        units: by format of the operands.
+        kernels: by format: whether one arithmetic is all there is.
+        orders: by format, and "single row" or "single column": the order there, where the bits differ.
+        refused: formats that the device does not multiply, each with the reason.
+        topk_ties: which of equal numbers its top-k takes.
+        contract: what the device declares.
+    """
+
+    device: Mapping[str, object]
+    versions: Mapping[str, str | None]
+    units: Mapping[str, UnitFacts]
+    kernels: Mapping[str, Kernels]
+    orders: Mapping[str, Mapping[str, str]]
+    refused: Mapping[str, str]
+    topk_ties: str
+    contract: Contract
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits for all arithmetic."""
+        return fingerprint(self.units)
+
+    @property
+    def likeness(self) -> Likeness:
+        """The nearest known architectures."""
+        return nearest(self.units)
+
+    @property
+    def contradictions(self) -> tuple[str, ...]:
+        """Sentences about promises of the contract that the device does not keep."""
+        return contradictions(self.contract, self.units, self.topk_ties)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain JSON values, schema `hal.probe/1`."""
+        likeness = self.likeness
+        return {
+            "schema": SCHEMA,
+            "device": dict(self.device),
+            "versions": dict(self.versions),
+            "fingerprint": self.fingerprint,
+            "units": {name: facts.as_json() for name, facts in self.units.items()},
+            "kernels": {name: asdict(found) for name, found in self.kernels.items()},
+            "orders": {name: dict(found) for name, found in self.orders.items()},
+            "refused": dict(self.refused),
+            "topk_ties": self.topk_ties,
+            "nearest": {"archs": list(likeness.archs), "exact": likeness.exact,
+                        "differences": {name: list(what) for name, what in likeness.differences.items()}},
+            "contract": self.contract.as_json(),
+            "contradictions": list(self.contradictions),
+        }  # fmt: skip
+
+
+def probe(name: str, inner: int = INNER) -> DeviceFacts:
+    """Open a device and probe it.
+
+    Args:
+        name: such as `cuda:0`, `sim:h200` or `cpu`.
+        inner: K of the products; at least 8.
+
+    Raises:
+        HalError: the device cannot be opened.
+    """
+    with hal.open_device(name) as device:
+        found, refused = multipliers(device)
+        ties = topk_ties(device.torch_device)
+        units = {format: unit_facts(multiply, inner) for format, multiply in found.items()}
+        seen = {format: kernels(multiply) for format, multiply in found.items()}
+        orders = {format: _other_orders(found[format], seen[format], inner) for format in found}
+        info, versions, contract = device.info.as_json(), device.versions(), device.contract
+    # The float32 mode stays until the device is closed, so that it is opened once more.
+    with hal.open_device(name) as device:
+        try:
+            units |= _tf32(device, inner)
+        except (Unsupported, DeviceConflict) as error:
+            refused["tf32"] = error.message
+    return DeviceFacts(info, versions, units, seen, {k: v for k, v in orders.items() if v}, refused, ties, contract)
+
+
+def _tf32(device: Device, inner: int) -> dict[str, UnitFacts]:
+    import torch
+
+    report = device.precision.fp32_mode("tf32")
+    bits = dict(report.input_bits).get("matmul")
+    format = "hf32" if bits == 12 else "tf32"
+    return {"tf32": unit_facts(Multiplier(format, device.torch_device, torch.mm, torch.float32, torch.float32), inner)}
+
+
+def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
+    """Probe one product."""
+    try:
+        tree, K = _long_enough(multiply, inner)
+    except NoTree as why:
+        ends, kept = extremes(multiply, (0, 1), inner), operands(multiply, inner)
+        return UnitFacts(
+            multiply.format, _name(multiply.result), inner, f"no tree: {why}", input_bits=kept.bits,
+            input_rounding=kept.rounding, subnormal_inputs=kept.subnormals, subnormal_results=ends.subnormal_results,
+            overflow=ends.overflow, infinity=ends.infinity, nan=ends.nan,
+        )  # fmt: skip
+    kept = operands(multiply, K)
+    sums = rounding(multiply, tree, kept.bits)
+    ends = extremes(multiply, meeting(tree), K)
+    return UnitFacts(
+        format=multiply.format,
+        result=_name(multiply.result),
+        inner=K,
+        order=described(tree),
+        tree=tree.text,
+        group=sums.group,
+        accumulator_bits=sums.accumulator_bits,
+        accumulator_at_least=sums.at_least,
+        alignment_bits=sums.alignment_bits,
+        aligned=sums.aligned,
+        sums=sums.sums,
+        small_sum=sums.small_sum,
+        products=sums.products,
+        input_bits=kept.bits,
+        input_rounding=kept.rounding,
+        subnormal_inputs=kept.subnormals,
+        subnormal_results=ends.subnormal_results,
+        overflow=ends.overflow,
+        infinity=ends.infinity,
+        nan=ends.nan,
+    )
+
+
+def _long_enough(multiply: Multiplier, inner: int) -> tuple[Tree, int]:
+    K = inner
+    while True:
+        tree = summation_tree(multiply, K)
+        if len(spine(tree)) >= MOMENTS or 2 * K > LONGEST:
+            return tree, K
+        K *= 2
+
+
+def _other_orders(multiply: Multiplier, seen: Kernels, inner: int) -> dict[str, str]:
+    """Return the orders of products with a single row or column, where these have other bits."""
+    orders = {}
+    for name, found, single in (
+        ("single row", seen.single_row, multiply.one_row_at_a_time),
+        ("single column", seen.single_column, multiply.one_column_at_a_time),
+    ):
+        if found == "other" and not multiply.format.startswith("float8"):  # too slow on some hosts
+            try:
+                orders[name] = described(summation_tree(single(), inner))
+            except (NoTree, RuntimeError, HalError) as why:
+                orders[name] = f"no tree: {why}"
+    return orders
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

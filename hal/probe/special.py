@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a product makes of numbers at the ends of its format: cut operands, subnormals, overflow, infinities, NaN."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from hal.matrix_unit import FORMATS
+from hal.probe.multiplier import STORED, Multiplier
+from hal.probe.terms import Term, raw_sums, sums
+
+_CODES = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16,
+          torch.float16: torch.int16}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What survives of an operand.
+
+    Attributes:
+        bits: significand bits, the hidden one included, that come back from a product with 1, on both sides.
+        rounding: what becomes of the others, where the format has more: "cut", "nearest, ties to even" or "nearest,
+            ties away"; "split" if two numbers or more stand for an operand.
+        subnormals: "kept" or "flushed".
+    """
+
+    bits: int
+    rounding: str | None
+    subnormals: str
+
+
+@dataclass(frozen=True)
+class Extremes:
+    """What happens beyond the range of a format.
+
+    Attributes:
+        subnormal_results: "kept", "flushed", or None where two operands have no such product.
+        overflow: of products beyond 2^128 that cancel: "cancels", or "infinity". None in a format that has none.
+        nan: bits of infinity times zero as the device stores them, in hexadecimal; "none" if that is no NaN.
+        infinity: "kept", or what an infinite operand becomes. None in a format without.
+    """
+
+    subnormal_results: str | None
+    overflow: str | None
+    nan: str
+    infinity: str | None
+
+
+def operands(multiply: Multiplier, K: int) -> Operands:
+    """Find out what survives of operands in products with 1, all other products being of zeros."""
+    whole = FORMATS[STORED.get(multiply.format, multiply.format)].bits
+    odd = [1.0 + 2.0 ** (1 - p) for p in range(2, whole + 1)]
+    left = sums(multiply, [[Term(0, x, 1.0)] for x in odd], K).tolist()
+    right = sums(multiply, [[Term(0, 1.0, x)] for x in odd], K).tolist()
+    bits = 1
+    for x, one, other in zip(odd, left, right, strict=True):
+        if one != x or other != x:
+            break
+        bits += 1
+    rounding = None
+    if bits < whole - 1:
+        unit = 2.0 ** (1 - bits)
+        asked = (1.0 + 0.75 * unit, 1.0 + 0.5 * unit, 1.0 + 1.5 * unit)
+        got = tuple(((sums(multiply, [[Term(0, x, 1.0)] for x in asked], K) - 1.0) / unit).tolist())
+        rounding = {
+            (0.0, 0.0, 1.0): "cut", (1.0, 0.0, 2.0): "nearest, ties to even", (1.0, 1.0, 2.0): "nearest, ties away",
+        }.get(got, "split")  # fmt: skip
+    least = 2.0 ** (multiply.numbers.min_exponent - 1)
+    whole_again = sums(multiply, [[Term(0, least, 2.0)], [Term(0, 2.0, least)]], K)
+    return Operands(bits, rounding, "kept" if bool((whole_again == 2 * least).all()) else "flushed")
+
+
+def extremes(multiply: Multiplier, together: tuple[int, int], K: int) -> Extremes:
+    """Find out what happens beyond the range.
+
+    Args:
+        multiply: the product.
+        together: two positions whose products are added at once, or one right after the other.
+        K: inner length.
+    """
+    least = multiply.numbers.min_exponent
+    results = None
+    if multiply.result == multiply.dtype:
+        small = sums(multiply, [[Term(0, 2.0**least, 0.25)]], K)
+        results = "kept" if float(small[0]) == 2.0 ** (least - 2) else "flushed"
+    overflow = None
+    if multiply.format in ("float32", "tf32", "hf32", "bfloat16"):
+        i, j = together
+        cancelled = sums(multiply, [[Term(i, 2.0**127, 2.0), Term(j, -(2.0**127), 2.0)]], K)
+        overflow = "cancels" if float(cancelled[0]) == 0.0 else "infinity"
+    infinite = bool(torch.isinf(torch.tensor(torch.inf).to(multiply.dtype).float()))
+    infinity = nan = None
+    if infinite:
+        got = float(sums(multiply, [[Term(0, torch.inf, 1.0)]], K)[0])
+        infinity = "kept" if got == torch.inf else str(got)
+        nan = raw_sums(multiply, [[Term(0, torch.inf, 0.0)]], K)
+    else:
+        nan = raw_sums(multiply, [[Term(0, torch.nan, 1.0)]], K)
+    return Extremes(results, overflow, _code(nan), infinity)
+
+
+def _code(value: torch.Tensor) -> str:
+    if not bool(value.isnan().all()):
+        return "none"
+    width = 2 * value.element_size()
+    return f"{int(value.view(_CODES[value.dtype])[0]) & ((1 << 4 * width) - 1):0{width}x}"

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""In which order a device sums the products of one element: the tree of its additions, found from outside.
+
+FPRev (arXiv:2411.00442): let all products be a small 1, but for a huge one at i and its negative at j. Every 1 that is
+added to one of them before they meet is lost. So the sum counts the ones outside of the smallest subtree that holds
+both; the size of that subtree, for all pairs, determines the tree. Products that a matrix unit adds at once appear as
+one node with more than two children.
+
+Legend: K products, leaves 0 to K - 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hal.probe.multiplier import Multiplier
+
+ALL_PAIRS = 256
+"""Up to so many leaves every pair is asked for, and a device whose answers fit no tree is told from one with a tree."""
+
+ABSORBED_BITS = 30
+"""A 1 is lost beside the huge number in accumulators and aligned sums of up to so many bits (24 to 31 are known)."""
+
+COUNTED = 256
+"""Ones that even bfloat16 counts exactly."""
+
+
+class NoTree(Exception):
+    """The answers fit no tree; the text says why."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A subtree: a leaf, or the node where its children are added.
+
+    Attributes:
+        leaves: all products below, ascending.
+        children: by their smallest leaf; none of a leaf.
+    """
+
+    leaves: tuple[int, ...]
+    children: tuple[Tree, ...] = ()
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether this is one product."""
+        return not self.children
+
+    @property
+    def text(self) -> str:
+        """Parentheses around what is added at once, leaves by number; the same for equal trees."""
+        words: list[str] = []
+        pending: list[Tree | str] = [self]
+        while pending:  # a chain is as deep as it is long
+            at = pending.pop()
+            if isinstance(at, str):
+                words.append(at)
+            elif at.is_leaf:
+                words.append(str(at.leaves[0]))
+            else:
+                words.append("(")
+                pending += [")", *at.children[::-1]]
+        return " ".join(words).replace("( ", "(").replace(" )", ")")
+
+
+def leaf(k: int) -> Tree:
+    """Return product k alone."""
+    return Tree((k,))
+
+
+def node(children: Sequence[Tree]) -> Tree:
+    """Return the node of these children."""
+    return Tree(
+        tuple(sorted(k for child in children for k in child.leaves)),
+        tuple(sorted(children, key=lambda child: child.leaves[0])),
+    )
+
+
+def summation_tree(multiply: Multiplier, K: int) -> Tree:
+    """Find the tree of a product whose inner length is K.
+
+    Raises:
+        NoTree: the sums lose nothing (an accumulator wider than the format's range can show, or an exact one), or the
+            answers contradict each other, as those of atomic additions do.
+    """
+    if K == 1:
+        return leaf(0)
+    ask = _sizes(multiply, K)
+    if K > ALL_PAIRS:
+        return _built(tuple(range(K)), lambda i, others: ask([(i, j) for j in others], 0))
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    size = dict(zip(pairs, ask(pairs, 0), strict=True))
+    tree = _built(tuple(range(K)), lambda i, others: [size[min(i, j), max(i, j)] for j in others])
+    _check(tree, size)
+    # Once more with each pair elsewhere in the matrix: rows and columns need not share an order.
+    moved = ask(pairs, multiply.outer // 2 + 1)
+    if any(size[pair] != other for pair, other in zip(pairs, moved, strict=True)):
+        raise NoTree("rows or columns of one product have orders of their own, or the order changes from run to run")
+    return tree
+
+
+Ask = Callable[[int, Sequence[int]], Sequence[int]]
+
+
+def _built(leaves: tuple[int, ...], size: Ask) -> Tree:
+    """Return the tree over `leaves`, given the sizes of the smallest subtrees with i and each of others."""
+    # From the middle one: k ascending and descending both take K log K questions then, as deep as log K.
+    first = leaves[len(leaves) // 2]
+    others = [k for k in leaves if k != first]
+    tree = leaf(first)
+    if not others:
+        return tree
+    by_size: dict[int, list[int]] = {}
+    for k, found in zip(others, size(first, others), strict=True):
+        by_size.setdefault(found, []).append(k)
+    for found, group in sorted(by_size.items()):
+        # `group` joins what there is at one node: in one child, or in several if more is added at once.
+        children, left = [tree], group
+        while left:
+            beside = size(left[0], left[1:]) if len(left) > 1 else ()
+            together = [k for k, apart in zip(left[1:], beside, strict=True) if apart < found]
+            children.append(_built((left[0], *together), size))
+            left = [k for k in left[1:] if k not in set(together)]
+        tree = node(children)
+        if len(tree.leaves) != found:
+            raise NoTree(f"a subtree of {found} products seems to have {len(tree.leaves)}")
+    return tree
+
+
+def _check(tree: Tree, size: dict[tuple[int, int], int]) -> None:
+    pending = [tree]
+    while pending:
+        at = pending.pop()
+        pending += at.children
+        for number, child in enumerate(at.children):
+            for other in at.children[number + 1 :]:
+                for i in child.leaves:
+                    for j in other.leaves:
+                        if size[min(i, j), max(i, j)] != len(at.leaves):
+                            raise NoTree(f"the products {i} and {j} meet in more than one place")
+
+
+def _sizes(multiply: Multiplier, K: int) -> Callable[[Sequence[tuple[int, int]], int], list[int]]:
+    """Return a function from pairs (i, j), and a shift of their places in the matrix, to sizes of subtrees."""
+    top = min(multiply.largest_exponent, 60)
+    one = _one(multiply)
+    most = int(min(COUNTED, 2.0 ** (2 * top - 2 * one - ABSORBED_BITS)))
+    if most < 1:
+        raise NoTree(f"{multiply.format} has no numbers so far apart that one is lost beside the other")
+    huge, small = 2.0**top, 2.0**one
+    outer = multiply.outer
+    blocks = [(start, min(start + most, K)) for start in range(0, K, most)]
+
+    def ask(pairs: Sequence[tuple[int, int]], shift: int) -> list[int]:
+        sizes: list[int] = []
+        for first in range(0, len(pairs), outer):
+            chunk = torch.tensor(pairs[first : first + outer])
+            place = (torch.arange(len(chunk)) + shift) % outer
+            survivors = torch.zeros(len(chunk), dtype=torch.float64)
+            for start, end in blocks:
+                a = torch.zeros(outer, K, dtype=torch.float64)
+                b = torch.zeros(K, outer, dtype=torch.float64)
+                a[:, start:end], b[start:end] = small, small
+                a[place, chunk[:, 0]], a[place, chunk[:, 1]] = huge, -huge
+                b[chunk[:, 0], place], b[chunk[:, 1], place] = huge, huge
+                survivors += multiply(a, b).diagonal()[place] / small**2
+            for count in survivors.tolist():
+                if count != count or not 0 <= count <= K - 2 or count % 1:
+                    raise NoTree(f"{count:g} of {K - 2} ones were counted")
+            sizes += [K - int(count) for count in survivors.tolist()]
+        return sizes
+
+    lonely = ask([(0, K - 1), *((k, k + 1) for k in range(0, K - 1, max(1, K // 16)))], 0)
+    if K > 2 and set(lonely) == {2}:
+        raise NoTree("no product is lost beside another: sums are exact, or wider than the format can show")
+    return ask
+
+
+def _one(multiply: Multiplier) -> int:
+    """Return the exponent of the factors of a small 1: as small as is sure not to be flushed, in sums and results."""
+    if multiply.result in (torch.float16,):
+        return -7  # 2^-14 is the smallest normal number
+    if multiply.numbers.bits <= 4:  # FP8
+        return multiply.numbers.min_exponent - (multiply.numbers.bits - 1 if _keeps_subnormals(multiply) else 0)
+    return 0 if multiply.format != "float64" else -60
+
+
+def _keeps_subnormals(multiply: Multiplier) -> bool:
+    least = 2.0 ** (multiply.numbers.min_exponent - multiply.numbers.bits + 1)
+    a = torch.zeros(multiply.outer, 64, dtype=torch.float64)
+    b = torch.zeros(64, multiply.outer, dtype=torch.float64)
+    a[:, 0], b[0] = least, least
+    return bool((multiply(a, b) == least**2).all())

@@ -58,7 +58,8 @@ def _registered() -> Any:
     library = torch.library.Library("aten", "IMPL")
     for name, make in (
         ("mm", operators.mm), ("bmm", operators.bmm), ("addmm", operators.addmm), ("baddbmm", operators.baddbmm),
-        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("mv", operators.mv), ("_addmm_activation", operators.addmm_activation),
+        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("mv", operators.mv),
+        ("_addmm_activation", operators.addmm_activation),
     ):  # fmt: skip
         packet = getattr(torch.ops.aten, name)
         _replace(library, packet.default, make)

@@ -45,7 +45,7 @@ def probe(
                                                   how many of them the simulated unit has bit by bit
 
     Exit status 1 if the device does less than its backend's contract declares.
-    """  # noqa: D301
+    """
     if (predict is None) != (against is None) or (device is None) == (predict is None):
         raise click.UsageError("give DEVICE, or both --predict and --against")
     if record is not None and device is None:
@@ -172,16 +172,20 @@ def _print_agreement(one: Products, other: Products, *, as_json: bool) -> None:
 
     found = compare(one, other)
     if as_json:
-        sides = {name: {"source": each.source, "device": dict(each.device), "versions": dict(each.versions),
-                        "refused": dict(each.refused)} for name, each in (("predicted", one), ("against", other))}  # fmt: skip
-        click.echo(json.dumps({"schema": "hal.prediction/1", **sides,
-                               "agreement": [each.as_json() for each in found]}, indent=2))  # fmt: skip
+        sides = {name: _side(each) for name, each in (("predicted", one), ("against", other))}
+        report = {"schema": "hal.prediction/1", **sides, "agreement": [each.as_json() for each in found]}
+        click.echo(json.dumps(report, indent=2))
     elif not found:
         click.echo("no product that both have")
     else:
         _print_classes(one, other, found)
     for each in (one, other):
         _tell_refused(each)
+
+
+def _side(products: Products) -> dict[str, object]:
+    return {"source": products.source, "device": dict(products.device), "versions": dict(products.versions),
+            "refused": dict(products.refused)}  # fmt: skip
 
 
 def _print_classes(one: Products, other: Products, found: list[Agreement]) -> None:

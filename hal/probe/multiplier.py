@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hal.errors import HalError, UnsupportedDtype
+from hal.errors import HalError
 from hal.matrix_unit import FORMATS, InputFormat
 
 if TYPE_CHECKING:
@@ -113,21 +113,18 @@ def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
         if not supported:
             refused[format] = supported.reason or "unsupported"
         elif scaled:
-            try:
-                found[format] = _scaled(format, dtype, device.torch_device)
-            except UnsupportedDtype as error:
-                refused[format] = error.message
+            made = _scaled(format, dtype, device.torch_device)
+            if isinstance(made, Multiplier):
+                found[format] = made
+            else:
+                refused[format] = made
         else:
             found[format] = Multiplier(format, device.torch_device, torch.mm, dtype, dtype)
     return found, refused
 
 
-def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier:
-    """Return the scaled product with scales of one, in the widest type that it returns.
-
-    Raises:
-        UnsupportedDtype: it returns nothing.
-    """
+def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier | str:
+    """Return the scaled product with scales of one, in the widest type that it returns, or why it returns none."""
     one = torch.ones((), dtype=torch.float32, device=device)
     reasons: list[str] = []
     for result in (torch.float32, torch.bfloat16):
@@ -143,4 +140,4 @@ def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier
             reasons.append(str(error).strip().splitlines()[0])
         else:
             return made
-    raise UnsupportedDtype("; ".join(dict.fromkeys(reasons)), what=format)
+    return "; ".join(dict.fromkeys(reasons))

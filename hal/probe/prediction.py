@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole products of one device against those of another, bit by bit: how far a simulated unit predicts a real card.
 
-The operands are made from a counter, so that both halves can be computed on different machines: `hal probe D --record F`
-needs no simulator, and `hal probe --predict S --against F` no device. A library may take another kernel, or split K, for
-any shape; so shapes come in classes, and each is reported by itself.
+The operands are made from a counter, so that both halves can be computed on different machines: `hal probe D --record
+F` needs no simulator, and `hal probe --predict S --against F` no device. A library may take another kernel, or split K,
+for any shape; so shapes come in classes, and each is reported by itself.
 
 Shapes: M rows, K products, N columns, written MxKxN.
 """

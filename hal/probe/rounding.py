@@ -7,7 +7,7 @@ seen whole even where the result has fewer bits than the accumulator.
     asked                                   terms, moment by moment             answer
     bits of the accumulator                 1, 2^-k, -1                         the last k that comes back, plus 1
     bits of aligned products                1, 2^-k, -1 in one group            the last k that comes back
-    what becomes of the rest of these       1, 3/4 unit, -1; 1, -3/4 unit, -1   unit, 0 and -unit tell nearest, cut, down
+    what becomes of the rest of these       1, 3/4 unit, -1; 1, -3/4 unit, -1   unit, 0, -unit: nearest, cut, down
     rounding of sums, u one unit            1, 3/4 u, -1 and its negative;      u, 0 and -u tell nearest, toward zero,
                                             1, u/2, -1; 1 + u, u/2, -1          up, down, and what becomes of ties
     a small sum under a large product       -2^-q, 1, -1; 2^-q, 1, -1           0: cut; minus one unit: rounded down
@@ -124,7 +124,7 @@ class _Prober:
         rest = 0.75 * 2.0**-bits
         answers = self._ask([[(i, 1.0), (j, rest), (k, -1.0)], [(i, 1.0), (j, -rest), (k, -1.0)]])
         units = tuple(answer * 2.0**bits for answer in answers if answer is not None)
-        return {(0.0, 0.0): "cut", (0.0, -1.0): "rounded down", (1.0, -1.0): "nearest"}.get(units)
+        return _ALIGNMENTS.get(units)
 
     def _kept(self, wanted: Sequence[Values], plus: int) -> tuple[int | None, bool]:
         for n, got in enumerate(self._ask(wanted), start=1):
@@ -181,7 +181,9 @@ class _Prober:
         return "exact" if left == 2.0 ** (-2 * m) else "rounded"
 
 
-_ROUNDINGS = {
+_ALIGNMENTS: dict[tuple[float, ...], str] = {(0.0, 0.0): "cut", (0.0, -1.0): "rounded down", (1.0, -1.0): "nearest"}
+
+_ROUNDINGS: dict[tuple[float, ...], str] = {
     (1.0, -1.0, 0.0, 2.0): "nearest, ties to even",
     (1.0, -1.0, 1.0, 2.0): "nearest, ties away",
     (1.0, -1.0, 0.0, 1.0): "nearest, ties toward zero",

@@ -320,11 +320,11 @@ def record(
         data, seen = suite.record(
             subject, tasks, selection, case_s=timeout, on_observation=lambda o: bar.advance(o.task.name)
         )
+    judged = [(e, e.claim) for e in recording.parse(data, output.name, Catalogue()).entries if e.claim is not None]
     atomic.write(output, data)
     without = sum(o.status is not None for o in seen)
     done = f"recorded {len(seen) - without} results of {plain(device)} ({without} without outputs)"
     click.echo(f"{done}, {len(data)} bytes", err=True)
-    judged = [(e, e.claim) for e in recording.parse(data, output.name, Catalogue()).entries if e.claim is not None]
     for colour in ("red", "amber"):
         those = [entry.task for entry, claim in judged if claim.status.colour == colour]
         if those:

@@ -2,8 +2,9 @@
 """Faults of somebody else's that are documented, and the evidence that a red result is one of them: KNOWN, amber.
 
 A fault excuses nothing by its name. It must show in an example on this very machine. What is red must be a case in
-which the fault has something to work on, have its symptom and no other, twice, and be green when it is run without what
-has the fault.
+which the fault has something to work on, have its symptom and no other, and be green when it is run without what has
+the fault, and have the symptom again in the same elements when it is run with it once more: what comes and goes with
+time, or with what lies in memory, is another fault.
 
 oneDNN issue 5717 (fixed by its pull request 5723, of July 2026): on processors with AMX, a bfloat16 product whose K is
 above 32 and no multiple of 32 reads past the end of its rows. What lies there is multiplied by zero, which leaves NaN
@@ -13,6 +14,7 @@ and infinities: a row of NaN makes a neighbour NaN, and so does what lies behind
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,7 +80,7 @@ def shows(facts: Mapping[str, Any], dtype: str) -> bool:
 def is_symptom(
     task: Task, status: Status, outputs: Mapping[str, Array], hashes: Mapping[str, str], contract: Contract
 ) -> bool:
-    """Return whether nothing is wrong with outputs but NaN and infinities: all that the fault can leave.
+    """Return whether nothing is wrong with outputs but NaN and infinities, and a product can have the fault.
 
     The others are judged as if these were not held (absent.py): then nothing may be red.
     """
@@ -90,18 +92,32 @@ def is_symptom(
         if can_be_absent(array.dtype) and not (finite := np.isfinite(array)).all():
             rest[name] = np.where(finite, array, blank(array.shape, array.dtype))
             leaked = True
-    if not leaked:
+    if not leaked or not any(K > 32 and K % 32 for K in inner_lengths(task)):
         return False
     with partial(None, whole=False):
         return judge_outputs(task, rest, hashes, contract).status.colour != "red"
 
 
-def may_be(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> bool:
-    """Return whether what is red on a device may be its fault: the device has it, and this is the symptom."""
-    task = observation.task
-    return shows(facts, task.params.dtype) and is_symptom(
-        task, status, observation.outputs, observation.hashes, contract
-    )
+def inner_lengths(task: Task) -> set[int]:
+    """Return the inner lengths of a task's products, and of a backward pass a few more: its inputs' last axes."""
+    shapes = [array.shape for array in task.case.inputs(task.params).values() if array.ndim > 1]
+    backward = "backward" in task.case.name
+    return {length for shape in shapes for length in (shape if backward else shape[-1:])}
+
+
+def leak(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> str:
+    """Return what tells one leak from another, the places of NaN and infinities, of what is red on a device.
+
+    Empty if it cannot be its fault: the device does not have it, or this is not the symptom.
+    """
+    task, outputs = observation.task, observation.outputs
+    if not shows(facts, task.params.dtype) or not is_symptom(task, status, outputs, observation.hashes, contract):
+        return ""
+    places = hashlib.sha256()
+    for name, array in sorted(outputs.items()):
+        if can_be_absent(array.dtype):
+            places.update(f"{name} {array.shape}".encode() + np.isfinite(array).tobytes())
+    return places.hexdigest()
 
 
 @contextlib.contextmanager
@@ -122,7 +138,7 @@ def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
 
     Args:
         found: the verdict on it.
-        again: whether it had the symptom once more.
+        again: whether the same leaked when it was run once more, after it was run without.
         without: the verdict without what has the fault.
     """
     if not again or without.status.colour != "green":

@@ -79,11 +79,16 @@ class Packed:
         """Tell whether another array's digest says "the same", and what both hold does not, or the other way round.
 
         An altered recording does that. Two honest ones do not: an element that differs shows in its row's checksum.
+        (One that is held whole has no checksums. Another one, of which less is held, may agree with it in all of that.)
         """
         alike = (self.tag, self.shape, self.finite) == (other.tag, other.shape, other.finite)
+        same = self.digest == other.digest
         if alike:
-            alike = codec.same_bits(*common(self, other)) and np.array_equal(self.sums, other.sums)
-        return (self.digest == other.digest) != alike
+            alike = codec.same_bits(*common(self, other))
+            if (self.grid is None) != (other.grid is None):
+                return same and not alike
+            alike = alike and np.array_equal(self.sums, other.sums)
+        return same != alike
 
     def contradiction(self) -> str:
         """Return what is held that cannot all be true of one array, or nothing."""

@@ -93,7 +93,7 @@ def write(
     opened: Mapping[str, Any],
     selection: Selection,
     observations: Iterable[Observation],
-    once_more: Callable[[Sequence[Task]], Iterable[tuple[Task, bool, Observation]]] = lambda tasks: (),
+    once_more: Callable[[Mapping[Task, str]], Iterable[tuple[Task, bool, Observation]]] = lambda leaks: (),
 ) -> bytes:
     """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
@@ -112,6 +112,7 @@ def write(
     inputs: dict[str, int] = {}
     cases: list[dict[str, Any]] = []
     doubtful: dict[Task, tuple[int, Judgement]] = {}
+    leaks: dict[Task, str] = {}
     for seen in observations:
         case: dict[str, Any] = {
             "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
@@ -123,11 +124,11 @@ def write(
             with witness.watching(seen.outputs) as worst:
                 claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
             case["claim"] = _claim_to_json(seen.task, claimed)
-            if known.may_be(opened, contract, seen, claimed.status):
-                doubtful[seen.task] = len(cases), claimed
+            if leak := known.leak(opened, contract, seen, claimed.status):
+                doubtful[seen.task], leaks[seen.task] = (len(cases), claimed), leak
             case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in sorted(seen.outputs.items())}
         cases.append(case)
-    for task, again, seen in once_more(list(doubtful)):
+    for task, again, seen in once_more(leaks):
         at, claimed = doubtful[task]
         if seen.status is None:
             without = judge_outputs(task, seen.outputs, seen.hashes, contract)
@@ -252,11 +253,12 @@ def _claim_from_json(claim: Any) -> Judgement:
     if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError("the recorder's verdict has no numbers where some were expected")
     found = Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
-    within = found.status.colour == "green" or found.status is Status.DEGRADED
+    green = found.status.colour == "green"
+    within = green or found.status is Status.DEGRADED
     for name, number in {"margin": margin, **found.detectors}.items():
-        limit = {"exact": 0.0, "rms": 1.0 if found.status.colour == "green" else math.inf, "bias": math.inf}.get(
-            name, 1.0
-        )
+        # DEGRADED is beyond the root mean square of honest runs, or, a trajectory, beyond all of them.
+        beyond = 1.0 if green else math.inf
+        limit = {"exact": 0.0, "rms": beyond, "margin": beyond, "bias": math.inf}.get(name, 1.0)
         if number is not None and ((number < 0 and name != "bias") or (within and number > limit)):
             raise Unreadable(f"it contradicts itself: {found.status.value} with {name} {number:g}")
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -78,14 +78,15 @@ def run(
             report.subjects.append({"id": device, "impl": subject.impl, **opened})
             contract = Contract.from_json(opened["contract"])
             doubtful: dict[Task, int] = {}
+            leaks: dict[Task, str] = {}
             for observation in runner.observe(tasks):
                 row = judge(observation, contract, device, subject.impl)
-                if known.may_be(opened, contract, observation, row.status):
-                    doubtful[observation.task] = len(report.results)
+                if leak := known.leak(opened, contract, observation, row.status):
+                    doubtful[observation.task], leaks[observation.task] = len(report.results), leak
                 elif on_result:
                     on_result(subject, row)
                 report.results.append(row)
-            for task, again, observation in _once_more(runner, list(doubtful), contract):
+            for task, again, observation in _once_more(runner, leaks, contract):
                 at = doubtful[task]
                 without = judge(observation, contract, device, subject.impl)
                 report.results[at] = known.excused(report.results[at], again, without)
@@ -97,13 +98,17 @@ def run(
     return report
 
 
-def _once_more(runner: Runner, tasks: Sequence[Task], contract: Contract) -> Iterator[tuple[Task, bool, Observation]]:
-    """Run tasks twice more; yield each, whether the symptom was there again, and what it did without the fault."""
-    again = {}
-    for seen in runner.observe(tasks):
-        again[seen.task] = known.may_be(runner.opened, contract, seen, judge(seen, contract, "", "").status)
-    for seen in runner.observe(tasks, avoiding=True):
-        yield seen.task, again[seen.task], seen
+def _once_more(
+    runner: Runner, leaks: Mapping[Task, str], contract: Contract
+) -> Iterator[tuple[Task, bool, Observation]]:
+    """Run tasks without the known fault, then with it; yield each, whether the same leaked, and what it did without.
+
+    In this order: what stops by itself after some calls, with or without, does not leak again.
+    """
+    without = {seen.task: seen for seen in runner.observe(list(leaks), avoiding=True)}
+    for seen in runner.observe(list(leaks)):
+        status = judge(seen, contract, "", "").status
+        yield seen.task, known.leak(runner.opened, contract, seen, status) == leaks[seen.task], without[seen.task]
 
 
 def _complete(selection: Selection, catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:

@@ -69,12 +69,13 @@ def verdict(
     colours = {c: sum(row.status.colour == c for row in rows) for c in ("green", "amber", "red", "neutral")}
     counted = ", ".join(f"{n} {'not judged' if c == 'neutral' else c}" for c, n in colours.items() if n)
     judged = len(rows) - colours["neutral"]
+    beside = f"{faults[0]}{f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''}" if faults else ""
     if not judged:
         meaning = "NOTHING WAS JUDGED"
     elif colours["red"]:
-        meaning = "DOES NOT AGREE with the float64 oracle"
+        meaning = "DOES NOT AGREE with the float64 oracle" + (f"; {beside}" if faults else "")
     elif faults:
-        meaning = f"FAILS: {faults[0]}" + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
+        meaning = f"FAILS: {beside}"
     elif any(row.status is Status.KNOWN for row in rows):
         meaning = "agrees but for known faults; look at what is amber"
     elif colours["amber"] or amber:

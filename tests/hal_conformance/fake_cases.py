@@ -175,6 +175,27 @@ def _leaking_once(x):
     return {"y": x * 2 + torch.nan}
 
 
+def _leaking_twice(x):
+    """NaN at the first two calls, whatever library computes."""
+    import torch
+
+    if x.dtype != torch.bfloat16 or len(_leaked) > 1:
+        return {"y": x * 2}
+    _leaked.append(x)
+    return {"y": x * 2 + torch.nan}
+
+
+def _leaking_at_times(x):
+    """NaN where the fault of `known` is, in another element each time."""
+    import torch
+
+    y = x * 2
+    if x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled():
+        y.view(-1)[len(_leaked)] = torch.nan
+        _leaked.append(x)
+    return {"y": y}
+
+
 def _right(x):
     return {"y": x * 2}
 
@@ -182,6 +203,8 @@ def _right(x):
 good = SimpleNamespace(double=_right)
 leaking = SimpleNamespace(double=_leaking)
 wrong_with_the_library = SimpleNamespace(double=_wrong_with_the_library)
+leaking_twice = SimpleNamespace(double=_leaking_twice)
+leaking_at_times = SimpleNamespace(double=_leaking_at_times)
 leaking_once = SimpleNamespace(double=_leaking_once)
 wrong = SimpleNamespace(double=lambda x: {"y": x * 2 + 1})
 nothing = SimpleNamespace()

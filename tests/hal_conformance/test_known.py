@@ -19,6 +19,7 @@ from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
 
+INNER_LENGTHS = known.inner_lengths
 FAKE = Catalogue("fake_cases")
 SELECTION = Selection(("double.one[a]",), scale="tiny")
 DTYPES = ("float32", "bfloat16")
@@ -28,6 +29,7 @@ DTYPES = ("float32", "bfloat16")
 def _path(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(known, "CASES", {"double.one"})
+    monkeypatch.setattr(known, "inner_lengths", lambda task: {33})
 
 
 def run(impl, opener):
@@ -50,7 +52,7 @@ def test_what_is_green_without_the_fault_is_known_and_amber():
     assert report.subjects[0]["flags"][known.FLAG] == "shown"
 
 
-@pytest.mark.parametrize("impl", ["wrong", "wrong_with_the_library", "leaking_once"])
+@pytest.mark.parametrize("impl", ["wrong", "wrong_with_the_library", "leaking_once", "leaking_at_times"])
 def test_an_implementation_that_is_wrong_by_itself_stays_red(impl):
     _, rows = run(impl, "open_leaking")
     assert rows["bfloat16"].status.colour == "red"
@@ -65,6 +67,27 @@ def test_a_case_in_which_nothing_could_leak_stays_red(monkeypatch):
 def test_the_cases_that_may_show_it_exist():
     names = {case.name for case in ALL}
     assert {"experts.nonfinite_rows", "experts.nan_backward", "layer.degenerate", "layer.sliced"} <= names
+
+
+@pytest.mark.parametrize(("length", "status"), [(32, "FAIL-NONFINITE"), (64, "FAIL-NONFINITE"), (48, "KNOWN")])
+def test_a_product_whose_length_cannot_have_it_stays_red(monkeypatch, length, status):
+    monkeypatch.setattr(known, "inner_lengths", lambda task: {8, length})
+    _, rows = run("leaking", "open_leaking")
+    assert rows["bfloat16"].status.colour == ("amber" if status == "KNOWN" else "red")
+
+
+def test_what_leaks_once_only_stays_red_whenever_it_stops():
+    _, rows = run("leaking_twice", "open_leaking")
+    assert rows["bfloat16"].status.colour == "red"
+
+
+def test_the_inner_lengths_are_those_of_the_weights_and_of_a_backward_pass_all():
+    tasks = plan(Selection(("experts.nonfinite_rows[ling-lite]", "experts.nan_backward[ling-lite]"), ("bfloat16",),
+                           "small"), ALL)  # fmt: skip
+    lengths = {task.case.name: INNER_LENGTHS(task) for task in tasks}
+    forward, backward = lengths["experts.nonfinite_rows"], lengths["experts.nan_backward"]
+    assert all(K % 32 == 0 for K in forward if K > 32)
+    assert any(K > 32 and K % 32 for K in backward)
 
 
 def test_where_the_fault_does_not_show_it_excuses_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,14 @@ from hal_conformance.rejudging import Rejudge
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Judgement, Status
+
+pytestmark = pytest.mark.usefixtures("_fake_cases")
+
+
+@pytest.fixture
+def _fake_cases(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
 
 OPENED = {**recordings.OPENED, "contract": Contract().as_json()}
 GRADIENTS = Selection(("experts.backward[mixtral-8x7b]",), ("float32",), "small")
@@ -241,3 +250,22 @@ def test_one_large_output_under_many_names_takes_the_memory_of_one(monkeypatch):
     rejudge(replace(entry, outputs={f"o{n}": large for n in range(100)}), Contract())
     assert len(seen) == 100
     assert sum(array.flags.c_contiguous for array in seen.values()) == 3  # the others have one element's memory
+
+
+def test_a_trajectory_beyond_all_honest_runs_is_degraded_in_a_recording_too():
+    selection = Selection(("double.one[a]",), ("float32",), "tiny")
+    claim = Judgement(Status.DEGRADED, 1.25, detail="further out than all 199 honest runs")
+    (task, *_) = plan(selection, Catalogue("fake_cases").all())
+    assert recording._claim_from_json(recording._claim_to_json(task, claim)).margin == 1.25
+    with pytest.raises(Unreadable, match="contradicts itself"):
+        recording._claim_from_json(recording._claim_to_json(task, replace(claim, status=Status.PASS)))
+
+
+def test_outputs_of_nothing_but_zeros_are_one_array_whether_held_whole_or_not():
+    """`weights_TK` is held whole, `dweights_TK` of the same shape is sampled: a kernel that did not launch leaves both."""
+    selection = Selection(("router.long[*]", "combine.long_backward[*]"), ("float32",), "tiny")
+    zeros = lambda outputs: {name: np.zeros_like(array) for name, array in outputs.items()}  # noqa: E731
+    found = recorded(selection, zeros)
+    held = [(packed.shape, packed.grid is None) for entry in found.entries for packed in entry.outputs.values()]
+    assert any((shape, True) in held and (shape, False) in held for shape, _ in held)
+    assert {row.status.colour for row in compare([found]).report.results} == {"red"}

@@ -258,7 +258,7 @@ def _claim_from_json(claim: Any) -> Judgement:
     for name, number in {"margin": margin, **found.detectors}.items():
         # DEGRADED is beyond the root mean square of honest runs, or, a trajectory, beyond all of them.
         beyond = 1.0 if green else math.inf
-        limit = {"exact": 0.0, "rms": beyond, "margin": beyond, "bias": math.inf}.get(name, 1.0)
+        limit = {"exact": 0.0, "bias": math.inf}.get(name, beyond)
         if number is not None and ((number < 0 and name != "bias") or (within and number > limit)):
             raise Unreadable(f"it contradicts itself: {found.status.value} with {name} {number:g}")
     return found

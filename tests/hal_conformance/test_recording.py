@@ -254,9 +254,9 @@ def test_one_large_output_under_many_names_takes_the_memory_of_one(monkeypatch):
 
 def test_a_trajectory_beyond_all_honest_runs_is_degraded_in_a_recording_too():
     selection = Selection(("double.one[a]",), ("float32",), "tiny")
-    claim = Judgement(Status.DEGRADED, 1.25, detail="further out than all 199 honest runs")
+    claim = Judgement(Status.DEGRADED, 1.25, {"bound": 1.25}, "further out than all 199 honest runs")
     (task, *_) = plan(selection, Catalogue("fake_cases").all())
-    assert recording._claim_from_json(recording._claim_to_json(task, claim)).margin == 1.25
+    assert recording._claim_from_json(recording._claim_to_json(task, claim)).detectors["bound"] == 1.25
     with pytest.raises(Unreadable, match="contradicts itself"):
         recording._claim_from_json(recording._claim_to_json(task, replace(claim, status=Status.PASS)))
 

@@ -43,7 +43,7 @@ def fused(tree: Tree) -> int:
 def meeting(tree: Tree) -> tuple[int, int]:
     """Return two products that are added at once, or, where only two numbers ever meet, one right after the other."""
     group = largest_group(tree)
-    if group:
+    if len(group) > 1:
         return group[0], group[1]
     moments = [child.leaves[0] for joining in spine(tree) for child in joining]
     return moments[0], moments[min(1, len(moments) - 1)]
@@ -124,29 +124,32 @@ def _shape(tree: Tree) -> str:
 
 def _joined(tree: Tree) -> str:
     """Describe several sums that are joined in the end: interleaved ones, slices, or neither."""
-    parts = _parts(tree)
-    if len(parts) == 1:
-        return f"no order with a name: {_short(tree.text)}"
-    kinds = {described(_renumbered(part)) for part in parts}
-    each = kinds.pop() if len(kinds) == 1 else "of several kinds"
-    count = len(parts)
-    sets = [part.leaves for part in parts]
-    if all(leaves == tuple(range(leaves[0], max(leaves) + 1, count)) for leaves in sets):
-        return f"{count} sums of every {_ordinal(count)} product, each {each}; then {_joins(tree, parts)}"
-    if all(leaves == tuple(range(leaves[0], leaves[-1] + 1)) for leaves in sets):
-        return f"{count} slices of K, each {each}; then {_joins(tree, parts)}"
+    K = len(tree.leaves)
+    for size in range(2, K // 2 + 1):
+        parts = _parts(tree, size) if K % size == 0 else []
+        sets = [part.leaves for part in parts]
+        kinds = {described(_renumbered(part)) for part in parts}
+        each = kinds.pop() if len(kinds) == 1 else "of several kinds"
+        count = len(parts)
+        if parts and all(leaves == tuple(range(leaves[0], leaves[-1] + 1, count)) for leaves in sets):
+            return f"{count} sums of every {_ordinal(count)} product, each {each}; then {_joins(tree, parts)}"
+        if parts and all(leaves == tuple(range(leaves[0], leaves[-1] + 1)) for leaves in sets):
+            return f"{count} slices of K, each {each}; then {_joins(tree, parts)}"
     return f"no order with a name: {_short(tree.text)}"
 
 
-def _parts(tree: Tree) -> list[Tree]:
-    """Return the largest number of equally large subtrees, above single leaves, that make up the tree."""
-    best, level = [tree], [tree]
-    while True:
-        level = [child for at in level for child in (at.children or (at,))]
-        if any(at.is_leaf for at in level) or len(level) == len(best):
-            return best
-        if len({len(at.leaves) for at in level}) == 1:
-            best = sorted(level, key=lambda at: at.leaves[0])
+def _parts(tree: Tree, size: int) -> list[Tree]:
+    """Return the subtrees of a size if they make up the tree, by their smallest leaf; none otherwise."""
+    found, pending = [], [tree]
+    while pending:
+        at = pending.pop()
+        if len(at.leaves) == size:
+            found.append(at)
+        elif len(at.leaves) < size:
+            return []
+        else:
+            pending += at.children
+    return sorted(found, key=lambda at: at.leaves[0])
 
 
 def _joins(tree: Tree, parts: Sequence[Tree]) -> str:

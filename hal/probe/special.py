@@ -51,13 +51,18 @@ class Extremes:
 def operands(multiply: Multiplier, K: int) -> Operands:
     """Find out what survives of operands in products with 1, all other products being of zeros."""
     whole = FORMATS[STORED.get(multiply.format, multiply.format)].bits
-    odd = [1.0 + 2.0 ** (1 - p) for p in range(2, whole + 1)]
-    left = sums(multiply, [[Term(0, x, 1.0)] for x in odd], K).tolist()
-    right = sums(multiply, [[Term(0, 1.0, x)] for x in odd], K).tolist()
+    odd = _odd_numbers(whole)
+    numbers = [x for of_length in odd.values() for x in of_length]
+    exact = dict.fromkeys(numbers, False)
+    for x, left, right in zip(
+        numbers,
+        sums(multiply, [[Term(0, x, 1.0)] for x in numbers], K).tolist(),
+        sums(multiply, [[Term(0, 1.0, x)] for x in numbers], K).tolist(),
+        strict=True,
+    ):
+        exact[x] = left == right == x
     bits = 1
-    for x, one, other in zip(odd, left, right, strict=True):
-        if one != x or other != x:
-            break
+    while bits < whole and all(exact[x] for x in odd[bits + 1]):
         bits += 1
     rounding = None
     if bits < whole - 1:
@@ -70,6 +75,18 @@ def operands(multiply: Multiplier, K: int) -> Operands:
     least = 2.0 ** (multiply.numbers.min_exponent - 1)
     whole_again = sums(multiply, [[Term(0, least, 2.0)], [Term(0, 2.0, least)]], K)
     return Operands(bits, rounding, "kept" if bool((whole_again == 2 * least).all()) else "flushed")
+
+
+def _odd_numbers(most: int) -> dict[int, list[float]]:
+    """Return numbers whose first and last significand bits are set, and one more at each place between, by length.
+
+    The bit between shows an operand that is split in two (`hal.fp32_probe`): 1 and 2^-n alone are short ones for any n.
+    """
+    found = {}
+    for length in range(2, most + 1):
+        number = 1.0 + 2.0 ** (1 - length)
+        found[length] = [number, *(number + 2.0**-place for place in range(1, length - 1) if most <= 24)]
+    return found
 
 
 def extremes(multiply: Multiplier, together: tuple[int, int], K: int) -> Extremes:

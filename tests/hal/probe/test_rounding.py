@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 from fake_units import along, multiplier, rounded
 

@@ -139,7 +139,9 @@ def test_an_order_is_described(words):
 def test_every_order_has_a_description_and_a_growing_sum(tree):
     assert described(tree)
     moments = spine(tree)
-    assert sorted(itertools.chain.from_iterable(child.leaves for each in moments for child in each)) == list(tree.leaves)
+    assert sorted(itertools.chain.from_iterable(child.leaves for each in moments for child in each)) == list(
+        tree.leaves
+    )
     i, j = meeting(tree)
     assert i != j
     assert 1 <= fused(tree) <= len(tree.leaves)

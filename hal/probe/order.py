@@ -163,11 +163,14 @@ def _joins(tree: Tree, parts: Sequence[Tree]) -> str:
 
 def _renumbered(tree: Tree) -> Tree:
     number = {k: i for i, k in enumerate(tree.leaves)}
-
-    def copy(at: Tree) -> Tree:
-        return Tree(tuple(number[k] for k in at.leaves), tuple(map(copy, at.children)))
-
-    return copy(tree)
+    above, pending = [], [tree]
+    while pending:  # a chain is as deep as it is long
+        above.append(pending.pop())
+        pending += above[-1].children
+    made: dict[int, Tree] = {}
+    for at in reversed(above):
+        made[id(at)] = Tree(tuple(number[k] for k in at.leaves), tuple(made[id(child)] for child in at.children))
+    return made[id(tree)]
 
 
 def _sequence(leaves: Sequence[int]) -> str:

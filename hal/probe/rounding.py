@@ -91,7 +91,7 @@ class _Prober:
             sums_ = self._sums(bits)
             small = self._small_sum(max(bits, alignment or 0))
         aligned = None if alignment is None else self._aligned(alignment)
-        return Rounding(self._fused, bits, at_least, alignment, aligned, sums_, small, self._products())
+        return Rounding(self._fused, bits, at_least, alignment, aligned, sums_, small, self._products(bits))
 
     def _ask(self, wanted: Sequence[Values]) -> list[float | None]:
         """Return each sum in units of the 1 of the table; None where a term has no place in the format."""
@@ -166,9 +166,9 @@ class _Prober:
                 )
         return None
 
-    def _products(self) -> str | None:
-        """Ask whether the square of 1 + 2^-m is added with its last bit, m as large as the operands allow."""
-        m = min(self._input_bits - 1, 27 if self._multiply.format == "float64" else 12)
+    def _products(self, bits: int | None) -> str | None:
+        """Ask whether the square of 1 + 2^-m is added with its last bit, m as large as operands and a sum allow."""
+        m = min(self._input_bits - 1, 27 if self._multiply.format == "float64" else 12, bits or DEEPEST)
         i, j = self._first[0], self._later[0] if self._later else self._first[-1]
         if i == j or m < 2:
             return None

@@ -127,8 +127,9 @@ class _Prober:
         return _ALIGNMENTS.get(units)
 
     def _kept(self, wanted: Sequence[Values], plus: int) -> tuple[int | None, bool]:
+        least = torch.finfo(self._multiply.result).smallest_normal
         for n, got in enumerate(self._ask(wanted), start=1):
-            if got is None:
+            if got is None or 2.0 ** (self._top - n) < least:
                 return (n - 1 + plus, True) if n > 1 else (None, False)
             if got != 2.0**-n:
                 return n - 1 + plus, False
@@ -169,7 +170,8 @@ class _Prober:
     def _products(self, bits: int | None) -> str | None:
         """Ask whether the square of 1 + 2^-m is added with its last bit, m as large as operands and a sum allow."""
         m = min(self._input_bits - 1, 27 if self._multiply.format == "float64" else 12, bits or DEEPEST)
-        i, j = self._first[0], self._later[0] if self._later else self._first[-1]
+        # Of two products at the bottom of a tree nothing tells the first, which is rounded as the sum begins.
+        i, j = self._first[0], self._later[:2][-1] if self._later else self._first[-1]
         if i == j or m < 2:
             return None
         number = 1.0 + 2.0**-m

@@ -232,7 +232,7 @@ def _entry(case: Mapping[str, Any], task: Task, inputs: Array, outputs: Sequence
         status = Status.INVALID
     if status is not None and held:
         raise Unreadable(f"{plain(task, 100)} has both a status and outputs")
-    claim = None if status is not None else _claim_from_json(case["claim"])
+    claim = None if status is not None else _claim_from_json(case["claim"], task)
     return Entry(task, status, plain(case["detail"]), claim, hashes, held)
 
 
@@ -247,18 +247,20 @@ def _claim_to_json(task: Task, claimed: Judgement) -> list[Any]:
     return [row.status.value, *numbers, row.detail]
 
 
-def _claim_from_json(claim: Any) -> Judgement:
+def _claim_from_json(claim: Any, task: Task) -> Judgement:
     status, margin, *detectors, detail = claim
     numbers = [margin, *detectors]
     if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError("the recorder's verdict has no numbers where some were expected")
     found = Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
-    green = found.status.colour == "green"
-    within = green or found.status is Status.DEGRADED
+    degraded = found.status is Status.DEGRADED
+    within = degraded or found.status.colour == "green"
+    # DEGRADED is beyond the root mean square of honest errors; of trajectories, which have no bound, beyond all runs.
+    beyond = {"rms", "bias"} if degraded else {"bias"}
+    if degraded and task.case.family == "trajectory":
+        beyond |= {"margin", *DETECTORS} - {"exact"}
     for name, number in {"margin": margin, **found.detectors}.items():
-        # DEGRADED is beyond the root mean square of honest runs, or, a trajectory, beyond all of them.
-        beyond = 1.0 if green else math.inf
-        limit = {"exact": 0.0, "bias": math.inf}.get(name, beyond)
+        limit = math.inf if name in beyond else 0.0 if name == "exact" else 1.0
         if number is not None and ((number < 0 and name != "bias") or (within and number > limit)):
             raise Unreadable(f"it contradicts itself: {found.status.value} with {name} {number:g}")
     return found

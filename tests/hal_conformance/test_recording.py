@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,14 +23,6 @@ from hal_conformance.rejudging import Rejudge
 from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Judgement, Status
-
-pytestmark = pytest.mark.usefixtures("_fake_cases")
-
-
-@pytest.fixture
-def _fake_cases(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-
 
 OPENED = {**recordings.OPENED, "contract": Contract().as_json()}
 GRADIENTS = Selection(("experts.backward[mixtral-8x7b]",), ("float32",), "small")
@@ -252,13 +243,17 @@ def test_one_large_output_under_many_names_takes_the_memory_of_one(monkeypatch):
     assert sum(array.flags.c_contiguous for array in seen.values()) == 3  # the others have one element's memory
 
 
-def test_a_trajectory_beyond_all_honest_runs_is_degraded_in_a_recording_too():
-    selection = Selection(("double.one[a]",), ("float32",), "tiny")
+def test_a_trajectory_beyond_all_honest_runs_is_degraded_in_a_recording_too_and_nothing_else_is():
     claim = Judgement(Status.DEGRADED, 1.25, {"bound": 1.25}, "further out than all 199 honest runs")
-    (task, *_) = plan(selection, Catalogue("fake_cases").all())
-    assert recording._claim_from_json(recording._claim_to_json(task, claim)).detectors["bound"] == 1.25
+    selection = Selection(("trajectory.band_ling", "norm.rms"), ("float32",), "tiny")
+    tasks = {task.case.family: task for task in plan(selection, ALL)}
+    written = {family: recording._claim_to_json(task, claim) for family, task in tasks.items()}
+    assert recording._claim_from_json(written["trajectory"], tasks["trajectory"]).detectors["bound"] == 1.25
     with pytest.raises(Unreadable, match="contradicts itself"):
-        recording._claim_from_json(recording._claim_to_json(task, replace(claim, status=Status.PASS)))
+        recording._claim_from_json(written["norm"], tasks["norm"])
+    passed = recording._claim_to_json(tasks["trajectory"], replace(claim, status=Status.PASS))
+    with pytest.raises(Unreadable, match="contradicts itself"):
+        recording._claim_from_json(passed, tasks["trajectory"])
 
 
 def test_outputs_of_nothing_but_zeros_are_one_array_whether_held_whole_or_not():

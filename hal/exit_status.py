@@ -8,6 +8,7 @@ from hal.errors import Absent, Broken, ConfigError, HalError, PluginError, Unkno
 FINDINGS = 1
 USAGE = 2
 DEVICE = 3
+READER_GONE = 141  # 128 + SIGPIPE, as the shell says it of others
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h; no command uses it for anything else
 
 

@@ -81,10 +81,10 @@ def _errors_to_status(function: F) -> F:
             _fail(str(error), 3)
         except HalError as error:
             _fail(str(error), 2)
-        except BrokenPipeError:  # `| head`: click ends quietly
+        except BrokenPipeError:  # `| head`
             raise
         except OSError as error:
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+            _fail(f"{error.filename or 'an output'}: {error.strerror or error}", 2)
         except KeyboardInterrupt:
             _fail("interrupted; nothing was written", 130)
 

@@ -8,6 +8,8 @@ messages to stderr.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from hal.autoload import AUTOLOAD
 from hal.cli.commands import CommandGroup
 from hal.cli.output import plain
 from hal.errors import HalError
-from hal.exit_status import INTERNAL, exit_status
+from hal.exit_status import INTERNAL, READER_GONE, USAGE, exit_status
 
 
 @dataclass
@@ -54,19 +56,46 @@ class Main(CommandGroup):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            try:
+                return super().invoke(ctx)
+            finally:
+                _flush()
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
+        except BrokenPipeError:  # `| head`: whoever reads has enough, which says nothing about what was asked
+            _drop_stdout()
+            raise click.exceptions.Exit(READER_GONE) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise self._fault(ctx, error) from error
+            _drop_stdout()
+            raise Failure(f"an output: {error.strerror}", USAGE) from error
         except HalError as error:
             _show(ctx)
             raise Failure(str(error), exit_status(error)) from error
         except Exception as error:
-            _show(ctx)
-            raise Failure(
-                f"a fault in hal or one of its plug-ins: {type(error).__name__}: {error}\n"
-                "  try: the same with `hal --debug ...`, which shows where",
-                INTERNAL,
-            ) from error
+            raise self._fault(ctx, error) from error
+
+    @staticmethod
+    def _fault(ctx: click.Context, error: Exception) -> Failure:
+        _show(ctx)
+        return Failure(
+            f"a fault in hal or one of its plug-ins: {type(error).__name__}: {error}\n"
+            "  try: the same with `hal --debug ...`, which shows where",
+            INTERNAL,
+        )
+
+
+def _flush() -> None:
+    """Write what is left now, where an error can still be told."""
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _drop_stdout() -> None:
+    """Let what cannot be written go nowhere: Python would try once more as it ends, and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _show(ctx: click.Context) -> None:

@@ -137,6 +137,20 @@ def test_a_reader_that_goes_away_gets_no_traceback(distributions: Any) -> None:
         process.stdout.close()
         errors = process.stderr.read()
     assert errors == b""
+    assert process.returncode == 141  # neither 0 nor a finding
+
+
+def test_a_reader_that_was_never_there_and_a_full_disk_are_told_at_the_end(distributions: Any) -> None:
+    command(distributions, "mine", "import sys\n" + raising("(sys.stdout.write('x'), sys.exit(0))"))
+    program = [sys.executable, "-m", "hal.cli.main", "mine"]
+    read, write = os.pipe()
+    os.close(read)
+    gone = subprocess.run(program, stdout=write, stderr=subprocess.PIPE, env=os.environ, check=False)
+    os.close(write)
+    assert (gone.returncode, gone.stderr) == (141, b"")
+    with open("/dev/full", "w") as full:  # noqa: PTH123  a device
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, env=os.environ, check=False)
+    assert (done.returncode, done.stderr) == (2, b"hal: an output: No space left on device\n")
 
 
 def test_an_unknown_command_is_wrong_usage(hal_command: Any) -> None:

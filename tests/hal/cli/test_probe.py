@@ -1,74 +1,191 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`hal probe`: the table, the JSON, the exit status, and what is refused."""
+"""`hal probe`: a table or JSON, recordings, agreement of two devices, and its exit statuses."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from hal.cli.probe import probe
-from hal.errors import ConfigError, HalError
-from hal.probe import report
+from hal.cli.main import main
+from hal.probe import prediction, report
+
+SMALL = {"aligned": ((64, 64, 64),), "large K": ((16, 2048, 16),)}
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HAL_CACHE", str(tmp_path_factory.getbasetemp() / "probe-cache"))
+def _few_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from hal.probe import recording
+
+    monkeypatch.setenv("HAL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    for module in (prediction, recording):
+        monkeypatch.setattr(module, "CLASSES", SMALL)
 
 
-def called(*arguments):
-    return CliRunner().invoke(probe, list(arguments), catch_exceptions=True)
+def probe(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(main, ["probe", *map(str, arguments)])
 
 
-def test_the_table_of_a_known_unit_fits_and_says_which_it_is():
-    done = called("sim:v100")
-    assert done.exit_code == 0
-    assert "float16  11 bits   4        23 bits, cut  24 bits, toward zero" in done.stdout
-    assert "groups of 4 at once, k ascending" in done.stdout
-    assert "all of this is the known arithmetic of sm_70" in done.stdout
-    assert "nothing contradicts the declared contract" in done.stdout
-    assert "not multiplied: bfloat16: V100 has no matrix unit for bfloat16" in done.stdout
+def test_the_table_tells_all_that_was_found() -> None:
+    done = probe("sim:v100", "--inner", "16")
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("sim:v100")
+    assert "fingerprint " in lines[0]
+    (row,) = [line for line in lines if line.startswith("float16 ")]
+    assert row.split() == [
+        "float16",
+        "11",
+        "bits",
+        "4",
+        "23",
+        "bits,",
+        "cut",
+        "24",
+        "bits,",
+        "toward",
+        "zero",
+        "kept",
+        "-",
+    ]
+    assert "K = 16: groups of 4 at once, k ascending" in done.stdout
+    assert "runs alike; batches alike" in done.stdout
+    assert "not multiplied: " in done.stdout
+    assert lines[-2:] == [
+        "all of this is the known arithmetic of sm_70", "nothing contradicts the declared contract",
+    ]  # fmt: skip
 
 
-def test_json_is_all_of_it():
-    found = json.loads(called("sim:v100", "--json").stdout)
+def test_json_is_of_its_schema_and_agrees_with_python() -> None:
+    done = probe("sim:v100", "--inner", "16", "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found == json.loads(json.dumps(report.probe("sim:v100", 16).as_json()))
     assert found["schema"] == "hal.probe/1"
-    assert found["nearest"] == {"archs": ["sm_70"], "exact": True, "differences": {}}
-    assert found["units"]["float16"]["tree"].startswith("((((")
+    assert found["nearest"]["archs"] == ["sm_70"]
 
 
-def test_a_contradiction_is_a_sentence_and_exit_status_1(monkeypatch):
-    facts = report.probe("sim:v100")
-    contract = replace(facts.contract, topk_ties="lower_index")
-    monkeypatch.setattr(report, "probe", lambda name, inner: replace(facts, contract=contract, topk_ties="neither"))
-    done = called("sim:v100")
+def test_a_process_of_its_own_gives_the_same_status_and_plain_text(hal_command: Any) -> None:
+    done = hal_command("probe", "sim:v100", "--inner", "16")
+    assert done.returncode == 0, done.stderr
+    assert "sm_70" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest() -> None:
+    done = probe("sim:v100/splitk=2", "--inner", "256")
+    assert done.exit_code == 0, done.output
+    assert "no known arithmetic; nearest is sm_70, which differs in float16: tree" in done.stdout
+
+
+def test_a_broken_promise_is_told_and_is_status_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = report.probe("sim:v100", 16)
+    facts = replace(honest, contract=replace(honest.contract, topk_ties="lower_index"), topk_ties="higher index")
+    monkeypatch.setattr(report, "probe", lambda *_: facts)
+    sentence = "the contract promises the lower index of equal numbers, top-k takes higher index"
+    done = probe("sim:v100")
     assert done.exit_code == 1
-    assert "the contract promises the lower index of equal numbers, top-k takes neither" in done.stdout
+    assert done.stdout.splitlines()[-1] == sentence
+    done = probe("sim:v100", "--json")
+    assert done.exit_code == 1
+    assert json.loads(done.stdout)["contradictions"] == [sentence]
 
 
-def test_products_are_recorded_and_predicted(tmp_path):
-    file = tmp_path / "v100.safetensors"
-    assert called("sim:v100", "--record", str(file)).exit_code == 0
-    done = called("--predict", "sim:v100/splitk=2", "--against", str(file))
+def test_runs_and_batches_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = report.probe("sim:v100", 16)
+    other = replace(facts.kernels["float16"], deterministic=False, differing_batches=(1, 2), single_row="other",
+                    vector="refused: no \x1b[2J")  # fmt: skip
+    facts = replace(facts, kernels={"float16": other}, orders={"float16": {"single row": "k descending"}})
+    monkeypatch.setattr(report, "probe", lambda *_: facts)
+    done = probe("sim:v100")
+    assert (
+        "RUNS DIFFER; other bits in batches of 1, 2 rows; 1 row: other bits; a vector: refused: no ?[2J" in done.stdout
+    )
+    assert "single row: k descending" in done.stdout
+    assert "\x1b" not in done.output
+
+
+def test_a_recording_takes_the_place_of_a_device_on_either_side(tmp_path: Path) -> None:
+    path = tmp_path / "h200.safetensors"
+    done = probe("sim:h200", "--record", path, "--format", "bfloat16")
+    assert done.exit_code == 0, done.output
+    assert done.stdout == ""
+    assert f"2 products of sim:h200 written to {path}" in done.stderr
+    for sides in (("sim:h200", path), (path, "sim:h200"), (path, path)):
+        done = probe("--predict", sides[0], "--against", sides[1], "--format", "bfloat16")
+        assert done.exit_code == 0, done.output
+        rows = [line.split() for line in done.stdout.splitlines() if line.startswith("bfloat16")]
+        assert rows == [
+            ["bfloat16", "aligned", "1", "of", "1", "100.0000%", "-"],
+            ["bfloat16", "large", "K", "1", "of", "1", "100.0000%", "-"],
+        ]
+
+
+def test_where_two_devices_differ_is_told_shape_by_shape() -> None:
+    arguments = ("--predict", "sim:h200", "--against", "sim:h200/splitk=4", "--format", "bfloat16")
+    done = probe(*arguments)
+    assert done.exit_code == 0, done.output
+    assert "0 of 1" in done.stdout
+    assert "16x2048x16 (" in done.stdout
+    found = json.loads(probe(*arguments, "--json").stdout)
+    assert found["schema"] == "hal.prediction/1"
+    assert (found["predicted"]["source"], found["against"]["source"]) == ("sim:h200", "sim:h200/splitk=4")
+    aligned, large = found["agreement"]
+    assert (aligned["share"], aligned["differing"]) == (1.0, {})
+    assert set(large["differing"]) == {"16x2048x16"}
+
+
+def test_devices_without_a_format_in_common_have_nothing_to_compare() -> None:
+    done = probe("--predict", "sim:v100", "--against", "sim:h200", "--format", "bfloat16")
     assert done.exit_code == 0
-    assert "float16  aligned" in done.stdout
-    both = json.loads(called("--predict", str(file), "--against", str(file), "--json").stdout)
-    assert both["schema"] == "hal.prediction/1"
-    assert [each["share"] for each in both["agreement"]] == [1.0] * 4
+    assert done.stdout == "no product that both have\n"
+    assert "sim:v100: no bfloat16: " in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [
-    (), ("--predict", "cpu"), ("cpu", "--predict", "cpu", "--against", "cpu"), ("--record", "f"),
-    ("cpu", "--format", "bfloat16"), ("cpu", "--inner", "3"), ("cpu", "--inner", "x"),
-])  # fmt: skip
-def test_options_that_do_not_go_together_are_wrong_usage(arguments):
-    assert called(*arguments).exit_code == 2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [((), "give DEVICE, or both"), (("cpu", "--predict", "cpu", "--against", "cpu"), "give DEVICE, or both"),
+     (("--predict", "cpu"), "give DEVICE, or both"), (("cpu", "--against", "cpu"), "give DEVICE, or both"),
+     (("--predict", "cpu", "--against", "cpu", "--record", "f"), "--record writes the products of DEVICE"),
+     (("cpu", "--format", "bfloat16"), "--format is for --record and --predict"),
+     (("cpu", "--inner", "7"), "7 is not in the range"), (("cpu", "--inner", "4097"), "4097 is not in the range"),
+     (("cpu", "--record", "f", "--format", "int8"), "no format 'int8'"),
+     (("cpu", "--record", "f", "--format", "tf32"), "no format 'tf32'"),
+     (("cpu", "--record", ".", "--format", "bfloat16"), "is a directory")],
+)  # fmt: skip
+def test_wrong_usage_is_status_two_and_writes_nothing(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = probe(*arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_format_that_is_none_and_a_device_that_is_none_are_errors(tmp_path):
-    assert isinstance(called("cpu", "--record", str(tmp_path / "f"), "--format", "int8").exception, ConfigError)
-    assert isinstance(called("nothing:7").exception, HalError)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonesuch:0",), ("nonesuch:0", "--record", "f"), ("--predict", "sim:h200", "--against", "missing.safetensors",
+     "--format", "bfloat16")],
+)  # fmt: skip
+def test_an_unknown_device_is_status_three_and_writes_nothing(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = probe(*arguments)
+    assert done.exit_code == 3, done.output
+    assert done.stderr.startswith("hal: ")
+    assert done.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_is_no_recording_is_status_two(tmp_path: Path) -> None:
+    (tmp_path / "f").write_text("{}")
+    done = probe("--predict", tmp_path / "f", "--against", "cpu")
+    assert done.exit_code == 2
+    assert done.stderr.startswith(f"hal: {tmp_path / 'f'} is no recording of products")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of the probe share lies beside them; a cache of this session's own for the simulated devices."""
+"""A cache of this session's own, so that no test reads or leaves anything in the user's; what tests share is beside."""
 
 import sys
 from pathlib import Path

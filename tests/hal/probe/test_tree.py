@@ -1,156 +1,145 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tree of additions is found from outside, whatever it is, and a device without one is told."""
+"""A tree of additions is found again from outside; where there is none, that is said."""
 
-from __future__ import annotations
-
-import itertools
-import random
-
+import numpy as np
 import pytest
 import torch
-from fake_units import absorbing, along, multiplier, rounded
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from probe_kernels import along, chain, multiplier, one_after_another
 
 from hal.probe import tree as trees
-from hal.probe.multiplier import Multiplier
-from hal.probe.order import described, fused, meeting, spine
 from hal.probe.tree import NoTree, leaf, node, summation_tree
 
 
 @st.composite
-def any_tree(draw, most=14):
-    """Return a tree over 2 or more products, in any order, whose nodes have two to five children."""
-    forest = [leaf(k) for k in range(draw(st.integers(2, most)))]
-    draw(st.randoms(use_true_random=False)).shuffle(forest)
-    while len(forest) > 1:
-        count = min(len(forest), draw(st.integers(2, 5)))
-        at = draw(st.integers(0, len(forest) - count))
-        forest[at : at + count] = [node(forest[at : at + count])]
-    return forest[0]
+def random_trees(draw, most=24):
+    leaves = draw(st.integers(3, most).flatmap(lambda K: st.permutations(range(K))))
+
+    def grown(part):
+        if len(part) == 1:
+            return leaf(part[0])
+        count = draw(st.integers(2, min(5, len(part))))
+        inside = st.integers(1, len(part) - 1)
+        cuts = sorted(draw(st.lists(inside, min_size=count - 1, max_size=count - 1, unique=True)))
+        return node([grown(part[i:j]) for i, j in zip([0, *cuts], [*cuts, len(part)], strict=True)])
+
+    return grown(list(leaves))
 
 
-@settings(max_examples=60, deadline=None)
-@given(any_tree())
-def test_any_tree_is_found_again_by_all_pairs_and_by_recursion(tree):
-    multiply = multiplier(lambda products: absorbing(tree, products))
-    K = len(tree.leaves)
-    assert summation_tree(multiply, K).text == tree.text
-    before, trees.ALL_PAIRS = trees.ALL_PAIRS, 1
-    try:
-        assert summation_tree(multiply, K).text == tree.text
-    finally:
-        trees.ALL_PAIRS = before
+@given(random_trees())
+def test_any_tree_is_found_from_all_pairs(tree):
+    assert summation_tree(multiplier(along(tree)), len(tree.leaves)).text == tree.text
 
 
-def test_sums_that_lose_nothing_have_no_tree():
-    with pytest.raises(NoTree, match="no product is lost"):
-        summation_tree(multiplier(sum), 8)
+@given(random_trees())
+def test_any_tree_is_found_by_recursion(tree):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trees, "ALL_PAIRS", 2)
+        multiply = multiplier(along(tree))
+        assert summation_tree(multiply, len(tree.leaves)).text == tree.text
+
+
+@given(random_trees(12), st.sampled_from(["float16", "float32", "float64", "float8_e4m3fn", "float8_e5m2"]))
+def test_any_tree_is_found_in_any_format(tree, format):
+    assert summation_tree(multiplier(along(tree), format), len(tree.leaves)).text == tree.text
+
+
+@pytest.mark.parametrize(("format", "K"), [("float8_e4m3fn", 40), ("float8_e5m2fnuz", 300), ("float16", 300)])
+def test_ones_are_counted_block_by_block_where_there_is_no_room_for_all(format, K):
+    assert summation_tree(multiplier(one_after_another(), format), K).text == chain(range(K)).text
+
+
+@pytest.mark.parametrize("bits", [24, 27, 30])
+def test_an_accumulator_of_up_to_thirty_bits_loses_the_ones(bits):
+    tree = chain(range(9))
+    assert summation_tree(multiplier(along(tree, bits), "float8_e4m3fn"), 9).text == tree.text
+
+
+def test_recursion_takes_far_fewer_products_than_all_pairs(monkeypatch):
+    tree = chain(range(96))
+    by_pairs, by_recursion = multiplier(one_after_another()), multiplier(one_after_another())
+    assert summation_tree(by_pairs, 96).text == tree.text
+    monkeypatch.setattr(trees, "ALL_PAIRS", 2)
+    assert summation_tree(by_recursion, 96).text == tree.text
+    assert by_recursion.calls[0] < by_pairs.calls[0]
+
+
+def test_one_product_and_two_are_trees_without_a_question_of_order():
+    assert summation_tree(multiplier(one_after_another()), 1) == leaf(0)
+    assert summation_tree(multiplier(one_after_another()), 2) == node([leaf(0), leaf(1)])
+
+
+def test_equal_trees_have_one_text_and_others_another():
+    one = node([leaf(2), node([leaf(1), leaf(0)])])
+    other = node([node([leaf(0), leaf(1)]), leaf(2)])
+    assert one == other
+    assert one.text == other.text == "((0 1) 2)"
+    assert node([leaf(0), node([leaf(1), leaf(2)])]).text == "(0 (1 2))"
+
+
+def test_the_text_of_a_chain_of_any_length():
+    text = chain(range(5000)).text
+    assert text.startswith("(((((")
+    assert text.endswith(" 4998) 4999)")
+
+
+@pytest.mark.parametrize("format", ["float8_e4m3fn", "float8_e4m3fnuz", "float16"])
+def test_exact_sums_have_no_tree(format):
+    # Their products and sums are whole in float64.
+    with pytest.raises(NoTree, match="sums are exact, or wider"):
+        summation_tree(multiplier(lambda products: products.sum(0), format), 16)
+
+
+def test_sums_of_rational_numbers_have_no_tree():
+    def exact(products):
+        return np.array([[float(sum(map(int, column))) for column in row] for row in products.transpose(1, 2, 0)])
+
+    with pytest.raises(NoTree, match="sums are exact, or wider"):
+        summation_tree(multiplier(exact, outer=8), 5)
 
 
 def test_an_order_that_changes_from_run_to_run_is_no_tree():
-    generator = random.Random(1)
+    rng = np.random.default_rng(0)
+    multiply = multiplier(one_after_another(order=rng.permutation))
+    with pytest.raises(NoTree):
+        summation_tree(multiply, 12)
 
-    def total(products):
-        generator.shuffle(products)
-        found = 0
-        for term in products:
-            found = rounded(found + term, 24)
-        return found
+
+def test_an_order_that_changes_from_run_to_run_is_found_out_by_recursion_or_gives_wrong_sizes(monkeypatch):
+    monkeypatch.setattr(trees, "ALL_PAIRS", 2)
+    rng = np.random.default_rng(1)
+    with pytest.raises(NoTree):
+        summation_tree(multiplier(one_after_another(order=rng.permutation)), 24)
+
+
+def test_rows_with_an_order_of_their_own_are_no_tree():
+    up, down = one_after_another(), one_after_another(order=lambda K: range(K)[::-1])
+
+    def halves(products):
+        return np.concatenate([up(products[:, :32]), down(products[:, 32:])])
+
+    with pytest.raises(NoTree, match="orders of their own"):
+        summation_tree(multiplier(halves), 8)
+
+
+def test_an_answer_that_is_no_count_is_no_tree():
+    with pytest.raises(NoTree, match="ones were counted"):
+        summation_tree(multiplier(lambda products: products.sum(0) + 0.5, "float32"), 8)
+    with pytest.raises(NoTree, match="nan of 6 ones"):
+        summation_tree(multiplier(lambda products: products.sum(0) * np.nan, "float32"), 8)
+
+
+def test_sums_that_lose_the_huge_numbers_only_in_part_are_no_tree():
+    def both(products):  # the upper half twice, in another order, and the mean of the two
+        return (one_after_another()(products) + one_after_another(order=lambda K: range(K)[::-1])(products)) / 2
 
     with pytest.raises(NoTree):
-        summation_tree(multiplier(total), 12)
+        summation_tree(multiplier(both), 9)
 
 
-def test_rows_with_orders_of_their_own_are_no_tree():
-    def kernel(a, b):
-        found = torch.zeros(a.shape[0], b.shape[1])
-        for i in range(a.shape[0]):
-            products = (a[i] * b[:, i]).flip(0) if i % 2 else a[i] * b[:, i]
-            for term in products:
-                found[i, i] += term
-        return found
+def test_torch_itself_adds_float64_along_some_tree():
+    from hal.probe.multiplier import Multiplier
 
-    with pytest.raises(NoTree):
-        summation_tree(Multiplier("float32", torch.device("cpu"), kernel, torch.float32, torch.float32, 8), 9)
-
-
-def test_one_product_is_a_leaf():
-    assert summation_tree(multiplier(sum), 1).is_leaf
-
-
-# In words -------------------------------------------------------------------------------------------------------------
-
-
-def chain(parts):
-    return node(parts) if len(parts) == 2 else node([chain(parts[:-1]), parts[-1]])
-
-
-def ascending(numbers):
-    return chain([leaf(k) for k in numbers])
-
-
-def groups(size, K):
-    first, *rest = [[leaf(k) for k in range(i, min(i + size, K))] for i in range(0, K, size)]
-    tree = node(first)
-    for group in rest:
-        tree = node([tree, *group])
-    return tree
-
-
-def pairs(k):
-    return node([node([leaf(k), leaf(k + 1)]), node([leaf(k + 2), leaf(k + 3)])])
-
-
-WORDS = {
-    "one product after another, k ascending": ascending(range(16)),
-    "one product after another, k descending": chain([leaf(k) for k in range(15, -1, -1)]),
-    "one product after another, in the order of k 0 1 3 2": chain([leaf(k) for k in (0, 1, 3, 2)]),
-    "all 16 products at once": groups(16, 16),
-    "groups of 4 at once, k ascending": groups(4, 16),
-    "groups of 16 at once, k ascending": groups(16, 70),
-    "groups of 4, each by pairs, then the pairs, k ascending": chain([pairs(k) for k in range(0, 16, 4)]),
-    "2 slices of 8, each (one product after another, k ascending), k ascending": node(
-        [ascending(range(8)), ascending(range(8, 16))]),
-    "4 sums of every 4th product, each one product after another, k ascending; then (((0 1) 2) 3)": chain(
-        [ascending(range(i, 16, 4)) for i in range(4)]),
-    "2 slices of 8, each (2 slices of 4, each (one product after another, k ascending), k ascending), k ascending": node(
-        [node([ascending(range(i, i + 4)), ascending(range(i + 4, i + 8))]) for i in (0, 8)]),
-    "groups of 8, each (2 sums of every second product, each one product after another, k ascending; then (0 1)), "
-    "k ascending": chain([node([ascending(range(i, i + 8, 2)), ascending(range(i + 1, i + 8, 2))])
-                          for i in range(0, 24, 8)]),
-    "4 sums of every 4th product, each one product after another, k ascending; then ((0 2) (1 3))": node(
-        [node([ascending(range(i, 16, 4)), ascending(range(i + 2, 16, 4))]) for i in (0, 1)]),
-    "4 slices of K, each one product after another, k ascending; then ((0 2) (1 3))": node(
-        [node([ascending(range(i, i + 4)), ascending(range(i + 8, i + 12))]) for i in (0, 4)]),
-    "no order with a name: (((0 5) 2) ((1 4) 3))": node(
-        [node([node([leaf(0), leaf(5)]), leaf(2)]), node([node([leaf(1), leaf(4)]), leaf(3)])]),
-    "one product": leaf(0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("words", WORDS)
-def test_an_order_is_described(words):
-    assert described(WORDS[words]) == words
-
-
-@settings(max_examples=200, deadline=None)
-@given(any_tree(24))
-def test_every_order_has_a_description_and_a_growing_sum(tree):
-    assert described(tree)
-    moments = spine(tree)
-    assert sorted(itertools.chain.from_iterable(child.leaves for each in moments for child in each)) == list(
-        tree.leaves
-    )
-    i, j = meeting(tree)
-    assert i != j
-    assert 1 <= fused(tree) <= len(tree.leaves)
-
-
-def test_a_long_chain_is_no_trouble():
-    tree = leaf(0)
-    for k in range(1, 3000):
-        tree = node([tree, leaf(k)])
-    assert described(tree) == "one product after another, k ascending"
-    assert tree.text.startswith("(((")
-    assert along(ascending(range(4)), [1, 1, 1, 1], 24, "even") == 4
+    multiply = Multiplier("float64", torch.device("cpu"), torch.mm, torch.float64, torch.float64)
+    assert summation_tree(multiply, 16).leaves == tuple(range(16))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A contract that promises more than was measured is contradicted, sentence by sentence."""
+
+from dataclasses import replace
+
+import pytest
+
+from hal.contract import Arithmetic, Contract
+from hal.probe.contradiction import contradictions, measured
+from hal.probe.facts import UnitFacts
+
+FACTS = UnitFacts(
+    "bfloat16", "bfloat16", 64, "one product after another", accumulator_bits=14, sums="toward zero", input_bits=7,
+    subnormal_inputs="flushed", subnormal_results="flushed", infinity="3.0e+38", nan="none",
+)  # fmt: skip
+HONEST = Contract(
+    matmul={"bfloat16": Arithmetic(14, "truncate", 7)}, subnormals="flushed", nonfinite="saturate",
+    topk_ties="unspecified",
+)  # fmt: skip
+
+TOO_MUCH = {
+    "bfloat16: the contract promises sums of 24 bits, they keep 14":
+        {"matmul": {"bfloat16": Arithmetic(24, "truncate", 7)}},
+    "bfloat16: the contract promises sums rounded to nearest, they are rounded toward zero":
+        {"matmul": {"bfloat16": Arithmetic(14, "nearest", 7)}},
+    "bfloat16: the contract promises operands of 8 bits, 7 survive":
+        {"matmul": {"bfloat16": Arithmetic(14, "truncate")}},
+    "bfloat16: the contract promises subnormal numbers, operands and results lose them": {"subnormals": "preserved"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sentence", TOO_MUCH)
+def test_what_is_promised_beyond_the_truth_is_one_sentence(sentence):
+    contract = replace(HONEST, **TOO_MUCH[sentence])
+    assert contradictions(contract, {"bfloat16": FACTS}, "neither") == (sentence,)
+
+
+def test_promised_infinities_and_nans_are_looked_for():
+    assert contradictions(replace(HONEST, nonfinite="ieee"), {"bfloat16": FACTS}, "neither") == (
+        "bfloat16: the contract promises infinities, one becomes 3.0e+38",
+        "bfloat16: the contract promises NaN, infinity times zero is none",
+    )
+
+
+@pytest.mark.parametrize("ties", ["higher index", "neither"])
+def test_a_promised_order_of_equal_numbers_is_looked_for(ties):
+    contract = replace(HONEST, topk_ties="lower_index")
+    sentence = f"the contract promises the lower index of equal numbers, top-k takes {ties}"
+    assert contradictions(contract, {"bfloat16": FACTS}, ties) == (sentence,)
+    assert contradictions(contract, {"bfloat16": FACTS}, "lower index") == ()
+
+
+def test_an_honest_contract_and_a_modest_one_are_not_contradicted():
+    assert contradictions(HONEST, {"bfloat16": FACTS}, "neither") == ()
+    modest = replace(HONEST, matmul={"bfloat16": Arithmetic(8, "truncate", 4)}, subnormals="unspecified")
+    assert contradictions(modest, {"bfloat16": FACTS}, "neither") == ()
+
+
+def test_only_the_half_that_is_lost_is_named():
+    kept = replace(FACTS, subnormal_inputs="kept")
+    (found,) = contradictions(replace(HONEST, subnormals="preserved"), {"bfloat16": kept}, "neither")
+    assert found.endswith("subnormal numbers, results lose them")
+
+
+def test_what_was_not_measured_contradicts_nothing():
+    contract = Contract(subnormals="preserved")
+    unknown = UnitFacts("bfloat16", "bfloat16", 64, "no tree: sums are exact")
+    assert contradictions(contract, {"bfloat16": unknown}, "neither") == ()
+    assert contradictions(contract, {}, "neither") == ()
+    at_least = replace(unknown, accumulator_bits=20, accumulator_at_least=True)
+    assert contradictions(contract, {"bfloat16": at_least}, "neither") == ()
+
+
+def test_tf32_is_measured_against_no_promise_of_float32():
+    facts = replace(FACTS, format="tf32", input_bits=11, subnormal_inputs="kept", subnormal_results="kept",
+                    infinity="kept", nan="7fffffff")  # fmt: skip
+    assert contradictions(Contract(), {"tf32": facts}, "neither") == ()
+    assert measured({"tf32": facts}, Contract()).matmul == Contract().matmul
+
+
+@pytest.mark.parametrize("declared", [Arithmetic(), Arithmetic(10, "nearest", 6), Arithmetic(14, "truncate", 7)])
+def test_of_a_format_that_is_declared_the_weaker_holds(declared):
+    found = measured({"bfloat16": FACTS}, Contract(matmul={"bfloat16": declared}))
+    assert found.matmul["bfloat16"] == Arithmetic(
+        min(14, declared.accumulator_bits), "truncate", min(7, declared.input_bits or 8)
+    )
+    assert contradictions(replace(found, nonfinite="saturate"), {"bfloat16": FACTS}, "neither") == ()
+
+
+def test_a_better_measurement_raises_no_promise():
+    good = replace(FACTS, accumulator_bits=31, sums="nearest, ties to even", input_bits=8)
+    declared = Contract(matmul={"bfloat16": Arithmetic(24, "truncate")})
+    assert measured({"bfloat16": good}, declared).matmul == declared.matmul
+
+
+def test_a_format_that_nobody_declared_is_promised_as_it_was_measured():
+    found = measured({"bfloat16": FACTS}, Contract(matmul={}))
+    assert found.matmul == {"bfloat16": Arithmetic(14, "truncate", 7)}
+    assert found.subnormals == "flushed"
+
+
+def test_subnormals_are_flushed_only_if_seen():
+    kept = replace(FACTS, subnormal_inputs="kept", subnormal_results=None)
+    assert measured({"bfloat16": kept}, Contract()).subnormals == "unspecified"
+    assert measured({"bfloat16": kept}, Contract(subnormals="preserved")).subnormals == "preserved"

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every simulated chip is found to be exactly its own architecture; one that differs in anything is none."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from probe_kernels import along, chain, multiplier, one_after_another
+
+from hal.contract import Contract
+from hal.matrix_unit import MATRIX_UNITS, MatrixUnit
+from hal.probe import kernels, report, rules
+from hal.probe.facts import fingerprint
+from hal_sim.chips import CHIPS
+
+INNER = 16
+
+
+@pytest.fixture(scope="module")
+def probed():
+    return {name: report.probe(f"sim:{name}", INNER) for name in CHIPS}
+
+
+def like(arch):
+    """Return the architectures that nothing tells from this one."""
+    return tuple(other for other in MATRIX_UNITS if dict(MATRIX_UNITS[other]) == dict(MATRIX_UNITS[arch]))
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_a_simulated_chip_is_exactly_its_own_architecture_and_no_other(probed, chip):
+    found = probed[chip]
+    assert found.likeness == rules.Likeness(like(CHIPS[chip].arch), {})
+    assert found.likeness.exact
+    assert found.contradictions == ()
+    assert set(found.units) == set(CHIPS[chip].units)
+    assert all(each.deterministic and not each.differing_batches for each in found.kernels.values())
+
+
+def test_fingerprints_are_equal_exactly_where_the_rules_are(probed):
+    for one, other in combinations(CHIPS, 2):
+        same_rules = dict(CHIPS[one].units) == dict(CHIPS[other].units)
+        assert (probed[one].fingerprint == probed[other].fingerprint) == same_rules, (one, other)
+
+
+def test_the_usual_inner_length_gives_the_same_answer():
+    found = report.probe("sim:v100")
+    assert found.likeness == rules.Likeness(("sm_70",), {})
+    assert found.units["float16"].inner == report.INNER
+
+
+WITHOUT_A_COMPILER = """
+import json, hal
+from hal.probe import multiplier, report
+found = {}
+for chip in ("a100", "mi250", "mi300x"):
+    with hal.open_device(f"sim:{chip}") as device:
+        multiply = multiplier.multipliers(device)[0]["bfloat16"]
+        found[chip] = report.unit_facts(multiply, 16).as_json()
+print(json.dumps(found))
+"""
+
+
+def test_without_a_compiler_a_chip_is_the_same(probed):
+    # One format: products in float32 and float64 take the most time there.
+    done = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], env={**os.environ, "HAL_SIM_CORE": "torch"},
+                          capture_output=True, text=True, check=False, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {chip: probed[chip].units["bfloat16"].as_json() for chip in found}
+
+
+def test_slices_of_k_are_no_known_arithmetic():
+    found = report.probe("sim:v100/splitk=2", 256)
+    assert not found.likeness.exact
+    assert "tree" in found.likeness.differences["float16"]
+    assert "2 slices of 128" in found.units["float16"].order
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [("accumulator_bits", 23), ("alignment_bits", 24), ("sums", "nearest, ties to even"), ("products", "rounded"),
+     ("aligned", "nearest"), ("tree", "(0 1)"), ("input_bits", 10), ("subnormal_inputs", "flushed")],
+)  # fmt: skip
+def test_one_fact_that_differs_is_named_and_changes_the_fingerprint(probed, fact, value):
+    units = dict(probed["h200"].units)
+    units["float16"] = replace(units["float16"], **{fact: value})
+    found = rules.nearest(units)
+    assert not found.exact
+    assert found.archs == ("sm_90",)
+    assert found.differences == {"float16": (fact,)}
+    assert fingerprint(units) != probed["h200"].fingerprint
+
+
+@pytest.mark.parametrize(("fact", "value"), [("order", "x"), ("nan", "7fc00001"), ("result", "float32")])
+def test_names_and_the_code_of_nan_are_no_part_of_the_fingerprint(probed, fact, value):
+    units = dict(probed["h200"].units)
+    units["float16"] = replace(units["float16"], **{fact: value})
+    assert fingerprint(units) == probed["h200"].fingerprint
+
+
+def test_a_format_too_many_or_too_few_is_a_difference(probed):
+    units = dict(probed["a100"].units)
+    more = units | {"float8_e5m2": probed["h200"].units["float8_e5m2"]}
+    assert rules.nearest(more).differences["float8_e5m2"] == ("has no such unit",)
+    without = {name: facts for name, facts in units.items() if name != "bfloat16"}
+    assert rules._differences(without, MATRIX_UNITS["sm_80"])["bfloat16"] == ("was not measured",)
+    without = {name: facts for name, facts in units.items() if name != "tf32"}
+    assert rules.nearest(without).exact
+
+
+def test_the_tree_of_a_rule():
+    assert rules.tree(MatrixUnit("truncated", 4), 6).text == "((0 1 2 3) 4 5)"
+    assert rules.tree(MatrixUnit("pairwise", 4), 8).text == "(((0 1) (2 3)) ((4 5) (6 7)))"
+    assert rules.tree(MatrixUnit("pairwise", 4), 7).text == "(((0 1) (2 3)) ((4 5) 6))"
+    assert rules.tree(MatrixUnit("fused"), 3).text == "((0 1) 2)"
+
+
+def test_a_probe_as_json_is_plain(probed):
+    data = json.loads(json.dumps(probed["a100"].as_json()))
+    assert data["schema"] == "hal.probe/1"
+    assert data["nearest"] == {"archs": ["sm_80", "sm_86"], "exact": True, "differences": {}}
+    assert data["fingerprint"] == probed["a100"].fingerprint
+    assert Contract.from_json(data["contract"]) == probed["a100"].contract
+
+
+def test_what_has_no_tree_is_told_with_all_that_is_known():
+    facts = report.unit_facts(multiplier(lambda products: products.sum(0), "float8_e4m3fn"), INNER)
+    assert facts.order.startswith("no tree: no product is lost")
+    assert facts.tree is facts.accumulator_bits is facts.sums is None
+    assert (facts.input_bits, facts.subnormal_inputs) == (4, "kept")
+
+
+def test_a_longer_product_is_taken_until_a_sum_grows_often_enough():
+    tree = rules.tree(MatrixUnit("truncated", 16), 64)
+
+    def sum_(products):
+        return along(rules.tree(MatrixUnit("truncated", 16), len(products)))(products)
+
+    facts = report.unit_facts(multiplier(sum_), INNER)
+    assert facts.inner == 64
+    assert facts.tree == tree.text
+
+
+# Kernels of one device -----------------------------------------------------------------------------------------------
+
+
+def floats(sum_, format="float32"):
+    return multiplier(sum_, format)
+
+
+def test_one_arithmetic_for_all_shapes_is_told():
+    found = kernels.kernels(floats(one_after_another()))
+    assert found.deterministic
+    assert found.differing_batches == ()
+    assert (found.single_row, found.single_column) == ("same", "same")
+
+
+def test_another_order_for_a_single_row_or_column_is_told_and_found():
+    up, down = one_after_another(), one_after_another(order=lambda K: range(K)[::-1])
+    by_row = floats(lambda products: (down if products.shape[1] == 1 else up)(products))
+    by_column = floats(lambda products: (down if products.shape[2] == 1 else up)(products))
+    rows, columns = kernels.kernels(by_row), kernels.kernels(by_column)
+    assert (rows.single_row, rows.single_column, rows.differing_batches) == ("other", "same", (1,))
+    assert (columns.single_row, columns.single_column, columns.differing_batches) == ("same", "other", ())
+    assert report._other_orders(by_row, rows, 8) == {"single row": "one product after another, k descending"}
+    assert report._other_orders(by_column, columns, 8) == {"single column": "one product after another, k descending"}
+
+
+def test_a_row_that_depends_on_its_batch_is_told():
+    up, down = one_after_another(), one_after_another(order=lambda K: range(K)[::-1])
+    found = kernels.kernels(floats(lambda products: (down if products.shape[1] < 16 else up)(products)))
+    assert found.differing_batches == (1, 2, 3, 4, 8)
+
+
+def test_an_order_that_changes_from_run_to_run_is_told():
+    found = kernels.kernels(floats(one_after_another(order=np.random.default_rng(0).permutation)))
+    assert not found.deterministic
+
+
+def test_a_shape_that_is_refused_is_no_difference():
+    multiply = floats(one_after_another())
+    kernel = multiply.kernel
+
+    def picky(a, b):
+        if len(a) < 16:
+            raise RuntimeError("rows must be\nmultiples of 16")
+        return kernel(a, b)
+
+    found = kernels.kernels(replace(multiply, kernel=picky))
+    assert found.differing_batches == ()
+    assert found.single_row == "refused: rows must be"
+
+
+def test_a_vector_that_takes_another_kernel_is_told(monkeypatch):
+    multiply = floats(one_after_another())
+    monkeypatch.setattr(torch, "mv", lambda a, x: multiply.kernel(a.flip(1), x.flip(0)[:, None])[:, 0])
+    assert kernels.kernels(multiply).vector == "other"
+    monkeypatch.setattr(torch, "mv", lambda a, x: multiply.kernel(a, x[:, None])[:, 0])
+    assert kernels.kernels(multiply).vector == "same"
+
+
+def test_the_exact_product_of_the_operands_is_zero():
+    a, b = kernels.operands(floats(one_after_another(), "bfloat16"))
+    assert (a.shape, b.shape) == ((64, 256), (256, 64))
+    by_halves = a.double()[:, :, None] * b.double()[None]
+    assert not by_halves.sort(1).values.flip(1).add(by_halves.sort(1).values).count_nonzero()
+
+
+class Found:
+    def __init__(self, indices):
+        self.indices = indices
+
+
+@pytest.mark.parametrize("which", ["lower index", "higher index"])
+def test_which_of_equal_numbers_is_taken_is_told(monkeypatch, which):
+    def topk(x, k, dim):
+        if which == "lower index":
+            return Found(x.sort(dim=dim, descending=True, stable=True).indices[:, :k])
+        return Found(x.shape[1] - 1 - x.flip(1).sort(dim=dim, descending=True, stable=True).indices[:, :k])
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    assert kernels.topk_ties(torch.device("cpu")) == which
+
+
+def test_no_rule_for_equal_numbers_is_told(monkeypatch):
+    places = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+
+    def topk(x, k, dim):
+        return Found(places[x[:, places].sort(dim=dim, descending=True, stable=True).indices[:, :k]])
+
+    monkeypatch.setattr(torch.Tensor, "topk", topk)
+    assert kernels.topk_ties(torch.device("cpu")) == "neither"
+
+
+def test_a_kernel_of_one_order_has_the_tree_of_a_chain():
+    assert report.unit_facts(multiplier(one_after_another()), INNER).tree == chain(range(INNER)).text
+
+
+def test_h200_and_b200_differ_in_fp8_only(probed):
+    one, other = probed["h200"].units, probed["b200"].units
+    assert {name for name in one if one[name].arithmetic != other[name].arithmetic} == {"float8_e4m3fn", "float8_e5m2"}
+
+
+def test_the_cpu_keeps_the_promise_of_its_backend():
+    found = report.probe("cpu", 16)
+    assert found.contradictions == ()
+    for name in ("float32", "bfloat16", "float16"):
+        facts = found.units.get(name)
+        if facts is not None and facts.sums is not None:
+            assert (facts.accumulator_bits, facts.sums) == (24, "nearest, ties to even")

@@ -8,12 +8,13 @@ most of them, in any format.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from hal.errors import HalError
-from hal.probe.multiplier import Multiplier
+from hal.probe.multiplier import Multiplier, bits
 
 ROWS, INNER, COLUMNS = 64, 256, 64
 BATCHES = (1, 2, 3, 4, 8, 16, 32, 48)
@@ -77,8 +78,7 @@ def kernels(multiply: Multiplier) -> Kernels:
     )  # fmt: skip
 
 
-def _compared(compute: object, whole: torch.Tensor) -> str:
-    assert callable(compute)
+def _compared(compute: Callable[[], torch.Tensor], whole: torch.Tensor) -> str:
     try:
         got = _bits(compute())
     except (RuntimeError, HalError) as error:
@@ -87,8 +87,7 @@ def _compared(compute: object, whole: torch.Tensor) -> str:
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
-    codes = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return x.cpu().contiguous().view(codes[x.element_size()])
+    return bits(x.cpu())
 
 
 def topk_ties(device: torch.device) -> str:

@@ -90,6 +90,15 @@ class Multiplier:
         return replace(self, kernel=lambda a, b: torch.cat([kernel(a, c.contiguous()) for c in b.split(1, 1)], 1))
 
 
+CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""What holds the bits of a result, by its bytes."""
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """Return the bits of each element, so that NaN equals itself and -0 is not 0."""
+    return x.contiguous().view(CODES[x.element_size()])
+
+
 def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
     """Return what a device multiplies, by format, and why it does not multiply the others.
 

@@ -19,7 +19,7 @@ import hal
 from hal import philox
 from hal.errors import HalError
 from hal.matrix_unit import FORMATS
-from hal.probe.multiplier import Multiplier, multipliers
+from hal.probe.multiplier import Multiplier, bits, multipliers
 
 Shape = tuple[int, int, int]
 
@@ -174,5 +174,4 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> tuple[int, int]:
     """Return how many elements have equal bits, of how many; none if the dtypes differ."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return 0, one.numel()
-    codes = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return int((one.contiguous().view(codes) == other.contiguous().view(codes)).sum()), one.numel()
+    return int((bits(one) == bits(other)).sum()), one.numel()

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from hal.errors import ConfigError
+from hal.probe.multiplier import CODES, bits
 from hal.probe.prediction import CLASSES, SEED, Products, key
 
 SCHEMA = "hal.products/1"
@@ -20,7 +21,6 @@ LARGEST_BYTES = 256 << 20
 DTYPES = {
     "float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64,
 }  # fmt: skip
-CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write(products: Products, path: Path) -> None:
@@ -36,7 +36,7 @@ def write(products: Products, path: Path) -> None:
         "refused": dict(products.refused),
         "dtypes": {name: str(x.dtype).removeprefix("torch.") for name, x in products.results.items()},
     }  # fmt: skip
-    stored = {name: x.contiguous().view(CODES[x.element_size()]) for name, x in products.results.items()}
+    stored = {name: bits(x) for name, x in products.results.items()}
     data = save(stored, {"hal": json.dumps(described, sort_keys=True)})
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

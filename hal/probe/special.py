@@ -8,11 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from hal.matrix_unit import FORMATS
-from hal.probe.multiplier import STORED, Multiplier
+from hal.probe.multiplier import STORED, Multiplier, bits
 from hal.probe.terms import Term, raw_sums, sums
-
-_CODES = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16,
-          torch.float16: torch.int16}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,12 +58,12 @@ def operands(multiply: Multiplier, K: int) -> Operands:
         strict=True,
     ):
         exact[x] = left == right == x
-    bits = 1
-    while bits < whole and all(exact[x] for x in odd[bits + 1]):
-        bits += 1
+    kept = 1
+    while kept < whole and all(exact[x] for x in odd[kept + 1]):
+        kept += 1
     rounding = None
-    if bits < whole - 1:
-        unit = 2.0 ** (1 - bits)
+    if kept < whole - 1:
+        unit = 2.0 ** (1 - kept)
         asked = (1.0 + 0.75 * unit, 1.0 + 0.5 * unit, 1.0 + 1.5 * unit)
         got = tuple(((sums(multiply, [[Term(0, x, 1.0)] for x in asked], K) - 1.0) / unit).tolist())
         rounding = {
@@ -74,7 +71,7 @@ def operands(multiply: Multiplier, K: int) -> Operands:
         }.get(got, "split")  # fmt: skip
     least = 2.0 ** (multiply.numbers.min_exponent - 1)
     whole_again = sums(multiply, [[Term(0, least, 2.0)], [Term(0, 2.0, least)]], K)
-    return Operands(bits, rounding, "kept" if bool((whole_again == 2 * least).all()) else "flushed")
+    return Operands(kept, rounding, "kept" if bool((whole_again == 2 * least).all()) else "flushed")
 
 
 def _odd_numbers(most: int) -> dict[int, list[float]]:
@@ -108,7 +105,7 @@ def extremes(multiply: Multiplier, together: tuple[int, int], K: int) -> Extreme
         cancelled = sums(multiply, [[Term(i, 2.0**127, 2.0), Term(j, -(2.0**127), 2.0)]], K)
         overflow = "cancels" if float(cancelled[0]) == 0.0 else "infinity"
     infinite = bool(torch.isinf(torch.tensor(torch.inf).to(multiply.dtype).float()))
-    infinity = nan = None
+    infinity = None
     if infinite:
         got = float(sums(multiply, [[Term(0, torch.inf, 1.0)]], K)[0])
         infinity = "kept" if got == torch.inf else str(got)
@@ -122,4 +119,4 @@ def _code(value: torch.Tensor) -> str:
     if not bool(value.isnan().all()):
         return "none"
     width = 2 * value.element_size()
-    return f"{int(value.view(_CODES[value.dtype])[0]) & ((1 << 4 * width) - 1):0{width}x}"
+    return f"{int(bits(value)[0]) & ((1 << 4 * width) - 1):0{width}x}"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hal.probe.multiplier import Multiplier
+from hal.probe.multiplier import Kernel, Multiplier
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ def raw_sums(multiply: Multiplier, wanted: Sequence[Sum], K: int) -> torch.Tenso
     return _summed(multiply, wanted, K, multiply.raw)
 
 
-def _summed(multiply: Multiplier, wanted: Sequence[Sum], K: int, call: object) -> torch.Tensor:
-    assert callable(call)
+def _summed(multiply: Multiplier, wanted: Sequence[Sum], K: int, call: Kernel) -> torch.Tensor:
     parts = []
     size = multiply.outer
     for first in range(0, len(wanted), size):

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from hal.probe.multiplier import Multiplier
+from hal.probe.terms import Term, sums
 
 ALL_PAIRS = 256
 """Up to so many leaves every pair is asked for, and a device whose answers fit no tree is told from one with a tree."""
@@ -123,7 +124,7 @@ def _built(leaves: tuple[int, ...], size: Ask) -> Tree:
             beside = size(left[0], left[1:]) if len(left) > 1 else ()
             together = [k for k, apart in zip(left[1:], beside, strict=True) if apart < found]
             children.append(_built((left[0], *together), size))
-            left = [k for k in left[1:] if k not in set(together)]
+            left = [k for k, apart in zip(left[1:], beside, strict=True) if apart >= found]
         tree = node(children)
         if len(tree.leaves) != found:
             raise NoTree(f"a subtree of {found} products seems to have {len(tree.leaves)}")
@@ -181,7 +182,7 @@ def _sizes(multiply: Multiplier, K: int) -> Callable[[Sequence[tuple[int, int]],
 
 def _one(multiply: Multiplier) -> int:
     """Return the exponent of the factors of a small 1: as small as is sure not to be flushed, in sums and results."""
-    if multiply.result in (torch.float16,):
+    if multiply.result == torch.float16:
         return -7  # 2^-14 is the smallest normal number
     if multiply.numbers.bits <= 4:  # FP8
         return multiply.numbers.min_exponent - (multiply.numbers.bits - 1 if _keeps_subnormals(multiply) else 0)
@@ -190,7 +191,4 @@ def _one(multiply: Multiplier) -> int:
 
 def _keeps_subnormals(multiply: Multiplier) -> bool:
     least = 2.0 ** (multiply.numbers.min_exponent - multiply.numbers.bits + 1)
-    a = torch.zeros(multiply.outer, 64, dtype=torch.float64)
-    b = torch.zeros(64, multiply.outer, dtype=torch.float64)
-    a[:, 0], b[0] = least, least
-    return bool((multiply(a, b) == least**2).all())
+    return float(sums(multiply, [[Term(0, least, least)]], 64)[0]) == least**2

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import hal
@@ -130,23 +130,32 @@ def _tf32(device: Device, inner: int) -> dict[str, UnitFacts]:
 
 def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
     """Probe one product."""
+    tree, K = None, inner
     try:
         tree, K = _long_enough(multiply, inner)
+        order = described(tree)
     except NoTree as why:
-        ends, kept = extremes(multiply, (0, 1), inner), operands(multiply, inner)
-        return UnitFacts(
-            multiply.format, _name(multiply.result), inner, f"no tree: {why}", input_bits=kept.bits,
-            input_rounding=kept.rounding, subnormal_inputs=kept.subnormals, subnormal_results=ends.subnormal_results,
-            overflow=ends.overflow, infinity=ends.infinity, nan=ends.nan,
-        )  # fmt: skip
+        order = f"no tree: {why}"
     kept = operands(multiply, K)
-    sums = rounding(multiply, tree, kept.bits)
-    ends = extremes(multiply, meeting(tree), K)
-    return UnitFacts(
+    ends = extremes(multiply, (0, 1) if tree is None else meeting(tree), K)
+    facts = UnitFacts(
         format=multiply.format,
         result=_name(multiply.result),
         inner=K,
-        order=described(tree),
+        order=order,
+        input_bits=kept.bits,
+        input_rounding=kept.rounding,
+        subnormal_inputs=kept.subnormals,
+        subnormal_results=ends.subnormal_results,
+        overflow=ends.overflow,
+        infinity=ends.infinity,
+        nan=ends.nan,
+    )
+    if tree is None:
+        return facts
+    sums = rounding(multiply, tree, kept.bits)
+    return replace(
+        facts,
         tree=tree.text,
         group=sums.group,
         accumulator_bits=sums.accumulator_bits,
@@ -156,13 +165,6 @@ def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
         sums=sums.sums,
         small_sum=sums.small_sum,
         products=sums.products,
-        input_bits=kept.bits,
-        input_rounding=kept.rounding,
-        subnormal_inputs=kept.subnormals,
-        subnormal_results=ends.subnormal_results,
-        overflow=ends.overflow,
-        infinity=ends.infinity,
-        nan=ends.nan,
     )
 
 

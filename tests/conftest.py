@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Profiles of hypothesis, one thread for torch since two workers of pytest share two cores, and patience."""
+"""Profiles of hypothesis, one thread for torch since two workers of pytest share two cores, patience, and a cache."""
 
 import os
 import time
@@ -12,6 +12,14 @@ hypothesis.settings.register_profile("dev", max_examples=20, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=50, deadline=None, derandomize=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """A cache of this session's own, so that no test reads or leaves anything in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HAL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture

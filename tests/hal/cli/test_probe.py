@@ -18,10 +18,9 @@ SMALL = {"aligned": ((64, 64, 64),), "large K": ((16, 2048, 16),)}
 
 
 @pytest.fixture(autouse=True)
-def _few_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def _few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     from hal.probe import recording
 
-    monkeypatch.setenv("HAL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     for module in (prediction, recording):
         monkeypatch.setattr(module, "CLASSES", SMALL)
 

@@ -78,10 +78,15 @@ def _forget() -> None:
 
 
 def _exchange(pairs: list[tuple[Any, Any]]) -> None:
-    """Replace global names outside of torch that refer to one thing by another, by identity."""
+    """Replace global names outside of torch that refer to one thing by another, by identity.
+
+    A module that has a stand-in keeps its own: what stands in for a function calls the function there.
+    """
     table: dict[int, tuple[Any, Any]] = {id(old): (old, new) for old, new in pairs}
     for module in list(sys.modules.values()):
         if not isinstance(module, ModuleType) or isinstance(module, StandIn) or is_insider(module.__name__):
+            continue
+        if id(module) in table:
             continue
         names = vars(module)
         if table.keys().isdisjoint(map(id, list(names.values()))):  # true of most, and quicker than looking at each

@@ -4,6 +4,9 @@
 import copy
 import importlib
 import io
+import subprocess
+import sys
+import textwrap
 import types
 
 import numpy as np
@@ -337,12 +340,28 @@ def test_files_of_safetensors_are_opened_on_either_side(cuda, tmp_path):
         load_file(file, device="cuda:4")
 
 
+@pytest.mark.parametrize("first", ["safetensors.torch", "hal"])
+def test_safetensors_may_be_loaded_before_a_device_is_adopted_or_later(tmp_path, first):
+    code = f"""
+    import {first}
+    import hal, torch
+    with hal.adopt("cpu"):
+        import safetensors, safetensors.torch
+        safetensors.torch.save_file({{"x": torch.ones(3, device="cuda")}}, "x.safetensors")
+        assert safetensors.torch.load_file("x.safetensors", device="cuda")["x"].is_cuda
+        with safetensors.safe_open("x.safetensors", framework="pt", device="cuda:0") as opened:
+            assert opened.get_tensor("x").is_cuda
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, cwd=tmp_path, timeout=240)
+
+
 def test_safetensors_is_its_own_after_a_release():
     import safetensors.torch
 
     own = safetensors.safe_open
     with hal.adopt("cpu"):
         assert safetensors.torch.safe_open is not own
+        assert vars(sys.modules["safetensors"])["safe_open"] is own  # what stands in for it calls it there
     assert safetensors.safe_open is safetensors.torch.safe_open is own
 
 

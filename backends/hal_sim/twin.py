@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -58,7 +59,7 @@ def _subnormals() -> Iterator[None]:
 def _multiply(
     a_BMK: torch.Tensor, b_BKN: torch.Tensor, c_BMN: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
 ) -> torch.Tensor:
-    step = _STEPS[unit.kind]
+    chain = _CHAINS[unit.kind]
     d_BMN = torch.empty_like(c_BMN, memory_format=torch.contiguous_format)
     K = a_BMK.shape[2]
     _, M, N = c_BMN.shape
@@ -68,57 +69,98 @@ def _multiply(
         at = slice(first, first + matrices)
         for row in range(0, M, rows):
             d = c_BMN[at, row : row + rows]
-            for k in range(0, K, unit.group):
-                d = step(a_BMK[at, row : row + rows, k : k + unit.group], b_BKN[at, k : k + unit.group], d, unit,
-                         min_exponents)  # fmt: skip
+            steps = max(1, _ELEMENTS // max(1, unit.group * d.numel()))
+            for k in range(0, K, steps * unit.group):
+                part = slice(k, k + steps * unit.group)
+                d = chain(a_BMK[at, row : row + rows, part], b_BKN[at, part], d, unit, min_exponents)
             d_BMN[at, row : row + rows] = d
     return d_BMN
 
 
-# One step: a [B, M, L], b [B, L, N], c [B, M, N] ---------------------------------------------------------------------
+# Chains of steps: a [B, M, K], b [B, K, N], c [B, M, N]; K is some groups of L products, the last perhaps short -------
 
-Step = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MatrixUnit, tuple[int, int]], torch.Tensor]
+Chain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MatrixUnit, tuple[int, int]], torch.Tensor]
 
 
-def _truncated(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
-) -> torch.Tensor:
-    products, exponents = _products(a, b, min_exponents)
-    addend, of_c = _split(c, -126)
-    largest = torch.maximum(exponents.amax(2), of_c)
-    nothing = largest < _NONE // 2
+class _Terms(NamedTuple):
+    """The products of one step, exact.
+
+    Attributes:
+        products: [B, M, L, N].
+        exponents: sums of the operands' exponents, in which the unit sees them; [B, M, L, N].
+    """
+
+    products: torch.Tensor
+    exponents: torch.Tensor
+
+
+Step = Callable[[_Terms, torch.Tensor, MatrixUnit], torch.Tensor]
+
+
+def _aligning(step: Step, limit: float) -> Chain:
+    """Return the chain of a step that takes finite terms; one that meets others goes through them step by step.
+
+    Args:
+        step: of one group.
+        limit: from which on a product is infinite.
+    """
+
+    def chain(
+        a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
+    ) -> torch.Tensor:
+        largest = a.abs().amax().double() * b.abs().amax().double()  # a NaN is no smaller than the limit
+        plain = bool(largest < limit)
+        terms = list(_grouped(a, b, unit.group, min_exponents))
+        d = c
+        for each in terms:
+            d = step(each, d, unit) if plain else _with_specials(step(each, d, unit), each.products, d, unit, limit)
+        if plain and not bool(d.isfinite().all()):  # a sum that is not finite stays so
+            d = c
+            for each in terms:
+                d = _with_specials(step(each, d, unit), each.products, d, unit, limit)
+        return d
+
+    return chain
+
+
+def _grouped(a: torch.Tensor, b: torch.Tensor, group: int, min_exponents: tuple[int, int]) -> Iterator[_Terms]:
+    """Yield the terms of each step."""
+    products = a.double()[:, :, :, None] * b.double()[:, None]
+    exponents = _exponent(a, min_exponents[0])[:, :, :, None] + _exponent(b, min_exponents[1])[:, None]
+    return map(_Terms, products.split(group, 2), exponents.split(group, 2))
+
+
+def _truncated(terms: _Terms, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
+    largest = torch.maximum(terms.exponents.amax(2), _exponent(c, -126))
     if unit.exponent_floor is not None:
         largest = largest.clamp(min=unit.exponent_floor)
-    total = _shifted(products, exponents - largest[:, :, None] + unit.fraction_bits).trunc().sum(2)
-    total += _shifted(addend, of_c - largest + unit.fraction_bits).trunc()
-    value = _shifted(total, torch.where(nothing, 0, largest - unit.fraction_bits))
-    result = (_nearest_float16 if unit.result == "float16" else _cut)(value, 13 if unit.result == "float32_13" else 23)
-    return _with_specials(result, a, b, c, nan=0x7FFFE000 if unit.result == "float16" else 0x7FFFFFFF)
+    scale = _power(unit.fraction_bits - largest)
+    total = (terms.products * scale[:, :, None]).trunc().sum(2) + (c * scale).trunc()
+    value = total * _power(largest - unit.fraction_bits)
+    if unit.result == "float16":
+        return _nearest_float16(value)
+    result = _cut(value)
+    return _without_last(result, 10) if unit.result == "float32_13" else result
 
 
-def _floored(
-    a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
-) -> torch.Tensor:
-    products, exponents = _products(a, b, min_exponents)
+def _floored(terms: _Terms, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
     parts = []
     for first in range(2 if unit.interleaved else 1):
         each = slice(first, None, 2 if unit.interleaved else 1)
-        if products[:, :, each].shape[2]:
-            largest = exponents[:, :, each].amax(2)
-            terms = _shifted(products[:, :, each], exponents[:, :, each] - largest[:, :, None] + unit.fraction_bits)
-            parts.append((terms.trunc().sum(2), largest))
+        if terms.products[:, :, each].shape[2]:
+            largest = terms.exponents[:, :, each].amax(2)
+            aligned = terms.products[:, :, each] * _power(unit.fraction_bits - largest)[:, :, None]
+            parts.append((aligned.trunc().sum(2), largest))
     of_products = parts[0][1] if len(parts) == 1 else torch.maximum(parts[0][1], parts[1][1])
     total = sum((_shifted(part, at - of_products).floor() for part, at in parts), start=torch.zeros_like(c).double())
-    addend, of_c = _split(c, -126)
-    of_c = of_c.clamp(min=-126)
+    of_c = _exponent(c, -126).clamp(min=-126)
     both = torch.maximum(of_products, of_c)
     total = _shifted(total, of_products - both + 31 - unit.fraction_bits).floor()
-    aligned = _shifted(addend, of_c - both + 24).floor()
+    addend = (c * _power(24 - both)).floor()
     if unit.interleaved:
-        aligned = torch.where(of_c < both - 25, 0.0, aligned)
-    result = _shifted(total + aligned * 128, both - 31).float()
-    result = torch.where(of_products < _NONE // 2, c + 0.0, result)
-    return _with_specials(result, a, b, c, nan=0x7FC00000, limit=2.0**128)
+        addend = torch.where(of_c < both - 25, 0.0, addend)
+    result = _shifted(total + addend * 128, both - 31).float()
+    return torch.where(of_products < _NONE // 2, c + 0.0, result)
 
 
 def _pairwise(
@@ -128,64 +170,88 @@ def _pairwise(
         torch.where(x.abs() < 2.0**least, 0.0, x) for x, least in zip((a, b), min_exponents, strict=True)
     )  # fmt: skip
     products = _flushed(a[:, :, :, None] * b[:, None] + 0.0)
+    if missing := -products.shape[2] % unit.group:
+        products = torch.nn.functional.pad(products, (0, 0, 0, missing))
     width = unit.group
-    if products.shape[2] < width:
-        products = torch.nn.functional.pad(products, (0, 0, 0, width - products.shape[2]))
-    while width > 1:
+    while width > 1:  # neighbours of one group, since its number of products is a power of two
         products = _flushed(products[:, :, 0::2] + products[:, :, 1::2])
         width //= 2
-    return _flushed(torch.where(c.abs() < 2.0**-126, 0.0, c) + products[:, :, 0])
+    for sum_of_group in products.unbind(2):
+        c = _flushed(torch.where(c.abs() < 2.0**-126, 0.0, c) + sum_of_group)
+    return c
 
 
 def _fused(
     a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
 ) -> torch.Tensor:
-    if c.dtype == torch.float32:
-        # The product is exact in float64, and so is, rounded to odd, enough of the sum.
-        return _to_odd(*_two_sum(a.double() * b.double(), c.double())).float()
-    return _fused_float64(a.expand_as(c), b.expand_as(c), c)
+    if c.dtype != torch.float32:
+        for k in range(a.shape[2]):
+            c = _fused_float64(a[:, :, k, None].expand_as(c), b[:, k, None].expand_as(c), c)
+        return c
+    # A product is exact in float64.
+    products = (a.double()[:, :, :, None] * b.double()[:, None]).unbind(2)
+    # A sum that is rounded to float64, and again to float32, is rounded right but where the first one lies halfway
+    # between two of the second: never, but for what is made to do so.
+    d, sums = c, []
+    for product in products:
+        sums.append(product + d)
+        d = sums[-1].float()
+    if not bool(_halfway(torch.stack(sums)).any()):
+        return d
+    for product in products:
+        # Rounded to odd, float64 has enough of the sum.
+        c = _to_odd(*_two_sum(product, c.double())).float()
+    return c
 
 
-_STEPS: dict[str, Step] = {"truncated": _truncated, "floored": _floored, "pairwise": _pairwise, "fused": _fused}
+_CHAINS: dict[str, Chain] = {
+    "truncated": _aligning(_truncated, torch.inf), "floored": _aligning(_floored, 2.0**128),
+    "pairwise": _pairwise, "fused": _fused,
+}  # fmt: skip
 
 
 # Significands, exponents, rounding -----------------------------------------------------------------------------------
 
 
-def _split(x: torch.Tensor, min_exponent: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return significands in float64 and exponents, `_NONE` of zeros."""
-    wide = x.double()
-    exponent = ((wide.view(torch.int64) >> 52) & 0x7FF).to(torch.int32) - 1023
-    exponent = torch.where(wide == 0, _NONE, exponent.clamp(min=min_exponent))
-    return _shifted(wide, torch.where(wide == 0, 0, -exponent)), exponent
+def _exponent(x: torch.Tensor, min_exponent: int) -> torch.Tensor:
+    """Return exponents, `_NONE` of zeros."""
+    exponent = (x.frexp().exponent - 1).clamp(min=min_exponent)
+    return torch.where(x == 0, _NONE, exponent)
 
 
-def _products(a: torch.Tensor, b: torch.Tensor, min_exponents: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    (a, of_a), (b, of_b) = _split(a, min_exponents[0]), _split(b, min_exponents[1])
-    return a[:, :, :, None] * b[:, None], of_a[:, :, :, None] + of_b[:, None]
+def _power(exponent: torch.Tensor) -> torch.Tensor:
+    """Return 2^exponent; far from all that counts the exponent is -1000 or 1000 (`torch.ldexp` computes in float32)."""
+    return ((exponent.clamp(-1000, 1000).to(torch.int64) + 1023) << 52).view(torch.float64)
 
 
 def _shifted(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
-    """Return x 2^exponent; far below all that counts the exponent is -1000 (`torch.ldexp` computes in float32)."""
-    return x * ((exponent.clamp(-1000, 1000).to(torch.int64) + 1023) << 52).view(torch.float64)
+    """Return x 2^exponent."""
+    return x * _power(exponent)
 
 
-def _ulp(value: torch.Tensor, fraction_bits: int, min_exponent: int) -> torch.Tensor:
+def _cut(value: torch.Tensor) -> torch.Tensor:
+    """Return float64 in float32, cut toward zero."""
+    nearest, size = value.float(), value.abs()
+    beyond = (nearest.abs() > size) & (size < 2.0**128)
+    return torch.where(beyond, nearest.nextafter(torch.zeros_like(nearest)), nearest) + 0.0
+
+
+def _without_last(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return float32 without its last bits."""
+    return (x.view(torch.int32) & -(1 << bits)).view(torch.float32) + 0.0
+
+
+def _nearest_float16(value: torch.Tensor) -> torch.Tensor:
+    """Return float64 rounded to float16's numbers, in float32 (torch's own conversion rounds to float32 first)."""
     exponent = ((value.view(torch.int64) >> 52) & 0x7FF).to(torch.int32) - 1023
-    return exponent.clamp(min=min_exponent) - fraction_bits
-
-
-def _cut(value: torch.Tensor, fraction_bits: int) -> torch.Tensor:
-    ulp = _ulp(value, fraction_bits, -126)
-    kept = _shifted(_shifted(value, -ulp).trunc(), ulp)
-    kept = torch.where(kept.abs() >= 2.0**128, torch.inf * kept.sign(), kept) + 0.0
-    return kept.float()
-
-
-def _nearest_float16(value: torch.Tensor, _: int) -> torch.Tensor:
-    ulp = _ulp(value, 10, -14)
+    ulp = exponent.clamp(min=-14) - 10
     kept = _shifted(_shifted(value, -ulp).round(), ulp)
     return (torch.where(kept.abs() >= 2.0**16, torch.inf * kept.sign(), kept) + 0.0).float()
+
+
+def _halfway(x: torch.Tensor) -> torch.Tensor:
+    """Tell which float64 lie halfway between two float32, or may do so among its subnormal numbers."""
+    return ((x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000) | ((x.abs() < 2.0**-126) & (x != 0))
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:
@@ -193,15 +259,12 @@ def _flushed(x: torch.Tensor) -> torch.Tensor:
 
 
 def _with_specials(
-    result: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, nan: int, limit: float = torch.inf
+    result: torch.Tensor, products: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, limit: float
 ) -> torch.Tensor:
     """Put NaN and infinities where the sum has one among its terms, or a product is at least `limit`."""
-    largest = a.abs().amax().double() * b.abs().amax().double()  # a NaN is no smaller than the limit
-    if bool(largest < limit) and bool(c.isfinite().all()):
-        return result
-    products = a.double()[:, :, :, None] * b.double()[:, None]
     products = torch.where(products.abs() >= limit, torch.inf * products.sign(), products)
     total = torch.where(products.isfinite(), 0.0, products).sum(2) + torch.where(c.isfinite(), 0.0, c)
+    nan = 0x7FC00000 if unit.kind == "floored" else 0x7FFFE000 if unit.result == "float16" else 0x7FFFFFFF
     code = torch.tensor(nan, dtype=torch.int32).view(torch.float32)
     return torch.where(total.isnan(), code, torch.where(total.isinf(), total.float(), result))
 

@@ -13,17 +13,29 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hal.errors import ConfigError
-from hal_sim import operators
+from hal_sim import operators, scaled
 from hal_sim.simulation import Simulation
 
+_PRODUCTS: Mapping[str, Callable[..., torch.Tensor]] = {
+    "mm": operators.mm, "bmm": operators.bmm, "addmm": operators.addmm, "baddbmm": operators.baddbmm,
+    "addbmm": operators.addbmm, "addmv": operators.addmv, "mv": operators.mv,
+    "_addmm_activation": operators.addmm_activation, "_scaled_mm": scaled.scaled_mm,
+}  # fmt: skip
+"""What has a form that puts its result into `out`; some also have one in place."""
+_ALONE: Mapping[str, Callable[..., Any]] = {
+    "_scaled_mm_v2": scaled.scaled_mm_v2, "_grouped_mm": operators.grouped_mm,
+    "_scaled_grouped_mm": scaled.scaled_grouped_mm, "_scaled_grouped_mm_v2": scaled.scaled_grouped_mm_v2,
+    "convolution": operators.convolution, "convolution_backward": operators.convolution_backward,
+}  # fmt: skip
+
 OWN_KERNELS = (
-    "addr", "_scaled_mm_v2", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+    "addr", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
     "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward", "conv_tbc",
     "_slow_conv2d_forward", "slow_conv3d_forward", "slow_conv_transpose2d", "slow_conv_transpose3d",
     "slow_conv_dilated2d", "slow_conv_dilated3d", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu",
@@ -56,20 +68,15 @@ def _registered() -> Any:
     if not hasattr(torch.library, "get_kernel"):
         raise ConfigError(f"torch {torch.__version__} cannot simulate", expected="torch 2.10 or later")
     library = torch.library.Library("aten", "IMPL")
-    for name, make in (
-        ("mm", operators.mm), ("bmm", operators.bmm), ("addmm", operators.addmm), ("baddbmm", operators.baddbmm),
-        ("addbmm", operators.addbmm), ("addmv", operators.addmv), ("mv", operators.mv),
-        ("_addmm_activation", operators.addmm_activation),
-    ):  # fmt: skip
+    for name, make in _PRODUCTS.items():
         packet = getattr(torch.ops.aten, name)
         _replace(library, packet.default, make)
         _replace(library, packet.out, functools.partial(operators.into, make))
         if hasattr(torch.ops.aten, f"{name}_"):
             _replace(library, getattr(torch.ops.aten, f"{name}_").default, functools.partial(operators.in_place, make))
-    _replace(library, torch.ops.aten._scaled_mm.default, operators.scaled_mm)
-    _replace(library, torch.ops.aten._scaled_mm.out, functools.partial(operators.into, operators.scaled_mm))
-    _replace(library, torch.ops.aten.convolution.default, operators.convolution)
-    _replace(library, torch.ops.aten.convolution_backward.default, operators.convolution_backward)
+    for name, make in _ALONE.items():
+        if hasattr(torch.ops.aten, name):  # versions of torch differ
+            _replace(library, getattr(torch.ops.aten, name).default, make)
     for name in OWN_KERNELS:
         if hasattr(torch.ops.aten, name):  # versions of torch differ
             _count(library, getattr(torch.ops.aten, name).default)
@@ -77,16 +84,29 @@ def _registered() -> Any:
 
 
 def _replace(library: Any, operator: Any, make: Callable[..., Any]) -> None:
-    original = torch.library.get_kernel(operator, "CPU").call_boxed
+    original = _own(operator)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-        if _active is None or not all(tensor.dtype.is_floating_point for tensor in tensors):
+        if _active is None or not all(operand.dtype.is_floating_point for operand in args[:2]):
             # Integers and complex numbers are for no unit that is simulated.
             return original(keys, *args, **kwargs)
         return make(_active, *args, **kwargs)
 
     _register(library, operator, kernel)
+
+
+def _own(operator: Any) -> Callable[..., Any]:
+    """Return torch's own kernel; where a CPU has none, what says so."""
+    name = operator._schema.name
+
+    def none(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"Could not run '{name}' with arguments from the 'CPU' backend.")
+
+    try:
+        own: Callable[..., Any] = torch.library.get_kernel(operator, "CPU").call_boxed
+    except RuntimeError:
+        return none
+    return own
 
 
 def _count(library: Any, operator: Any) -> None:

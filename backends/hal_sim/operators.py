@@ -12,21 +12,10 @@ from typing import Any
 
 import torch
 
-from hal.errors import UnsupportedOperation
 from hal_sim import convolution as windows
+from hal_sim.epilogue import finished
+from hal_sim.grouped import grouped
 from hal_sim.simulation import Simulation
-
-
-def _finished(
-    product: torch.Tensor, addend: torch.Tensor | None, alpha: float, beta: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """Return alpha product + beta addend in the accumulator's format, rounded once to `dtype`."""
-    if alpha != 1:
-        product = product * alpha
-    if addend is not None and beta != 0:  # then not even a NaN of it counts
-        wide = addend.to(product.dtype)
-        product = product + (wide if beta == 1 else wide * beta)
-    return product.to(dtype)
 
 
 def into(
@@ -72,13 +61,13 @@ def _batches(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 def mm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return a b."""
     _two_matrices(a, b, "mm")
-    return _finished(simulation.product(a[None], b[None])[0], None, 1, 0, a.dtype)
+    return finished(simulation.product(a[None], b[None])[0], None, 1, 0, a.dtype)
 
 
 def bmm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Return the products of two batches."""
     _batches(a, b, "bmm")
-    return _finished(simulation.product(a, b), None, 1, 0, a.dtype)
+    return finished(simulation.product(a, b), None, 1, 0, a.dtype)
 
 
 def addmm(
@@ -87,7 +76,7 @@ def addmm(
     """Return beta c + alpha a b."""
     _two_matrices(a, b, "addmm")
     product = simulation.product(a[None], b[None])[0]
-    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
 
 
 def addmm_activation(
@@ -111,7 +100,7 @@ def baddbmm(
     """Return beta c + alpha a b for each matrix of batches."""
     _batches(a, b, "baddbmm")
     product = simulation.product(a, b)
-    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
 
 
 def addbmm(
@@ -130,7 +119,7 @@ def addmv(
     if a.ndim != 2 or v.ndim != 1 or a.shape[1] != v.shape[0] or a.dtype != v.dtype:
         raise RuntimeError(f"addmv: {tuple(a.shape)} {a.dtype} and {tuple(v.shape)} {v.dtype} cannot be multiplied")
     product = simulation.product(a[None], v[None, :, None])[0, :, 0]
-    return _finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
 
 
 def mv(simulation: Simulation, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -138,24 +127,20 @@ def mv(simulation: Simulation, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     return addmv(simulation, v.new_zeros(()), a, v, beta=0)
 
 
-def scaled_mm(
-    simulation: Simulation, a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
-    bias: torch.Tensor | None = None, scale_result: torch.Tensor | None = None, out_dtype: torch.dtype | None = None,
-    use_fast_accum: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Return a b times the scales of each, in `out_dtype`."""
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-        raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
-    product = simulation.product(a[None], b[None])[0]
-    for scale in (scale_a, scale_b):  # of the whole, of each row, or of each column
-        if scale.numel() != 1 and scale.shape not in ((a.shape[0], 1), (1, b.shape[1])):
-            raise UnsupportedOperation(
-                f"scales of shape {tuple(scale.shape)} are not simulated", device=simulation.device_id,
-                what="scaled_mm", expected="one number, or one for each row or column",
-            )  # fmt: skip
-    product = product * scale_a * scale_b
-    result = _finished(product, None if bias is None else bias.expand_as(product), 1, 1, out_dtype or a.dtype)
-    return result if scale_result is None else (result.float() * scale_result).to(result.dtype)
+def grouped_mm(
+    simulation: Simulation,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    offs: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Return the products of groups; see `hal_sim.grouped`."""
+    if a.dtype != b.dtype:
+        raise RuntimeError(f"grouped_mm: dtypes differ ({a.dtype} and {b.dtype})")
+    if bias is not None:
+        raise RuntimeError("grouped_mm: a bias is not supported")
+    return grouped(simulation.product, a, b, offs).to(out_dtype or a.dtype)
 
 
 def convolution(
@@ -176,7 +161,7 @@ def convolution(
     else:
         y = windows.convolved(product, x, weight, stride, padding, dilation, groups)
     addend = None if bias is None else bias.view(1, -1, *[1] * (x.ndim - 2)).expand_as(y)
-    return _finished(y, addend, 1, 1, x.dtype).contiguous()
+    return finished(y, addend, 1, 1, x.dtype).contiguous()
 
 
 def convolution_backward(

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped products on a simulated unit: one for each expert, over slices of rows, of columns or of K.
+
+Groups of one size are multiplied as a batch: an expert with a few tokens costs less than the call for it.
+
+Legend: R rows of all groups, G groups, M rows, N columns, K products.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The product of [B, M, K] and [B, K, N] in the accumulator's format."""
+
+_SMALL = 1 << 18
+"""Multiply-adds of a product that takes no longer than a call: the operands of larger ones are not copied."""
+
+
+def grouped(product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+    """Return the products of groups, in the accumulator's format.
+
+    Args:
+        product: of batches.
+        a: [R, K] with groups of rows, [M, R] with groups of columns, or [G, M, K].
+        b: [R, N] with groups of rows, [K, R] with groups of columns, or [G, K, N].
+        ends: int32 [G], where each group ends in the axis of R; None: both have one matrix for each group.
+
+    Returns:
+        [R, N], [M, R] or [G, M, N]. What no group has is zero.
+
+    Raises:
+        RuntimeError: the shapes or the ends do not go together.
+    """
+    if ends is None:
+        if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+            raise RuntimeError(f"grouped: {_shape(a)} and {_shape(b)} cannot be multiplied without offsets")
+        return product(a, b)
+    if a.ndim == 2 and b.ndim == 3:
+        return _of_rows(product, a, b, _lengths(ends, a.shape[0], b.shape[0]))
+    if a.ndim == 3 and b.ndim == 2:
+        lengths = _lengths(ends, b.shape[1], a.shape[0])
+        return _of_rows(lambda x, y: product(y.mT, x.mT).mT, b.T, a.mT, lengths).T
+    if a.ndim == 2 and b.ndim == 2:
+        return _of_products(product, a, b, _lengths(ends, a.shape[1], ends.numel()))
+    raise RuntimeError(f"grouped: {_shape(a)} and {_shape(b)} have no groups in common")
+
+
+def _shape(x: torch.Tensor) -> tuple[int, ...]:
+    return tuple(x.shape)
+
+
+def _lengths(ends: torch.Tensor, extent: int, groups: int) -> list[tuple[int, int]]:
+    """Return the first place and the length of each group."""
+    if ends.ndim != 1 or ends.dtype != torch.int32 or ends.numel() != groups:
+        raise RuntimeError(
+            f"grouped: {groups} int32 offsets are needed, one for each group; these are {ends.dtype} {_shape(ends)}"
+        )
+    last = [0, *ends.tolist()]
+    pairs = list(itertools.pairwise(last))
+    if any(first > end for first, end in pairs) or last[-1] > extent:
+        raise RuntimeError(f"grouped: the offsets must ascend from 0 to at most {extent}, and are {last[1:]}")
+    return [(first, end - first) for first, end in pairs]
+
+
+def _alike(lengths: Sequence[tuple[int, int]], each: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield batches of (group, first place) of one length, as many as are small together; of length 0 none.
+
+    Args:
+        lengths: of the groups.
+        each: multiply-adds for each place of a group.
+    """
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for group, (first, length) in enumerate(lengths):
+        by_length.setdefault(length, []).append((group, first))
+    by_length.pop(0, None)
+    for length, groups in by_length.items():
+        together = len(groups) if length * each <= _SMALL else 1
+        for at in range(0, len(groups), together):
+            yield groups[at : at + together]
+
+
+def _places(batch: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
+    """Return where each group's places are; [G, length]."""
+    return torch.tensor([first for _, first in batch])[:, None] + torch.arange(length)
+
+
+def _of_rows(
+    product: Product, a_RK: torch.Tensor, b_GKN: torch.Tensor, lengths: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    _, K, N = b_GKN.shape
+    if a_RK.shape[1] != K:
+        raise RuntimeError(f"grouped: {_shape(a_RK)} and {_shape(b_GKN)} cannot be multiplied")
+    out_RN: torch.Tensor | None = None
+    for batch in _alike(lengths, K * N):
+        length = lengths[batch[0][0]][1]
+        if len(batch) == 1:
+            ((group, first),) = batch
+            rows: slice | torch.Tensor = slice(first, first + length)
+            found = product(a_RK[rows][None], b_GKN[group][None])[0]
+        else:
+            rows = _places(batch, length)
+            found = product(a_RK[rows], b_GKN[[group for group, _ in batch]])
+        out_RN = found.new_zeros(a_RK.shape[0], N) if out_RN is None else out_RN
+        out_RN[rows] = found
+    return product(a_RK[None, :, :0], b_GKN[:1, :0])[0] if out_RN is None else out_RN
+
+
+def _of_products(
+    product: Product, a_MR: torch.Tensor, b_RN: torch.Tensor, lengths: Sequence[tuple[int, int]]
+) -> torch.Tensor:
+    (M, R), N = a_MR.shape, b_RN.shape[1]
+    if b_RN.shape[0] != R:
+        raise RuntimeError(f"grouped: {_shape(a_MR)} and {_shape(b_RN)} cannot be multiplied")
+    out_GMN = product(a_MR[None, :, :0].expand(len(lengths), M, 0), b_RN[None, :0].expand(len(lengths), 0, N))
+    for batch in _alike(lengths, M * N):
+        length = lengths[batch[0][0]][1]
+        if len(batch) == 1:
+            ((group, first),) = batch
+            out_GMN[group] = product(a_MR[None, :, first : first + length], b_RN[None, first : first + length])[0]
+        else:
+            at = _places(batch, length)
+            out_GMN[[group for group, _ in batch]] = product(a_MR.T[at].mT, b_RN[at])
+    return out_GMN

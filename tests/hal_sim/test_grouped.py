@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grouped and scaled products: group by group they are those of the unit, whatever the sizes of the groups."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hal
+from hal.errors import UnsupportedOperation
+from hal_sim import grouped, product
+from hal_sim.chips import CHIPS
+from hal_sim.schedule import Schedule
+
+LENGTHS = st.lists(st.integers(0, 7), min_size=1, max_size=6)
+
+
+def numbers(*shape, seed=0, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def unit(a, b, name="bfloat16", schedule=product.ONE_PIECE):
+    return product.multiply(a[None], b[None], CHIPS["h200"].units[name], (name, name), schedule)[0]
+
+
+def batches(a, b):
+    name = str(a.dtype).removeprefix("torch.")
+    return product.multiply(a, b, CHIPS["h200"].units[name], (name, name))
+
+
+def parts(lengths, extra=0):
+    """Return the ends of groups, their slices, and the extent of all of it."""
+    ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
+    return ends, [slice(int(e) - n, int(e)) for e, n in zip(ends, lengths, strict=True)], sum(lengths) + extra
+
+
+@given(LENGTHS, st.integers(0, 3))
+@settings(max_examples=60)
+def test_groups_of_rows(lengths, extra):
+    ends, slices, R = parts(lengths, extra)
+    a, b = numbers(R, 24), numbers(len(lengths), 24, 16, seed=1)
+    found = grouped.grouped(batches, a, b, ends)
+    expected = torch.zeros(R, 16)
+    for each, weights in zip(slices, b, strict=True):
+        expected[each] = unit(a[each], weights)
+    assert torch.equal(found, expected)
+
+
+@given(LENGTHS, st.integers(0, 3))
+@settings(max_examples=60)
+def test_groups_of_columns(lengths, extra):
+    ends, slices, R = parts(lengths, extra)
+    a, b = numbers(len(lengths), 5, 24), numbers(24, R, seed=1)
+    found = grouped.grouped(batches, a, b, ends)
+    expected = torch.zeros(5, R)
+    for each, weights in zip(slices, a, strict=True):
+        expected[:, each] = unit(weights, b[:, each])
+    assert torch.equal(found, expected)
+
+
+@given(LENGTHS, st.integers(0, 3))
+@settings(max_examples=60)
+def test_groups_of_products(lengths, extra):
+    ends, slices, R = parts(lengths, extra)
+    a, b = numbers(5, R), numbers(R, 16, seed=1)
+    found = grouped.grouped(batches, a, b, ends)
+    for each, of_group in zip(slices, found, strict=True):
+        assert torch.equal(of_group, unit(a[:, each], b[each]))
+
+
+def test_large_groups_are_multiplied_without_a_copy(monkeypatch):
+    monkeypatch.setattr(grouped, "_SMALL", 0)
+    taken = []
+
+    def watched(a, b):
+        taken.append((a.data_ptr(), b.data_ptr()))
+        return batches(a, b)
+
+    a, b = numbers(8, 24), numbers(2, 24, 16, seed=1)
+    found = grouped.grouped(watched, a, b, torch.tensor([4, 8], dtype=torch.int32))
+    assert torch.equal(found, torch.cat([unit(a[:4], b[0]), unit(a[4:], b[1])]))
+    assert taken == [(a.data_ptr(), b.data_ptr()), (a[4:].data_ptr(), b[1].data_ptr())]
+
+
+def test_small_groups_of_one_size_are_one_product():
+    count = []
+    ends = torch.arange(1, 65, dtype=torch.int32)
+    grouped.grouped(lambda a, b: count.append(0) or batches(a, b), numbers(64, 24), numbers(64, 24, 16), ends)
+    assert len(count) == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "ends", "says"),
+    [
+        ((4, 8), (2, 8, 8), [3, 2], "must ascend"), ((4, 8), (2, 8, 8), [2, 5], "at most 4"),
+        ((4, 8), (2, 8, 8), [4], "2 int32 offsets"), ((4, 8), (2, 8, 8), None, "without offsets"),
+        ((4, 8), (2, 9, 8), [2, 4], "cannot be multiplied"), ((4, 8), (9, 4), [4, 8], "cannot be multiplied"),
+        ((2, 4, 8), (2, 8, 8), [2, 4], "no groups in common"), ((4, 8), (2, 8, 8), [-1, 4], "must ascend"),
+    ],
+)  # fmt: skip
+def test_groups_that_cannot_be_are_refused(a, b, ends, says):
+    ends = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=says):
+        grouped.grouped(batches, numbers(*a), numbers(*b), ends)
+
+
+def test_offsets_of_int64_and_other_dtypes_are_refused():
+    with pytest.raises(RuntimeError, match="int32 offsets are needed"):
+        grouped.grouped(batches, numbers(4, 8), numbers(2, 8, 8), torch.tensor([2, 4]))
+    with hal.open_device("sim:h200"), pytest.raises(RuntimeError):
+        torch._grouped_mm(numbers(4, 8), numbers(2, 8, 8).float(), offs=torch.tensor([2, 4], dtype=torch.int32))
+
+
+def test_a_grouped_product_forward_and_backward_is_the_units():
+    x, w = numbers(24, 16), numbers(3, 16, 32, seed=1)
+    ends, dy = torch.tensor([8, 8, 24], dtype=torch.int32), numbers(24, 32, seed=2)
+    for options, schedule in (("", product.ONE_PIECE), ("/splitk=2/grain=8", Schedule(split_k=2, grain=8))):
+        with hal.open_device(f"sim:h200{options}"):
+            x1, w1 = x.clone().requires_grad_(), w.clone().requires_grad_()
+            y = F.grouped_mm(x1, w1, offs=ends)
+            y.backward(dy)
+        for at, expert in ((slice(0, 8), 0), (slice(8, 24), 2)):
+            of = {"schedule": schedule}
+            assert torch.equal(y[at], unit(x[at], w[expert], **of).bfloat16())
+            assert torch.equal(x1.grad[at], unit(dy[at], w[expert].t(), **of).bfloat16())
+            assert torch.equal(w1.grad[expert], unit(x[at].t(), dy[at], **of).bfloat16())
+        assert not w1.grad[1].any()
+
+
+# Scaled --------------------------------------------------------------------------------------------------------------
+
+E4M3 = torch.float8_e4m3fn
+ENDS = torch.tensor([3, 3, 11], dtype=torch.int32)
+SLICES = (slice(0, 3), slice(3, 3), slice(3, 11))
+
+
+def scales(*shape, seed):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) + 0.5
+
+
+def eight(*shape, seed):
+    return numbers(*shape, seed=seed, dtype=E4M3)
+
+
+def e4m3(a, b):
+    return unit(a, b, "float8_e4m3fn")
+
+
+@pytest.fixture
+def h200():
+    with hal.open_device("sim:h200") as device:
+        yield device
+
+
+def test_scaled_groups_of_rows(h200):
+    a, b, sa, sb = eight(12, 32, seed=0), eight(3, 16, 32, seed=1).mT, scales(12, seed=2), scales(3, 16, seed=3)
+    found = torch._scaled_grouped_mm(a, b, sa, sb, ENDS, out_dtype=torch.bfloat16)
+    for expert, at in enumerate(SLICES):
+        assert torch.equal(found[at], (e4m3(a[at], b[expert]) * sa[at, None] * sb[expert]).bfloat16())
+    again = F.scaled_grouped_mm(a, b, sa, F.ScalingType.RowWise, sb, F.ScalingType.RowWise, offs=ENDS)
+    assert torch.equal(again, found)
+
+
+def test_scaled_groups_of_columns(h200):
+    a, b, sa, sb = eight(3, 16, 32, seed=0), eight(12, 32, seed=1).t(), scales(3, 16, seed=2), scales(12, seed=3)
+    found = torch._scaled_grouped_mm(a, b, sa, sb, ENDS, out_dtype=torch.bfloat16)
+    for expert, at in enumerate(SLICES):
+        assert torch.equal(found[:, at], (e4m3(a[expert], b[:, at]) * sa[expert, :, None] * sb[at]).bfloat16())
+
+
+def test_scaled_groups_of_products(h200):
+    a, b, sa, sb = eight(16, 12, seed=0), eight(8, 12, seed=1).t(), scales(48, seed=2), scales(24, seed=3)
+    found = torch._scaled_grouped_mm(a, b, sa, sb, ENDS, out_dtype=torch.bfloat16)
+    for group, at in enumerate(SLICES):
+        rows, columns = sa.view(3, 16)[group, :, None], sb.view(3, 8)[group]
+        assert torch.equal(found[group], (e4m3(a[:, at], b[at]) * rows * columns).bfloat16())
+
+
+def test_scaled_batches(h200):
+    a, b, sa, sb = eight(3, 16, 32, seed=0), eight(3, 8, 32, seed=1).mT, scales(3, 16, seed=2), scales(3, 8, seed=3)
+    found = torch._scaled_grouped_mm(a, b, sa, sb, out_dtype=torch.bfloat16)
+    for group in range(3):
+        assert torch.equal(found[group], (e4m3(a[group], b[group]) * sa[group, :, None] * sb[group]).bfloat16())
+
+
+def test_scaled_products_by_recipe(h200):
+    a, b, one = eight(16, 32, seed=0), eight(8, 32, seed=1).t(), torch.tensor(0.75)
+    whole, rows = F.ScalingType.TensorWise, F.ScalingType.RowWise
+    assert torch.equal(F.scaled_mm(a, b, one, whole, one, whole), (e4m3(a, b) * one * one).bfloat16())
+    sa, sb = scales(16, 1, seed=2), scales(1, 8, seed=3)
+    assert torch.equal(F.scaled_mm(a, b, sa, rows, sb, rows), (e4m3(a, b) * sa * sb).bfloat16())
+    assert torch.equal(F.scaled_mm(a, b, sa, rows, sb, rows), torch._scaled_mm(a, b, sa, sb, out_dtype=torch.bfloat16))
+
+
+def test_scales_of_blocks_are_refused(h200):
+    a, b = eight(128, 128, seed=0), eight(128, 128, seed=1).t()
+    blocks = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+    with pytest.raises(UnsupportedOperation, match="BlockWise1x128 scales are not simulated"):
+        F.scaled_mm(a, b, scales(128, 1, seed=2), blocks[0], scales(1, 1, seed=3), blocks[1])
+    with pytest.raises(UnsupportedOperation, match="TensorWise scales are not simulated"):
+        one = torch.tensor(1.0)
+        F.scaled_grouped_mm(a, b, one, F.ScalingType.TensorWise, one, F.ScalingType.TensorWise,
+                            offs=torch.tensor([128], dtype=torch.int32))  # fmt: skip
+
+
+def test_scales_of_another_shape_are_refused(h200):
+    a, b = eight(12, 32, seed=0), eight(3, 16, 32, seed=1).mT
+    with pytest.raises(RuntimeError, match=r"scale_b is torch.float32 \(16,\), expected float32 \(3, 16\)"):
+        torch._scaled_grouped_mm(a, b, scales(12, seed=2), scales(16, seed=3), ENDS)
+
+
+def test_a_chip_without_fp8_refuses_scaled_groups_and_a_cpu_has_none():
+    a, b, sa, sb = eight(12, 32, seed=0), eight(3, 16, 32, seed=1).mT, scales(12, seed=2), scales(3, 16, seed=3)
+    with hal.open_device("sim:a100"), pytest.raises(UnsupportedOperation, match="no matrix unit"):
+        torch._scaled_grouped_mm(a, b, sa, sb, ENDS)
+    with pytest.raises(NotImplementedError, match="_scaled_grouped_mm"):
+        torch._scaled_grouped_mm(a, b, sa, sb, ENDS)

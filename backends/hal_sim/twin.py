@@ -17,7 +17,7 @@ import torch
 
 from hal.matrix_unit import MatrixUnit
 
-_ELEMENTS = 1 << 20
+_ELEMENTS = 1 << 17
 """Of the largest array of products, so that it stays in a cache."""
 
 _NONE = -4096
@@ -189,14 +189,13 @@ def _fused(
             c = _fused_float64(a[:, :, k, None].expand_as(c), b[:, k, None].expand_as(c), c)
         return c
     # A product is exact in float64.
-    products = (a.double()[:, :, :, None] * b.double()[:, None]).unbind(2)
+    products = a.double().movedim(2, 0)[:, :, :, None] * b.double().movedim(1, 0)[:, :, None]
     # A sum that is rounded to float64, and again to float32, is rounded right but where the first one lies halfway
     # between two of the second: never, but for what is made to do so.
-    d, sums = c, []
-    for product in products:
-        sums.append(product + d)
-        d = sums[-1].float()
-    if not bool(_halfway(torch.stack(sums)).any()):
+    d, sums = c, torch.empty_like(products)
+    for product, total in zip(products, sums, strict=True):
+        d = torch.add(product, d, out=total).float()
+    if not _may_be_halfway(sums):
         return d
     for product in products:
         # Rounded to odd, float64 has enough of the sum.
@@ -249,9 +248,12 @@ def _nearest_float16(value: torch.Tensor) -> torch.Tensor:
     return (torch.where(kept.abs() >= 2.0**16, torch.inf * kept.sign(), kept) + 0.0).float()
 
 
-def _halfway(x: torch.Tensor) -> torch.Tensor:
-    """Tell which float64 lie halfway between two float32, or may do so among its subnormal numbers."""
-    return ((x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000) | ((x.abs() < 2.0**-126) & (x != 0))
+def _may_be_halfway(x: torch.Tensor) -> bool:
+    """Tell whether one of these float64 lies halfway between two float32, or may do so among its subnormal numbers."""
+    if bool(((x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000).any()):
+        return True
+    size = x.abs()
+    return bool(size.amin() < 2.0**-126) and bool((size[size < 2.0**-126] != 0).any())
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:

@@ -95,6 +95,8 @@ class Case(Protocol):
         family: one of `FAMILIES`.
         what: a paragraph for `hal conformance explain`: what it checks, the bound, its derivation, its source.
         needs: the `MoEOps` methods that `run` calls.
+        multiplies: whether `hal.moe` multiplies matrices for it: on a device of which only the matrix unit is simulated
+            no other case can differ from the CPU.
     """
 
     @property
@@ -105,6 +107,8 @@ class Case(Protocol):
     def what(self) -> str: ...  # noqa: D102
     @property
     def needs(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def multiplies(self) -> bool: ...  # noqa: D102
 
     def presets(self) -> tuple[str, ...]:
         """Return the presets for which the case can differ."""

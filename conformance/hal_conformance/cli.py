@@ -192,7 +192,7 @@ def run(
 ) -> None:  # fmt: skip
     """Run the suite on devices, or on an implementation of your own.
 
-    Without --device: every real device that opens here.
+    Without --device: every real device that opens here, and sim:h200 and sim:mi300x beside them.
     """
     from hal.cli.output import stdout_for_results
     from hal.errors import ConfigError

@@ -35,11 +35,23 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"## {cell(subject['id'])}: {cell(subject['info'].get('name') or 'unnamed')}, {cell(subject['impl'])}"
         yield ""
         yield from _table(
-            ("family", "dtype", "exact", "pass", "ambiguous", "amber", "red", "not judged", "worst margin"),
+            (
+                "family",
+                "dtype",
+                "same as cpu",
+                "exact",
+                "pass",
+                "ambiguous",
+                "amber",
+                "red",
+                "not judged",
+                "worst margin",
+            ),
             (
                 (
                     t.family,
                     t.dtype,
+                    t.count(Status.SAME_AS_CPU),
                     t.count(Status.EXACT),
                     t.count(Status.PASS),
                     t.count(Status.PASS_AMBIGUOUS),

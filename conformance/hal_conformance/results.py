@@ -59,7 +59,7 @@ class NotRun:
 
     Attributes:
         subject: the device, and the implementation if it is not the portable one.
-        kind: absent, broken or unknown.
+        kind: absent, broken, unknown, or left out.
         failed: whether it was named or required, so that the run fails for it.
     """
 

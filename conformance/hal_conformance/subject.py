@@ -7,8 +7,8 @@ import importlib
 import os
 import platform
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from hal_conformance.text import plain
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
+
+SIMULATED = ("sim:h200", "sim:mi300x")
+"""Simulated devices that are run beside the real ones if nobody names a device: one of each of two vendors."""
 
 PORTABLE = "torch"
 """Name of the implementation that is always there: `hal.moe` in ordinary torch operators."""
@@ -38,11 +41,13 @@ class Subject:
         device: what `hal.open_device` takes.
         impl: `torch`, or `module:object`.
         named: whether a user named this device, so that its absence is an error.
+        beside: whether it is simulated, and run only because nobody named any device.
     """
 
     device: str
     impl: str = PORTABLE
     named: bool = True
+    beside: bool = False
 
     def __str__(self) -> str:
         return self.device if self.impl == PORTABLE else f"{self.device} with {self.impl}"
@@ -52,8 +57,8 @@ def choose(named: Sequence[str], impls: Sequence[str], found: Iterable[DeviceInf
     """Return the subjects of a run, without repetitions.
 
     Args:
-        named: the devices that a user named; `all` adds every listed device, simulated ones too. Empty: every
-            real device that is listed.
+        named: the devices that a user named; `all` adds every listed device. Empty: every real device that is listed,
+            and those in `SIMULATED`.
         impls: implementations; empty: the portable one.
         found: the devices that are listed here.
 
@@ -64,16 +69,33 @@ def choose(named: Sequence[str], impls: Sequence[str], found: Iterable[DeviceInf
         module, colon, path = impl.partition(":")
         if impl != PORTABLE and not (module and colon and path):
             raise ConfigError(f"cannot read --impl {plain(impl)!r}", expected="module:object")
-    devices: dict[str, bool] = {name: True for name in named if name != "all"}
+    devices = {name: Subject(name) for name in named if name != "all"}
     if not named or "all" in named:
         for info in found:
-            if "all" in named or not info.simulated:
-                devices.setdefault(info.id, False)
-    return [
-        Subject(device, impl, is_named)
-        for device, is_named in devices.items()
-        for impl in dict.fromkeys(impls or (PORTABLE,))
-    ]
+            if "all" in named or not info.simulated or info.id in SIMULATED:
+                beside = info.simulated and not named
+                devices.setdefault(info.id, Subject(info.id, named=False, beside=beside))
+    return [replace(subject, impl=impl) for subject in devices.values() for impl in dict.fromkeys(impls or (PORTABLE,))]
+
+
+def left_out(subject: Subject, scale: str, opened: Mapping[str, Any] | None = None) -> str:
+    """Return why a simulated device that nobody named is not run, or nothing.
+
+    Args:
+        subject: the device.
+        scale: of the shapes.
+        opened: what `describe` says of it; None: it is not open yet.
+    """
+    if not subject.beside:
+        return ""
+    if scale == "full":
+        return f"the published shapes take it hours; --device {subject.device} runs them, --scale small smaller ones"
+    if opened is not None and scale != "tiny" and opened["versions"].get("simulator") != "compiled":
+        return (
+            "without a compiler it runs --scale tiny in a minute, and takes many times as long at small, which "
+            f"--device {subject.device} runs"
+        )
+    return ""
 
 
 def unmet(required: Iterable[str], judged: Iterable[str]) -> list[str]:

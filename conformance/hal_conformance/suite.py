@@ -17,7 +17,8 @@ from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.results import NotRun, Report, Result, judged_devices
 from hal_conformance.runner import Runner
-from hal_conformance.subject import Subject, unmet
+from hal_conformance.same import as_on_cpu, same_as_cpu
+from hal_conformance.subject import PORTABLE, Subject, left_out, unmet
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
@@ -59,16 +60,27 @@ def run(
     started = time.monotonic()
     report = Report(selection.scale, selection.seed)
     seen: set[tuple[str, str]] = set()
+    on_cpu: dict[Task, Result] = {}
+
+    def not_run(subject: Subject, kind: str, reason: str, failed: bool) -> None:
+        entry = NotRun(str(subject), kind, reason, failed)
+        report.not_run.append(entry)
+        if on_not_run:
+            on_not_run(entry)
+
     for subject in subjects:
+        if reason := left_out(subject, selection.scale):
+            not_run(subject, "left out", reason, False)
+            continue
         with Runner(subject, catalogue, opener=opener, case_s=case_s, start_s=start_s) as runner:
             try:
                 opened = runner.open()
             except (UnknownDevice, Absent, Broken) as error:
                 kinds = {UnknownDevice: "unknown", Absent: "absent", Broken: "broken"}
-                entry = NotRun(str(subject), kinds[type(error)], error.reason, subject.named)
-                report.not_run.append(entry)
-                if on_not_run:
-                    on_not_run(entry)
+                not_run(subject, kinds[type(error)], error.reason, subject.named)
+                continue
+            if reason := left_out(subject, selection.scale, opened):
+                not_run(subject, "left out", reason, False)
                 continue
             device = str(opened["info"]["id"])
             if (device, subject.impl) in seen:
@@ -76,26 +88,40 @@ def run(
                 continue
             seen.add((device, subject.impl))
             report.subjects.append({"id": device, "impl": subject.impl, **opened})
-            contract = Contract.from_json(opened["contract"])
-            doubtful: dict[Task, int] = {}
-            leaks: dict[Task, str] = {}
-            for observation in runner.observe(tasks):
-                row = judge(observation, contract, device, subject.impl)
-                if leak := known.leak(opened, contract, observation, row.status):
-                    doubtful[observation.task], leaks[observation.task] = len(report.results), leak
-                elif on_result:
+            rows = same_as_cpu(opened, subject.impl, on_cpu)
+            if on_result:
+                for row in rows.values():
                     on_result(subject, row)
-                report.results.append(row)
-            for task, again, observation in _once_more(runner, leaks, contract):
-                at = doubtful[task]
-                without = judge(observation, contract, device, subject.impl)
-                report.results[at] = known.excused(report.results[at], again, without)
-                if on_result:
-                    on_result(subject, report.results[at])
-    report.certificates = certificates(report.results, _complete(selection, catalogue or Catalogue()))
+            rows |= _judged(runner, [task for task in tasks if task not in rows], subject, device, on_result)
+            report.results += [rows[task] for task in tasks if task in rows]
+            if (device, subject.impl) == ("cpu", PORTABLE):
+                on_cpu = rows
+    report.certificates = certificates(as_on_cpu(report.results), _complete(selection, catalogue or Catalogue()))
     report.required_missing = unmet(required, judged_devices(report.results))
     report.seconds = time.monotonic() - started
     return report
+
+
+def _judged(
+    runner: Runner, tasks: Sequence[Task], subject: Subject, device: str, on_result: OnResult | None
+) -> dict[Task, Result]:
+    """Run tasks and judge each; what may be a known fault is run again at the end."""
+    contract = Contract.from_json(runner.opened["contract"])
+    rows: dict[Task, Result] = {}
+    leaks: dict[Task, str] = {}
+    for observation in runner.observe(tasks):
+        row = judge(observation, contract, device, subject.impl)
+        if leak := known.leak(runner.opened, contract, observation, row.status):
+            leaks[observation.task] = leak
+        elif on_result:
+            on_result(subject, row)
+        rows[observation.task] = row
+    for task, again, observation in _once_more(runner, leaks, contract):
+        without = judge(observation, contract, device, subject.impl)
+        rows[task] = known.excused(rows[task], again, without)
+        if on_result:
+            on_result(subject, rows[task])
+    return rows
 
 
 def _once_more(

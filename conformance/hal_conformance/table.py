@@ -38,7 +38,8 @@ def show(report: Report, out: Console, *, strict: bool = False) -> None:
     """Print a report; the last line says what the exit status says."""
     for subject in report.subjects:
         rows = [r for r in report.results if (r.subject, r.impl) == (subject["id"], subject["impl"])]
-        show_tally(subject, rows, out)
+        show_tally(subject, [row for row in rows if row.status is not Status.SAME_AS_CPU], out)
+        show_same(rows, out)
         show_arithmetic(rows, out)
         for found in report.certificates:
             if (found.subject, found.impl) == (subject["id"], subject["impl"]):
@@ -58,8 +59,8 @@ def show(report: Report, out: Console, *, strict: bool = False) -> None:
 def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> None:
     """Print one subject's counts by family and dtype."""
     info = subject["info"]
-    simulated = ", simulated" if info.get("simulated") else ""
     name = plain(info.get("name") or "unnamed", 60)
+    simulated = ", simulated" if info.get("simulated") and "simulated" not in name else ""
     title = f"{plain(subject['id'], LABEL)}: {name}{simulated}, implementation {plain(subject['impl'], 60)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title, style="bold"), title_justify="left")
     table.add_column("family")
@@ -82,6 +83,18 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
         )
         family = t.family
     out.print(table)
+
+
+def show_same(rows: list[Result], out: Console) -> None:
+    """Print how many results cannot differ from the CPU's, and of which families."""
+    families: dict[str, list[bool]] = {}
+    for row in rows:
+        families.setdefault(row.family, []).append(row.status is Status.SAME_AS_CPU)
+    if count := sum(map(sum, families.values())):
+        whole = ", ".join(plain(family) for family, same in families.items() if all(same))
+        partly = ", ".join(plain(family) for family, same in families.items() if any(same) and not all(same))
+        parts = "; ".join(filter(None, (whole, f"a part of {partly}" if partly else "")))
+        out.print(Text(f"same as cpu {count} results that never reach a simulated unit: {parts}", style="dim"))
 
 
 def show_arithmetic(rows: list[Result], out: Console) -> None:

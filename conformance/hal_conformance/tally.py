@@ -26,8 +26,8 @@ class Tally:
         return sum(row.status in statuses for row in self.rows)
 
     def colour(self, colour: str) -> int:
-        """Return how many results have this colour."""
-        return sum(row.status.colour == colour for row in self.rows)
+        """Return how many results of its own have this colour."""
+        return sum(row.status.colour == colour for row in self.rows if row.status is not Status.SAME_AS_CPU)
 
     @property
     def margin(self) -> float | None:
@@ -49,8 +49,8 @@ def tally(rows: Iterable[Result]) -> list[Tally]:
 
 
 def notable(rows: Iterable[Result]) -> list[Result]:
-    """Return what is not green, the most severe first."""
-    found = [row for row in rows if row.status.colour != "green"]
+    """Return what is not green, the most severe first, but for what is the same as on the CPU."""
+    found = [row for row in rows if row.status.colour != "green" and row.status is not Status.SAME_AS_CPU]
     return sorted(found, key=lambda row: {"red": 0, "amber": 1, "neutral": 2}[row.status.colour])
 
 
@@ -66,9 +66,11 @@ def verdict(
         faults: what fails beside the results, in words.
         amber: whether something beside the results needs a look.
     """
-    colours = {c: sum(row.status.colour == c for row in rows) for c in ("green", "amber", "red", "neutral")}
-    counted = ", ".join(f"{n} {'not judged' if c == 'neutral' else c}" for c, n in colours.items() if n)
-    judged = len(rows) - colours["neutral"]
+    own = [row for row in rows if row.status is not Status.SAME_AS_CPU]
+    colours = {c: sum(row.status.colour == c for row in own) for c in ("green", "amber", "red", "neutral")}
+    parts = [f"{n} {'not judged' if c == 'neutral' else c}" for c, n in colours.items() if n]
+    counted = ", ".join([*parts, *([f"{len(rows) - len(own)} same as cpu"] if len(own) < len(rows) else [])])
+    judged = len(own) - colours["neutral"]
     beside = f"{faults[0]}{f' (and {len(faults) - 1} more)' if len(faults) > 1 else ''}" if faults else ""
     if not judged:
         meaning = "NOTHING WAS JUDGED"

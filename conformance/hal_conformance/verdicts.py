@@ -18,6 +18,7 @@ class Status(str, Enum):
     EXACT = "EXACT"  # bitwise equal
     PASS = "PASS"  # within every bound
     PASS_AMBIGUOUS = "PASS-AMBIGUOUS"  # as PASS; where the choice differs, the margin left it open
+    SAME_AS_CPU = "SAME-AS-CPU"  # cannot differ from the CPU, where it was judged
     UNSUPPORTED = "UNSUPPORTED"  # the subject says that it cannot
     SKIPPED = "SKIPPED"  # not tried, with a reason
     KNOWN = "KNOWN"  # a documented fault of somebody else's
@@ -53,6 +54,7 @@ _COLOURS: Mapping[Status, Colour] = MappingProxyType(
         Status.EXACT: "green",
         Status.PASS: "green",
         Status.PASS_AMBIGUOUS: "green",
+        Status.SAME_AS_CPU: "neutral",
         Status.UNSUPPORTED: "neutral",
         Status.SKIPPED: "neutral",
         Status.KNOWN: "amber",

@@ -34,6 +34,7 @@ class Doubling:
     family: str = "combine"
     what: str = "Doubles numbers.\n\nThe bound is zero."
     needs: tuple[str, ...] = ("double",)
+    multiplies: bool = False
     size: tuple[int, int] = (0, 0)
 
     def presets(self):

@@ -50,6 +50,7 @@ class Fuzzed:
     family: str = "layer"
     what: str = "For fuzzing."
     needs: tuple[str, ...] = ()
+    multiplies: bool = True
 
     def presets(self):
         return ("a",)

@@ -8,6 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import hal
+from hal_conformance import arrays
+from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.portable import portable
+from hal_sim import simulation
 
 HAL = str(Path(sys.executable).parent / "hal")
 
@@ -62,3 +69,49 @@ def test_a_unit_that_keeps_fewer_bits_than_its_contract_says_is_caught(tmp_path)
                                "--strict")  # fmt: skip
     assert done.returncode == 1
     assert {row["status"] for row in report["results"]} <= {"FAIL-NUMERIC", "DEGRADED"}
+
+
+def outputs(tasks, device, count):
+    """Run tasks on a device; return whether each multiplies there, and the digests of what came back."""
+    found = {}
+    with hal.open_device(device):
+        for task in tasks:
+            given = {n: arrays.to_torch(a, torch.device("cpu")) for n, a in task.case.inputs(task.params).items()}
+            before = len(count)
+            returned = task.case.run(portable, given, task.params)
+            digests = {name: arrays.digest(arrays.from_torch(tensor)) for name, tensor in returned.items()}
+            found[task] = len(count) > before, digests
+    return found
+
+
+def test_what_is_said_never_to_reach_the_unit_does_not_and_is_the_cpus_bit_by_bit(monkeypatch):
+    count = []
+    multiply = simulation.multiply
+    monkeypatch.setattr(simulation, "multiply", lambda *given: count.append(0) or multiply(*given))
+    tasks = plan(Selection(dtypes=("float32", "bfloat16"), scale="tiny"), Catalogue().all())
+    on_sim = outputs(tasks, "sim:h200", count)
+    assert not [str(task) for task in tasks if on_sim[task][0] != task.case.multiplies]
+    same = [task for task in tasks if not task.case.multiplies]
+    on_cpu = outputs(same, "cpu", count)
+    assert not [str(task) for task in same if on_cpu[task][1] != on_sim[task][1]]
+
+
+@pytest.mark.parametrize("core", ["native", "torch"])
+def test_beside_the_cpu_two_simulated_devices_are_run_where_they_multiply(core, tmp_path, monkeypatch):
+    monkeypatch.setenv("HAL_SIM_CORE", core)
+    done, report = conformance(tmp_path, "--case", "norm.rms", "--case", "layer.forward_free", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"sim:h200", "sim:mi300x"} <= {subject["id"] for subject in report["subjects"]}
+    for subject in ("sim:h200", "sim:mi300x"):
+        statuses = {
+            row["case"].partition("[")[0]: row["status"] for row in report["results"] if row["subject"] == subject
+        }
+        assert statuses["norm.rms"] == "SAME-AS-CPU"
+        assert statuses["layer.forward_free"] in ("PASS", "PASS-AMBIGUOUS")
+
+
+def test_at_small_scale_two_simulated_devices_need_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("HAL_SIM_CORE", "torch")
+    done, report = conformance(tmp_path, "--case", "norm.rms_one_token", "--scale", "small")
+    assert done.returncode == 0
+    assert {n["subject"] for n in report["not_run"] if n["kind"] == "left out"} == {"sim:h200", "sim:mi300x"}

@@ -183,6 +183,10 @@ def wide(array: Array) -> F64:
     return np.asarray(array, np.float64)
 
 
+MULTIPLYING = frozenset({"route", "experts", "layer", "attention", "latent_attention", "norm_head"})
+"""Operators whose portable implementation multiplies matrices."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A case over every preset and dtype; subclasses narrow it where it cannot differ."""
@@ -191,6 +195,11 @@ class Base:
     family: str
     needs: tuple[str, ...]
     what: str
+
+    @property
+    def multiplies(self) -> bool:
+        """See `Case.multiplies`."""
+        return not MULTIPLYING.isdisjoint(self.needs)
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""

@@ -42,6 +42,11 @@ FEWEST, WIDEST = 7, 26
 class DeviceCase(Base):
     """A case that calls torch, not the implementation: one preset stands for all."""
 
+    @property
+    def multiplies(self) -> bool:
+        """See `Case.multiplies`."""
+        return True
+
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
         return ("ling-lite",)
@@ -189,6 +194,11 @@ class Ties(DeviceCase):
     """Which of equal numbers the device's own top-k takes; `hal.moe` orders them itself."""
 
     T, E, K = 64, 64, 8
+
+    @property
+    def multiplies(self) -> bool:
+        """See `Case.multiplies`."""
+        return False
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""

@@ -37,6 +37,11 @@ class Wrapped:
         return self.inner.needs
 
     @property
+    def multiplies(self) -> bool:
+        """See `Case.multiplies`."""
+        return self.inner.multiplies
+
+    @property
     def what(self) -> str:
         """See `Case.what`."""
         return self.inner.what

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What never reaches a simulated unit is run on the CPU alone, and is no verdict of its own."""
+
+import dataclasses
+
+import pytest
+
+from hal_conformance.certificate import certificates
+from hal_conformance.judging import result
+from hal_conformance.junit import junit
+from hal_conformance.markdown import markdown
+from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.results import Report, summary
+from hal_conformance.same import as_on_cpu, same_as_cpu
+from hal_conformance.tally import notable, verdict
+from hal_conformance.verdicts import Judgement, Status
+
+TASKS = plan(Selection(("norm.rms", "layer.forward_free"), ("bfloat16",), "tiny"), Catalogue().all())
+
+
+def opened(**info):
+    return {"info": {"id": "sim:h200", "simulated": True, "torch_device": "cpu", "name": "H200", **info}}
+
+
+def on_cpu(status=Status.PASS, subject="cpu", impl="torch"):
+    found = Judgement(status, 0.5, {"bound": 0.5, "rms": 0.1, "bias": None, "exact": None})
+    return {task: result(task, found, subject, impl, 1.0) for task in TASKS}
+
+
+def run(status=Status.PASS):
+    """Return the rows of a CPU, and of a simulated device of which the layer was run and the norm was not."""
+    cpu = on_cpu(status)
+    own = {t: dataclasses.replace(row, subject="sim:h200", status=Status.PASS) for t, row in on_cpu().items()}
+    return [*cpu.values(), *{**own, **same_as_cpu(opened(), "torch", cpu)}.values()]
+
+
+def test_only_what_does_not_multiply_is_the_same():
+    found = same_as_cpu(opened(), "torch", on_cpu())
+    assert {task.case.name for task in found} == {"norm.rms"}
+    assert len(found) < len(TASKS)
+    assert {(r.subject, r.status, r.margin, r.seconds, r.detail) for r in found.values()} == {
+        ("sim:h200", Status.SAME_AS_CPU, None, 0.0, "PASS")
+    }
+
+
+@pytest.mark.parametrize(
+    ("facts", "impl"), [({}, "mine:ops"), ({"simulated": False}, "torch"), ({"torch_device": "cuda:0"}, "torch")]
+)
+def test_nothing_is_the_same_for_other_devices_and_other_peoples_operators(facts, impl):
+    assert same_as_cpu(opened(**facts), impl, on_cpu()) == {}
+
+
+def test_it_counts_for_nobody_and_is_no_news():
+    rows = run()
+    same = sum(row.status is Status.SAME_AS_CPU for row in rows)
+    assert same
+    assert summary(rows)["SAME-AS-CPU"] == same
+    assert notable(rows) == []
+    assert f"({len(rows) - same} green, {same} same as cpu; 1.0 s)" in verdict(rows, 0, 1.0)
+    assert "NOTHING WAS JUDGED" in verdict([r for r in rows if r.status is Status.SAME_AS_CPU], 0, 1.0)
+
+
+def test_a_certificate_takes_the_cpus_verdict():
+    planned = {"bfloat16": [(task.name, task.case.family) for task in TASKS]}
+    for status, state in ((Status.PASS, "held"), (Status.FAIL_NUMERIC, "failed"), (Status.DEGRADED, "open")):
+        of_sim = [c for c in certificates(as_on_cpu(run(status)), planned) if c.subject == "sim:h200"]
+        (operators,) = [level for found in of_sim for level in found.levels if level.name == "L1"]
+        assert operators.state == state
+
+
+def test_every_form_of_the_report_shows_it():
+    rows = run()
+    report = Report("tiny", 0, [{"id": "sim:h200", "impl": "torch", **opened()}], rows)
+    assert b"SAME-AS-CPU: PASS" in junit(report)
+    assert b"same as cpu" in markdown(report)

@@ -10,7 +10,7 @@ Shapes: M rows, N columns, K products; B matrices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -83,59 +83,72 @@ Chain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MatrixUnit, tuple[in
 
 
 class _Terms(NamedTuple):
-    """The products of one step, exact.
+    """The products of all steps, exact; S steps of L products, the last one filled up with zeros.
 
     Attributes:
-        products: [B, M, L, N].
-        exponents: sums of the operands' exponents, in which the unit sees them; [B, M, L, N].
+        products: [B, M, S, L, N].
+        exponents: sums of the operands' exponents, as the unit sees them; [B, M, S, L, N].
     """
 
     products: torch.Tensor
     exponents: torch.Tensor
 
 
-Step = Callable[[_Terms, torch.Tensor, MatrixUnit], torch.Tensor]
+Parts = Iterable[tuple[torch.Tensor, torch.Tensor]]
+"""What a step needs of its products, for each step."""
 
 
-def _aligning(step: Step, limit: float) -> Chain:
-    """Return the chain of a step that takes finite terms; one that meets others goes through them step by step.
+def _aligning(
+    prepared: Callable[[_Terms, MatrixUnit], Parts],
+    step: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, MatrixUnit], torch.Tensor],
+    limit: float,
+) -> Chain:
+    """Return the chain of steps that take finite terms; one that meets others looks at each step's.
 
     Args:
-        step: of one group.
+        prepared: what does not depend on the accumulator.
+        step: of one group: its parts, c, and the rule.
         limit: from which on a product is infinite.
     """
 
     def chain(
         a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int]
     ) -> torch.Tensor:
-        largest = a.abs().amax().double() * b.abs().amax().double()  # a NaN is no smaller than the limit
-        plain = bool(largest < limit)
-        terms = list(_grouped(a, b, unit.group, min_exponents))
+        terms = _terms(a, b, unit.group, min_exponents)
+        parts = list(prepared(terms, unit))
         d = c
-        for each in terms:
-            d = step(each, d, unit) if plain else _with_specials(step(each, d, unit), each.products, d, unit, limit)
-        if plain and not bool(d.isfinite().all()):  # a sum that is not finite stays so
-            d = c
-            for each in terms:
-                d = _with_specials(step(each, d, unit), each.products, d, unit, limit)
+        if bool(a.abs().amax().double() * b.abs().amax().double() < limit):  # a NaN is no smaller
+            for part in parts:
+                d = step(*part, d, unit)
+            if bool(d.isfinite().all()):  # a sum that is not finite stays so
+                return d
+        d = c
+        for part, products in zip(parts, terms.products.unbind(2), strict=True):
+            d = _with_specials(step(*part, d, unit), products, d, unit, limit)
         return d
 
     return chain
 
 
-def _grouped(a: torch.Tensor, b: torch.Tensor, group: int, min_exponents: tuple[int, int]) -> Iterator[_Terms]:
-    """Yield the terms of each step."""
+def _terms(a: torch.Tensor, b: torch.Tensor, group: int, min_exponents: tuple[int, int]) -> _Terms:
+    if missing := -a.shape[2] % group:
+        a, b = torch.nn.functional.pad(a, (0, missing)), torch.nn.functional.pad(b, (0, 0, 0, missing))
     products = a.double()[:, :, :, None] * b.double()[:, None]
     exponents = _exponent(a, min_exponents[0])[:, :, :, None] + _exponent(b, min_exponents[1])[:, None]
-    return map(_Terms, products.split(group, 2), exponents.split(group, 2))
+    return _Terms(products.unflatten(2, (-1, group)), exponents.unflatten(2, (-1, group)))
 
 
-def _truncated(terms: _Terms, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
-    largest = torch.maximum(terms.exponents.amax(2), _exponent(c, -126))
+def _of_truncated(terms: _Terms, unit: MatrixUnit) -> Parts:
+    """Yield products and their largest exponents."""
+    return zip(terms.products.unbind(2), terms.exponents.amax(3).unbind(2), strict=True)
+
+
+def _truncated(products: torch.Tensor, of_products: torch.Tensor, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
+    largest = torch.maximum(of_products, _exponent(c, -126))
     if unit.exponent_floor is not None:
         largest = largest.clamp(min=unit.exponent_floor)
     scale = _power(unit.fraction_bits - largest)
-    total = (terms.products * scale[:, :, None]).trunc().sum(2) + (c * scale).trunc()
+    total = (products * scale[:, :, None]).trunc().sum(2) + (c * scale).trunc()
     value = total * _power(largest - unit.fraction_bits)
     if unit.result == "float16":
         return _nearest_float16(value)
@@ -143,16 +156,18 @@ def _truncated(terms: _Terms, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor
     return _without_last(result, 10) if unit.result == "float32_13" else result
 
 
-def _floored(terms: _Terms, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
-    parts = []
-    for first in range(2 if unit.interleaved else 1):
-        each = slice(first, None, 2 if unit.interleaved else 1)
-        if terms.products[:, :, each].shape[2]:
-            largest = terms.exponents[:, :, each].amax(2)
-            aligned = terms.products[:, :, each] * _power(unit.fraction_bits - largest)[:, :, None]
-            parts.append((aligned.trunc().sum(2), largest))
-    of_products = parts[0][1] if len(parts) == 1 else torch.maximum(parts[0][1], parts[1][1])
-    total = sum((_shifted(part, at - of_products).floor() for part, at in parts), start=torch.zeros_like(c).double())
+def _of_floored(terms: _Terms, unit: MatrixUnit) -> Parts:
+    """Yield the sums of products, in units of their last bit, and their largest exponents."""
+    halves = 2 if unit.interleaved else 1
+    products, exponents = (x.unflatten(3, (-1, halves)) for x in terms)
+    largest = exponents.amax(3)
+    sums = (products * _power(unit.fraction_bits - largest)[:, :, :, None]).trunc().sum(3)
+    of_products = largest.amax(3)
+    total = _shifted(sums, largest - of_products[:, :, :, None]).floor().sum(3)
+    return zip(total.unbind(2), of_products.unbind(2), strict=True)
+
+
+def _floored(total: torch.Tensor, of_products: torch.Tensor, c: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
     of_c = _exponent(c, -126).clamp(min=-126)
     both = torch.maximum(of_products, of_c)
     total = _shifted(total, of_products - both + 31 - unit.fraction_bits).floor()
@@ -204,7 +219,8 @@ def _fused(
 
 
 _CHAINS: dict[str, Chain] = {
-    "truncated": _aligning(_truncated, torch.inf), "floored": _aligning(_floored, 2.0**128),
+    "truncated": _aligning(_of_truncated, _truncated, torch.inf),
+    "floored": _aligning(_of_floored, _floored, 2.0**128),
     "pairwise": _pairwise, "fused": _fused,
 }  # fmt: skip
 
@@ -252,8 +268,8 @@ def _may_be_halfway(x: torch.Tensor) -> bool:
     """Tell whether one of these float64 lies halfway between two float32, or may do so among its subnormal numbers."""
     if bool(((x.view(torch.int64) & 0x1FFFFFFF) == 0x10000000).any()):
         return True
-    size = x.abs()
-    return bool(size.amin() < 2.0**-126) and bool((size[size < 2.0**-126] != 0).any())
+    small = x.abs() < 2.0**-126
+    return bool(small.any()) and bool((x[small] != 0).any())
 
 
 def _flushed(x: torch.Tensor) -> torch.Tensor:

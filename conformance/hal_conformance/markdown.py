@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from hal_conformance import agreement_table
 from hal_conformance.results import suite_version
 from hal_conformance.tally import missing_devices, notable, tally, verdict
 from hal_conformance.text import markdown as cell
@@ -67,6 +68,12 @@ def _lines(report: Report) -> Iterator[str]:
         if mine:
             yield ""
             yield from _table(("certificate", "levels"), ((found.dtype, found.sentence()) for found in mine))
+    if report.agreement:
+        yield ""
+        yield "## Agreement"
+        yield ""
+        heads = ("device", "and device", "elements that differ", "tokens with other experts", "training")
+        yield from _table(heads, agreement_table.rows(report.agreement))
     yield from _notable(notable(report.results))
     if report.not_run or report.required_missing:
         yield ""

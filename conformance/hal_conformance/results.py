@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from hal_conformance.agreement import Pair
 from hal_conformance.certificate import Certificate
 from hal_conformance.verdicts import Status
 
@@ -82,6 +83,7 @@ class Report:
         required_missing: globs of `--require` that no judged device answers to.
         notes: decisions that the reader should know.
         certificates: what the results certify, for each subject and dtype.
+        agreement: every pair of subjects, and how far they are from each other.
     """
 
     scale: str
@@ -92,6 +94,7 @@ class Report:
     required_missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     certificates: list[Certificate] = field(default_factory=list)
+    agreement: list[Pair] = field(default_factory=list)
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, object]:
@@ -108,6 +111,7 @@ class Report:
             "required_missing": self.required_missing,
             "notes": self.notes,
             "certificates": [found.as_json() for found in self.certificates],
+            "agreement": [pair.as_json() for pair in self.agreement],
             "seconds": round(self.seconds, 3),
         }
 

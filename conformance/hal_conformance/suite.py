@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice
 from hal_conformance import known, recording
+from hal_conformance.agreement import Agreement
 from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, plan
@@ -22,6 +23,7 @@ from hal_conformance.subject import PORTABLE, Subject, left_out, unmet
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
+    from hal_conformance.case import Arrays
     from hal_conformance.runner import Observation
 
 OnResult = Callable[[Subject, Result], None]
@@ -61,6 +63,7 @@ def run(
     report = Report(selection.scale, selection.seed)
     seen: set[tuple[str, str]] = set()
     on_cpu: dict[Task, Result] = {}
+    agreement = Agreement()
 
     def not_run(subject: Subject, kind: str, reason: str, failed: bool) -> None:
         entry = NotRun(str(subject), kind, reason, failed)
@@ -88,29 +91,36 @@ def run(
                 continue
             seen.add((device, subject.impl))
             report.subjects.append({"id": device, "impl": subject.impl, **opened})
+            number = agreement.subject(str(replace(subject, device=device)), Contract.from_json(opened["contract"]))
             rows = same_as_cpu(opened, subject.impl, on_cpu)
             if on_result:
                 for row in rows.values():
                     on_result(subject, row)
-            rows |= _judged(runner, [task for task in tasks if task not in rows], subject, device, on_result)
+            own = [task for task in tasks if task not in rows]
+            keep = functools.partial(agreement.add, number) if len(subjects) > 1 else None
+            rows |= _judged(runner, own, subject, device, on_result, keep)
             report.results += [rows[task] for task in tasks if task in rows]
             if (device, subject.impl) == ("cpu", PORTABLE):
                 on_cpu = rows
     report.certificates = certificates(as_on_cpu(report.results), _complete(selection, catalogue or Catalogue()))
+    report.agreement = agreement.pairs()
     report.required_missing = unmet(required, judged_devices(report.results))
     report.seconds = time.monotonic() - started
     return report
 
 
 def _judged(
-    runner: Runner, tasks: Sequence[Task], subject: Subject, device: str, on_result: OnResult | None
-) -> dict[Task, Result]:
-    """Run tasks and judge each; what may be a known fault is run again at the end."""
+    runner: Runner, tasks: Sequence[Task], subject: Subject, device: str, on_result: OnResult | None,
+    keep: Callable[[Task, Arrays, Result], None] | None,
+) -> dict[Task, Result]:  # fmt: skip
+    """Run tasks and judge each, and pass on what came back; what may be a known fault is run again at the end."""
     contract = Contract.from_json(runner.opened["contract"])
     rows: dict[Task, Result] = {}
     leaks: dict[Task, str] = {}
     for observation in runner.observe(tasks):
         row = judge(observation, contract, device, subject.impl)
+        if keep is not None and observation.status is None:
+            keep(observation.task, observation.outputs, row)
         if leak := known.leak(runner.opened, contract, observation, row.status):
             leaks[observation.task] = leak
         elif on_result:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hal_conformance import agreement_table
 from hal_conformance.tally import missing_devices, notable, tally, verdict
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
@@ -44,6 +45,9 @@ def show(report: Report, out: Console, *, strict: bool = False) -> None:
         for found in report.certificates:
             if (found.subject, found.impl) == (subject["id"], subject["impl"]):
                 out.print(Text(f"certificate at {report.scale}, {found.dtype}: {plain(found.sentence())}"))
+        out.print()
+    agreement_table.show(report.agreement, out)
+    if report.agreement:
         out.print()
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     show_not_run(report.not_run, report.required_missing, out)

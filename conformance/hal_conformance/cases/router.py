@@ -16,8 +16,8 @@ from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import KINDS, Base, fields_of, gate_storage, router_arrays, weight_storage, wide
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
-from hal_conformance.margins import certify, judge_choice
-from hal_conformance.oracle.routing import scores_of, weights_of
+from hal_conformance.margins import Certainty, certify, judge_choice
+from hal_conformance.oracle.routing import scores_between, scores_of, weights_of
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ def expected_logits(inputs: Arrays, p: Params, spec: RouterSpec, contract: Contr
     """Return the gate's product, stored."""
     x, gate, storage = wide(inputs["x_TD"]), wide(inputs["gate_ED"]), gate_storage(spec, p)
     return matmul(x, gate.T, arithmetic(contract, storage), level(len(x) * len(gate))).stored(storage)
+
+
+def certain_choice(inputs: Arrays, p: Params, spec: RouterSpec, contract: Contract) -> Certainty:
+    """Return what is certain of each token's experts before any device has run: from bounds of logits and scores."""
+    logits = expected_logits(inputs, p, spec, contract)
+    scores = scores_between(logits, spec, level(logits.value.size))
+    return certify(scores, wide(inputs["bias_E"]) if spec.selection_bias else None, spec)
 
 
 def judge_stages(inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract) -> list[Finding]:
@@ -132,6 +139,10 @@ class TopkSet(RouterCase):
         if "bias_E" in arrays:
             arrays["bias_E"] = arrays["bias_E"] + np.float32(6.9375)
         return arrays
+
+    def choice(self, inputs: Arrays, p: Params, contract: Contract) -> Certainty:
+        """See `agreement.Chooses`."""
+        return certain_choice(inputs, p, self.router(p), contract)
 
     def findings(
         self, inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpec, contract: Contract

@@ -27,6 +27,26 @@ def scores_of(logits_TE: Array, spec: RouterSpec, at: Level) -> Bounded:
     return softmax(exact, at).stored("float32")
 
 
+def scores_between(logits: Bounded, spec: RouterSpec, at: Level) -> Bounded:
+    """Return the scores of logits that are known to a bound: of every device that keeps it.
+
+    A score rises with its own logit, and a softmax falls with each other one: its ends are reached where all others are
+    at their other end. The scores' own rounding is relative to them.
+    """
+    rounded = scores_of(logits.value, spec, at)
+    low, high = logits.value - logits.bound, logits.value + logits.bound
+    if spec.score == "sigmoid":
+        ends = [1.0 / (1.0 + np.exp(-np.clip(end, -SATURATED, SATURATED))) for end in (low, high)]
+    else:
+        top = high.max(-1, keepdims=True)
+        least, most = np.exp(low - top), np.exp(high - top)
+        ends = [least / (least + most.sum(-1, keepdims=True) - most),
+                most / (most + least.sum(-1, keepdims=True) - least)]  # fmt: skip
+    spread = np.maximum(ends[1] - rounded.value, rounded.value - ends[0])
+    larger = np.maximum(1.0, ends[1] / np.maximum(rounded.value, TINY32))
+    return Bounded.deterministic(rounded.value, spread + rounded.bound * larger)
+
+
 def weights_of(scores: Bounded, experts_TK: I64, spec: RouterSpec, storage: str) -> Bounded:
     """Return the weights of chosen experts.
 

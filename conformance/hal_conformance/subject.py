@@ -7,7 +7,7 @@ import importlib
 import os
 import platform
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -76,26 +76,6 @@ def choose(named: Sequence[str], impls: Sequence[str], found: Iterable[DeviceInf
                 beside = info.simulated and not named
                 devices.setdefault(info.id, Subject(info.id, named=False, beside=beside))
     return [replace(subject, impl=impl) for subject in devices.values() for impl in dict.fromkeys(impls or (PORTABLE,))]
-
-
-def left_out(subject: Subject, scale: str, opened: Mapping[str, Any] | None = None) -> str:
-    """Return why a simulated device that nobody named is not run, or nothing.
-
-    Args:
-        subject: the device.
-        scale: of the shapes.
-        opened: what `describe` says of it; None: it is not open yet.
-    """
-    if not subject.beside:
-        return ""
-    if scale == "full":
-        return f"the published shapes take it hours; --device {subject.device} runs them, --scale small smaller ones"
-    if opened is not None and scale != "tiny" and opened["versions"].get("simulator") != "compiled":
-        return (
-            "without a compiler it runs --scale tiny in a minute, and takes many times as long at small, which "
-            f"--device {subject.device} runs"
-        )
-    return ""
 
 
 def unmet(required: Iterable[str], judged: Iterable[str]) -> list[str]:

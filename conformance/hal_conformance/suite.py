@@ -18,8 +18,8 @@ from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.results import NotRun, Report, Result, judged_devices
 from hal_conformance.runner import Runner
-from hal_conformance.same import as_on_cpu, same_as_cpu
-from hal_conformance.subject import PORTABLE, Subject, left_out, unmet
+from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
+from hal_conformance.subject import PORTABLE, Subject, unmet
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
@@ -93,6 +93,7 @@ def run(
             report.subjects.append({"id": device, "impl": subject.impl, **opened})
             number = agreement.subject(str(replace(subject, device=device)), Contract.from_json(opened["contract"]))
             rows = same_as_cpu(opened, subject.impl, on_cpu)
+            rows |= passed_over(subject, opened, [task for task in tasks if task not in rows])
             if on_result:
                 for row in rows.values():
                     on_result(subject, row)

@@ -24,7 +24,7 @@ from hal_conformance.junit import junit
 from hal_conformance.markdown import markdown
 from hal_conformance.plan import Selection, Task, matches, plan
 from hal_conformance.results import NotRun, Report, to_json
-from hal_conformance.subject import Subject, choose, left_out, unmet
+from hal_conformance.subject import Subject, choose, unmet
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement, Status
 
@@ -142,21 +142,6 @@ def test_without_a_device_every_real_one_is_run_and_two_simulated_ones_and_all_a
     assert choose(["cpu", "cpu"], ["torch", "a:b"], []) == [Subject("cpu"), Subject("cpu", "a:b")]
     simulated = [Subject(f"sim:{chip}", named=False) for chip in ("h200", "v100", "mi300x")]
     assert choose(["all", "cpu"], [], found) == [Subject("cpu"), *simulated]
-
-
-@pytest.mark.parametrize(
-    ("scale", "simulator", "named", "out"),
-    [
-        ("tiny", "compiled", False, ""), ("tiny", "torch's operators", False, ""), ("small", "compiled", False, ""),
-        ("small", "torch's operators", False, "without a compiler"), ("small", "torch's operators", True, ""),
-        ("full", "compiled", False, "published shapes"), ("full", "compiled", True, ""),
-    ],
-)  # fmt: skip
-def test_a_simulated_device_that_nobody_named_is_left_out_where_it_takes_long(scale, simulator, named, out):
-    subject = Subject("sim:h200", named=named, beside=not named)
-    found = left_out(subject, scale) or left_out(subject, scale, {"versions": {"simulator": simulator}})
-    assert out in found
-    assert bool(out) == bool(found)
 
 
 def test_a_required_glob_needs_a_judged_device():

@@ -103,11 +103,14 @@ def test_beside_the_cpu_two_simulated_devices_are_run_where_they_multiply(core, 
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"sim:h200", "sim:mi300x"} <= {subject["id"] for subject in report["subjects"]}
     for subject in ("sim:h200", "sim:mi300x"):
-        statuses = {
-            row["case"].partition("[")[0]: row["status"] for row in report["results"] if row["subject"] == subject
-        }
-        assert statuses["norm.rms"] == "SAME-AS-CPU"
-        assert statuses["layer.forward_free"] in ("PASS", "PASS-AMBIGUOUS")
+        statuses = {}
+        for row in report["results"]:
+            if row["subject"] == subject:
+                statuses.setdefault(row["case"].partition("[")[0], set()).add(row["status"])
+        assert statuses["norm.rms"] == {"SAME-AS-CPU"}
+        assert ("SKIPPED" in statuses["layer.forward_free"]) == (core == "torch")
+        assert statuses["layer.forward_free"] & {"PASS", "PASS-AMBIGUOUS"}
+    assert {(pair["a"], pair["b"]) for pair in report["agreement"]} >= {("cpu", "sim:h200"), ("sim:h200", "sim:mi300x")}
 
 
 def test_at_small_scale_two_simulated_devices_need_a_compiler(tmp_path, monkeypatch):

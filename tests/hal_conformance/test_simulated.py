@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What never reaches a simulated unit is run on the CPU alone, and is no verdict of its own."""
+"""What never reaches a simulated unit is run on the CPU alone; what takes long is run if a user asks for it."""
 
 import dataclasses
 
@@ -11,7 +11,8 @@ from hal_conformance.junit import junit
 from hal_conformance.markdown import markdown
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.results import Report, summary
-from hal_conformance.same import as_on_cpu, same_as_cpu
+from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
+from hal_conformance.subject import Subject
 from hal_conformance.tally import notable, verdict
 from hal_conformance.verdicts import Judgement, Status
 
@@ -73,3 +74,30 @@ def test_every_form_of_the_report_shows_it():
     report = Report("tiny", 0, [{"id": "sim:h200", "impl": "torch", **opened()}], rows)
     assert b"SAME-AS-CPU: PASS" in junit(report)
     assert b"same as cpu" in markdown(report)
+
+
+@pytest.mark.parametrize(
+    ("scale", "simulator", "named", "out"),
+    [
+        ("tiny", "compiled", False, ""), ("tiny", "torch's operators", False, ""), ("small", "compiled", False, ""),
+        ("small", "torch's operators", False, "without a compiler"), ("small", "torch's operators", True, ""),
+        ("full", "compiled", False, "published shapes"), ("full", "compiled", True, ""),
+    ],
+)  # fmt: skip
+def test_a_simulated_device_that_nobody_named_is_left_out_where_it_takes_long(scale, simulator, named, out):
+    subject = Subject("sim:h200", named=named, beside=not named)
+    found = left_out(subject, scale) or left_out(subject, scale, {"versions": {"simulator": simulator}})
+    assert out in found
+    assert bool(out) == bool(found)
+
+
+def test_without_a_compiler_a_device_that_nobody_named_runs_one_preset_of_each_case_in_16_bits():
+    tasks = plan(Selection(("layer.forward_free", "experts.random"), scale="tiny"), Catalogue().all())
+    facts = {**opened(), "versions": {"simulator": "torch's operators"}}
+    rows = passed_over(Subject("sim:h200", named=False, beside=True), facts, tasks)
+    assert {row.status for row in rows.values()} == {Status.SKIPPED}
+    run = [(task.case.name, task.params.dtype) for task in tasks if task not in rows]
+    assert sorted(run) == sorted({(t.case.name, t.params.dtype) for t in tasks if t.params.dtype != "float32"})
+    assert passed_over(Subject("sim:h200"), facts, tasks) == {}
+    facts["versions"]["simulator"] = "compiled"
+    assert passed_over(Subject("sim:h200", named=False, beside=True), facts, tasks) == {}

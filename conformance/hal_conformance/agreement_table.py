@@ -31,9 +31,10 @@ def show(pairs: Sequence[Pair], out: Console) -> None:
     if len(labels) <= MOST:
         out.print(Text("agreement: below, elements that differ; above, tokens with other experts", "bold"))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-        table.add_column("")
+        table.add_column("", no_wrap=True)
+        room = 6 if len(labels) <= MOST // 2 else None
         for number in range(1, len(labels) + 1):
-            table.add_column(str(number), justify="right", no_wrap=True, min_width=6)
+            table.add_column(str(number), justify="right", no_wrap=True, min_width=room)
         of = {(pair.a, pair.b): pair for pair in pairs}
         for i, row in enumerate(labels):
             cells = [
@@ -78,9 +79,9 @@ def rerouted(pair: Pair) -> str:
     if not tokens.rerouted:
         return f"none of {tokens.compared:,} tokens"
     right = tokens.rerouted - tokens.certain
-    parts = [f"{right} where the bounds leave it open"] if right else []
+    parts = [f"{right} open by the bounds"] if right else []
     if tokens.certain:
-        parts.append(f"{tokens.certain} where they do not: one device is WRONG")
+        parts.append(f"{tokens.certain} certain: one device is WRONG")
     return f"{tokens.rerouted} of {tokens.compared:,} tokens: {', '.join(parts)}"
 
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from hal.cli.output import say
+
 if TYPE_CHECKING:
     from hal_conformance.plan import Selection, Task
 
@@ -95,7 +97,7 @@ def _fail(message: str, status: int) -> None:
     from hal_conformance.text import plain
 
     lines = [plain(line) for line in message.splitlines() if line.strip()]
-    click.echo("\n  ".join(["hal conformance: " + (lines[0] if lines else ""), *lines[1:]]), err=True)
+    say("\n  ".join(["hal conformance: " + (lines[0] if lines else ""), *lines[1:]]))
     sys.exit(status)
 
 
@@ -228,9 +230,9 @@ def run(
         table.show(report, table.console(), strict=strict)
     for entry in report.not_run:
         if entry.failed:
-            click.echo(f"hal conformance: {plain(f'{entry.subject}: {entry.kind}: {entry.reason}')}", err=True)
+            say(f"hal conformance: {plain(f'{entry.subject}: {entry.kind}: {entry.reason}')}")
     for glob in report.required_missing:
-        click.echo(f"hal conformance: {plain(glob)} is required, and no such device was judged", err=True)
+        say(f"hal conformance: {plain(glob)} is required, and no such device was judged")
     sys.exit(report.exit_status(strict=strict))
 
 
@@ -324,11 +326,11 @@ def record(
     atomic.write(output, data)
     without = sum(o.status is not None for o in seen)
     done = f"recorded {len(seen) - without} results of {plain(device)} ({without} without outputs)"
-    click.echo(f"{done}, {len(data)} bytes", err=True)
+    say(f"{done}, {len(data)} bytes")
     for colour in ("red", "amber"):
         those = [entry.task for entry, claim in judged if claim.status.colour == colour]
         if those:
-            click.echo(f"{len(those)} of them are {colour} on this host, the first {plain(those[0])}", err=True)
+            say(f"{len(those)} of them are {colour} on this host, the first {plain(those[0])}")
     sys.exit(0 if len(seen) > without else 1)
 
 
@@ -371,9 +373,7 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
     if not _write({json_file: lambda: to_json(found.as_json())}):
         comparison_table.show(found, console(), strict=strict)
     for label in found.unjudged():
-        click.echo(f"hal conformance: {plain(label)}: nothing of it could be judged", err=True)
+        say(f"hal conformance: {plain(label)}: nothing of it could be judged")
     for label in found.odd():
-        click.echo(
-            f"hal conformance: {plain(label)} is not like the others of its group, and nothing says why", err=True
-        )
+        say(f"hal conformance: {plain(label)} is not like the others of its group, and nothing says why")
     sys.exit(found.exit_status(strict=strict))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Faults of somebody else's that are documented, and the evidence that a red result is one of them: KNOWN, amber.
 
-A fault excuses nothing by its name. It must show in an example on this very machine. What is red must be a case in
-which the fault has something to work on, have its symptom and no other, and be green when it is run without what has
-the fault, and have the symptom again in the same elements when it is run with it once more: what comes and goes with
-time, or with what lies in memory, is another fault.
+A fault excuses nothing by its name. It must show in an example on this very machine. What is red must have its symptom
+and no other, be green when the same library computes it without the one thing that brings the fault on, and have the
+symptom again in the same elements when it is run as it was once more: what comes and goes with time, or with what lies
+in memory, is another fault, and so is NaN that no product brings.
 
 oneDNN issue 5717 (fixed by its pull request 5723, of July 2026): on processors with AMX, a bfloat16 product whose K is
-above 32 and no multiple of 32 reads past the end of its rows. What lies there is multiplied by zero, which leaves NaN
-and infinities: a row of NaN makes a neighbour NaN, and so does what lies behind a matrix that is part of another.
+no multiple of 32 reads past the end of its rows. What lies there is multiplied by zero, which leaves NaN and
+infinities: a row of NaN makes a neighbour NaN, and so does what lies behind a matrix that is part of another. With
+zeros behind K (`padded`) it has nothing to read.
 """
 
 from __future__ import annotations
@@ -59,9 +60,6 @@ def _leaks() -> bool:
 
 _OF_NUMBERS = frozenset({Status.FAIL_NUMERIC, Status.FAIL_DISCRETE, Status.FAIL_NONFINITE})
 
-CASES = frozenset({"experts.nonfinite_rows", "experts.nan_backward", "layer.degenerate", "layer.sliced"})
-"""Cases in which NaN or infinities are given, or lie around what is given: elsewhere nothing could leak."""
-
 
 def shows(facts: Mapping[str, Any], dtype: str) -> bool:
     """Return whether a device has the fault, and results of a dtype can.
@@ -80,11 +78,11 @@ def shows(facts: Mapping[str, Any], dtype: str) -> bool:
 def is_symptom(
     task: Task, status: Status, outputs: Mapping[str, Array], hashes: Mapping[str, str], contract: Contract
 ) -> bool:
-    """Return whether nothing is wrong with outputs but NaN and infinities, and a product can have the fault.
+    """Return whether nothing is wrong with outputs but NaN and infinities, in a case that multiplies matrices.
 
     The others are judged as if these were not held (absent.py): then nothing may be red.
     """
-    if status not in _OF_NUMBERS or task.case.name not in CASES:
+    if status not in _OF_NUMBERS or not task.case.multiplies:
         return False
     rest, leaked = {}, False
     for name, array in outputs.items():
@@ -92,17 +90,10 @@ def is_symptom(
         if can_be_absent(array.dtype) and not (finite := np.isfinite(array)).all():
             rest[name] = np.where(finite, array, blank(array.shape, array.dtype))
             leaked = True
-    if not leaked or not any(K > 32 and K % 32 for K in inner_lengths(task)):
+    if not leaked:
         return False
     with partial(None, whole=False):
         return judge_outputs(task, rest, hashes, contract).status.colour != "red"
-
-
-def inner_lengths(task: Task) -> set[int]:
-    """Return the inner lengths of a task's products, and of a backward pass a few more: its inputs' last axes."""
-    shapes = [array.shape for array in task.case.inputs(task.params).values() if array.ndim > 1]
-    backward = "backward" in task.case.name
-    return {length for shape in shapes for length in (shape if backward else shape[-1:])}
 
 
 def leak(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> str:
@@ -122,15 +113,11 @@ def leak(facts: Mapping[str, Any], contract: Contract, observation: Observation,
 
 @contextlib.contextmanager
 def avoided() -> Iterator[None]:
-    """Compute without the library that has the fault."""
-    import torch
+    """Compute without what brings the fault on."""
+    from hal_conformance.padded import Padded
 
-    before = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
+    with Padded():  # type: ignore[no-untyped-call]  # torch's own __init__
         yield
-    finally:
-        torch._C._set_mkldnn_enabled(before)
 
 
 def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
@@ -143,6 +130,6 @@ def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
     """
     if not again or without.status.colour != "green":
         return found
-    without_it = f"{without.status.value} without oneDNN, whose fault it is ({_WHERE})"
+    without_it = f"{without.status.value} with zeros behind K, a fault of oneDNN's ({_WHERE})"
     detail = f"{without_it}; with it {found.status.value}: {found.detail}"
     return replace(found, status=Status.KNOWN, detail=detail)

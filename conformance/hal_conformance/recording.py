@@ -15,7 +15,6 @@ twice.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from hal.errors import ConfigError
 from hal_conformance import bundle, columns, known, witness
 from hal_conformance.bundle import Unreadable
 from hal_conformance.case import DTYPES, SCALES
+from hal_conformance.cases.trajectory import Statistical
 from hal_conformance.judging import judge_outputs, result
 from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.results import DETECTORS, suite_version
@@ -253,17 +253,42 @@ def _claim_from_json(claim: Any, task: Task) -> Judgement:
     if len(detectors) != len(DETECTORS) or not all(n is None or type(n) in (int, float) for n in numbers):
         raise TypeError("the recorder's verdict has no numbers where some were expected")
     found = Judgement(Status.parse(status), margin, dict(zip(DETECTORS, detectors, strict=True)), plain(detail))
-    degraded = found.status is Status.DEGRADED
-    within = degraded or found.status.colour == "green"
-    # DEGRADED is beyond the root mean square of honest errors; of trajectories, which have no bound, beyond all runs.
-    beyond = {"rms", "bias"} if degraded else {"bias"}
-    if degraded and task.case.family == "trajectory":
-        beyond |= {"margin", *DETECTORS} - {"exact"}
-    for name, number in {"margin": margin, **found.detectors}.items():
-        limit = math.inf if name in beyond else 0.0 if name == "exact" else 1.0
-        if number is not None and ((number < 0 and name != "bias") or (within and number > limit)):
-            raise Unreadable(f"it contradicts itself: {found.status.value} with {name} {number:g}")
+    if wrong := _contradiction(found, task):
+        raise Unreadable(f"it contradicts itself: {found.status.value} {wrong}")
     return found
+
+
+_WITHIN = frozenset({Status.EXACT, Status.PASS, Status.PASS_AMBIGUOUS, Status.NONDET})
+
+
+def _contradiction(claim: Judgement, task: Task) -> str:
+    """Return what of a verdict no run of this suite gives, or nothing.
+
+    DEGRADED is beyond the root mean square of honest errors, or biased; of what is compared with other runs, and has no
+    bound, beyond all of those.
+    """
+    status, margin, named = claim.status, claim.margin, claim.detectors
+    degraded, by_runs = status is Status.DEGRADED, isinstance(task.case, Statistical)
+    if status is Status.INCONCLUSIVE and not by_runs:
+        return "where there are no statistics"
+    if status is Status.KNOWN and not (task.case.multiplies and task.params.dtype == "bfloat16"):
+        return "of what multiplies no matrices in bfloat16"
+    for name, number in {"margin": margin, **named}.items():
+        if number is None:
+            continue
+        if number < 0 and name != "bias":
+            return f"with {name} {number:g}"
+        limit = 0.0 if name == "exact" else 1.0
+        free = name != "exact" and (by_runs or (degraded and name in ("rms", "bias")))
+        limited = status in _WITHIN or degraded or status is Status.INCONCLUSIVE
+        if limited and abs(number) > limit and not (free and status not in _WITHIN):
+            return f"with {name} {number:g}"
+    if margin is not None and named["bound"] is not None and margin != named["bound"]:
+        return f"with margin {margin:g} and bound {named['bound']:g}"
+    measures = [named["rms"], named["bias"], *([margin] if by_runs else [])]
+    if degraded and not any(n is not None and abs(n) > 1.0 for n in measures):
+        return "with nothing beyond its limit"
+    return ""
 
 
 def _index(at: Any, length: int) -> int:

@@ -27,7 +27,9 @@ def reading() -> str:
         stored = make.store(np.concatenate([y.reshape(-1)[order], np.ldexp(x, -3).ravel()]), "bfloat16")
         there = codec.from_torch(codec.to_torch(stored, torch.device("cpu")) * 2)
         whole = {"order": order.astype(np.int64), "stored": stored, "there": there, "wide": np.ascontiguousarray(y)}
-        alike = np.array_equal(np.asarray(codec.to_buffer(stored)), np.asarray(codec.to_buffer(there)))
+        blank = torch.empty_like(torch.ones(2)).numel() == 2 and not torch.empty(0).numel()
+        plain = blank and not torch._is_functional_tensor(torch.ones(1))
+        alike = plain and np.array_equal(np.asarray(codec.to_buffer(stored)), np.asarray(codec.to_buffer(there)))
         return f"{codec.digests(whole)} {alike} {np.isfinite(y).all()}"
     except BaseException:  # noqa: BLE001  a name that is None now, or whatever stands in its place
         return ""

@@ -7,16 +7,18 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hal.cli import output
 from hal_conformance import agreement_table
 from hal_conformance.tally import missing_devices, notable, tally, verdict
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from hal_conformance.results import NotRun, Report, Result
 
 WIDTH = 100
@@ -30,7 +32,7 @@ MAX_ROWS = 60
 
 def console(*, stderr: bool = False) -> Console:
     """Return a console of at most 100 columns that interprets no markup in what it prints."""
-    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=False)
+    made = output.console(stderr=stderr, markup=False, highlight=False, emoji=False, soft_wrap=False)
     made.width = min(made.width, WIDTH) if made.is_terminal else WIDTH
     return made
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from hal.check import Finding
-from hal.cli.output import plain
+from hal.cli.output import plain, say
 from hal.errors import Absent, Broken
 from hal.explanation import TIMEOUT_S
 
@@ -37,7 +37,7 @@ def new(name: str, folder: Path, torch_type: str | None) -> None:
 
     made = write_package(name, folder, torch_type or name)
     click.echo(made)
-    click.echo(f"Next: pip install -e '{made}', then hal backend check {name}", err=True)
+    say(f"Next: pip install -e '{made}', then hal backend check {name}")
 
 
 @backend.command()
@@ -72,7 +72,7 @@ def check(ctx: click.Context, name: str, as_json: bool, timeout_s: float) -> Non
         for finding in findings:
             click.secho(f"{finding.outcome:12}", fg=colours[finding.outcome], nl=False)
             click.echo(f"{finding.part:24}{plain(finding.detail)}")
-    click.echo(", ".join(f"{n} {outcome}" for outcome, n in counts.items()), err=True)
+    say(", ".join(f"{n} {outcome}" for outcome, n in counts.items()))
     ctx.exit(1 if failed else 0)
 
 

@@ -10,7 +10,7 @@ import click
 
 from hal import plugins
 from hal.backend import DeviceInfo
-from hal.cli.output import on_terminal, plain, stdout_for_results
+from hal.cli.output import console, on_terminal, plain, say, stdout_for_results
 from hal.errors import Absent
 from hal.surveys import Survey, settle, take_surveys
 
@@ -48,7 +48,6 @@ def row(info: DeviceInfo) -> tuple[str, ...]:
 
 
 def _print_rich(found: list[DeviceInfo]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -57,7 +56,7 @@ def _print_rich(found: list[DeviceInfo]) -> None:
         table.add_column(heading.capitalize() if heading != "ID" else heading, overflow="fold")
     for info in found:
         table.add_row(*map(Text, row(info)), style="dim" if info.simulated else None)
-    Console(highlight=False).print(table)
+    console(highlight=False).print(table)
 
 
 def _print_plain(found: list[DeviceInfo]) -> None:
@@ -83,4 +82,4 @@ def _tell_the_rest(surveys: list[Survey], lost: dict[str, str]) -> None:
 
 
 def _tell(message: str, *, bad: bool = False) -> None:
-    click.secho(plain(message, indent=2), err=True, dim=not bad, fg="red" if bad else None)
+    say(plain(message, indent=2), dim=not bad, fg="red" if bad else None)

@@ -20,7 +20,7 @@ import click
 import hal
 from hal.autoload import AUTOLOAD
 from hal.cli.commands import CommandGroup
-from hal.cli.output import plain
+from hal.cli.output import plain, say
 from hal.errors import HalError
 from hal.exit_status import INTERNAL, READER_GONE, USAGE, exit_status
 
@@ -47,7 +47,7 @@ class Failure(click.ClickException):
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Write the message to stderr."""
-        click.echo(f"hal: {plain(self.message, indent=0)}", err=True, file=file)
+        say(f"hal: {plain(self.message, indent=0)}")
 
 
 class Main(CommandGroup):

@@ -7,7 +7,10 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def on_terminal(stream: TextIO | None) -> bool:
@@ -25,6 +28,25 @@ def plain(text: str, indent: int | None = None) -> str:
     if indent is not None:
         return ("\n" + " " * indent).join(map(plain, text.splitlines()))
     return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def console(**options: Any) -> Console:
+    """Return rich's console. Where nobody reads any more it raises, as print does; rich's own exits with status 1."""
+    from rich.console import Console
+
+    class Raising(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Raising(**options)
+
+
+def say(message: str, **style: Any) -> None:
+    """Write a line to stderr. Where that is full or gone, the exit status still says what it says."""
+    import click
+
+    with contextlib.suppress(OSError):
+        click.secho(message, err=True, **style)
 
 
 @contextlib.contextmanager

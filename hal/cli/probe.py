@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from hal.cli.output import plain, stdout_for_results
+from hal.cli.output import plain, say, stdout_for_results
 from hal.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def probe(
         with stdout_for_results():
             products = prediction.computed(device, formats)
             recording.write(products, record)
-        click.echo(f"{len(products.results)} products of {device} written to {record}", err=True)
+        say(f"{len(products.results)} products of {device} written to {record}")
         _tell_refused(products)
         return
     from hal.probe import report
@@ -205,4 +205,4 @@ def _print_classes(one: Products, other: Products, found: list[Agreement]) -> No
 
 def _tell_refused(products: Products) -> None:
     for name, reason in products.refused.items():
-        click.echo(f"{products.source}: no {name}: {plain(reason)[:160]}", err=True)
+        say(f"{products.source}: no {name}: {plain(reason)[:160]}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from hal.cli.output import on_terminal, plain
+from hal.cli.output import console, on_terminal, plain, say
 from hal.errors import ConfigError
 from hal.exit_status import FINDINGS
 from hal.launch.scan import text
@@ -44,7 +44,7 @@ def command(path: Path, chosen: tuple[Backend, ...], json_file: str | None, line
     if json_file != "-":
         _print(program, backends, lines)
     for name, reason in program.unreadable.items():
-        click.echo(f"hal scan: {plain(name)}: not read: {plain(reason)}", err=True)
+        say(f"hal scan: {plain(name)}: not read: {plain(reason)}")
     if text.notes(program, backends):
         sys.exit(FINDINGS)
 
@@ -73,7 +73,6 @@ def _print(program: Program, backends: tuple[Backend, ...], lines: bool) -> None
 
 
 def _table(program: Program, backends: tuple[Backend, ...]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -87,4 +86,4 @@ def _table(program: Program, backends: tuple[Backend, ...]) -> None:
     for api, count, *verdicts, where in text.rows(program, backends):
         table.add_row(Text(plain(api)), count, *(Text(v, styles[v]) for v in verdicts), Text(plain(where)))
     width = None if on_terminal(sys.stdout) else 140
-    Console(highlight=False, width=width).print(table)
+    console(highlight=False, width=width).print(table)

@@ -34,7 +34,7 @@ class Doubling:
     family: str = "combine"
     what: str = "Doubles numbers.\n\nThe bound is zero."
     needs: tuple[str, ...] = ("double",)
-    multiplies: bool = False
+    multiplies: bool = True
     size: tuple[int, int] = (0, 0)
 
     def presets(self):
@@ -149,18 +149,30 @@ def open_sound(name):
     return Device(name)
 
 
+def _has_the_fault(x):
+    """Whether a product with these operands would have the fault of `known`, on a processor that has it."""
+    import torch
+    from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+    return x.dtype == torch.bfloat16 and type(_get_current_dispatch_mode()).__name__ != "Padded"
+
+
 def _leaking(x):
     import torch
 
-    leaks = x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled()
-    return {"y": x * 2 + (torch.nan if leaks else 0.0)}
+    return {"y": x * 2 + (torch.nan if _has_the_fault(x) else 0.0)}
 
 
 def _wrong_with_the_library(x):
     """Wrong by a number, where the fault of `known` leaves NaN and infinities only."""
+    return {"y": x * 2 + _has_the_fault(x)}
+
+
+def _nan_by_itself(x):
+    """NaN by itself where the library that has the fault is on."""
     import torch
 
-    return {"y": x * 2 + (x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled())}
+    return {"y": x * 2 + (torch.nan if x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled() else 0.0)}
 
 
 _leaked = []
@@ -191,7 +203,7 @@ def _leaking_at_times(x):
     import torch
 
     y = x * 2
-    if x.dtype == torch.bfloat16 and torch._C._get_mkldnn_enabled():
+    if _has_the_fault(x):
         y.view(-1)[len(_leaked)] = torch.nan
         _leaked.append(x)
     return {"y": y}
@@ -203,6 +215,7 @@ def _right(x):
 
 good = SimpleNamespace(double=_right)
 leaking = SimpleNamespace(double=_leaking)
+nan_by_itself = SimpleNamespace(double=_nan_by_itself)
 wrong_with_the_library = SimpleNamespace(double=_wrong_with_the_library)
 leaking_twice = SimpleNamespace(double=_leaking_twice)
 leaking_at_times = SimpleNamespace(double=_leaking_at_times)
@@ -316,6 +329,14 @@ def _leave_and_raise(x):
 def _leave_and_refuse(x):
     _leave_no_grad(x)
     _unsupported(x)
+
+
+def _replace_torch(x):
+    """What the worker itself calls for every case."""
+    import torch
+
+    torch.empty = None
+    return _right(x)
 
 
 def _replace_numpy(x):
@@ -440,6 +461,7 @@ sparse = Once(lambda x: {"y": (x * 2).to_sparse()})
 not_a_dict = Once(lambda x: x * 2)
 not_a_tensor = Once(lambda x: {"y": [1, 2]})
 enormous = Once(lambda x: {"y": x[:1, :1].expand(2**20, 2**20)})
+replaces_torch = Once(_replace_torch)
 replaces_numpy = Once(_replace_numpy)
 replaces_digests = Once(_replace_digests)
 limits_files = Once(_limit_files)

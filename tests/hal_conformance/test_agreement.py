@@ -97,14 +97,14 @@ def test_tokens_whose_choice_is_certain_convict_a_device():
     certain = int((known.must == known.may).all(1)[:9].sum())
     assert certain > 5
     assert (pair.tokens.compared, pair.tokens.rerouted, pair.tokens.certain) == (len(known.must), 9, certain)
-    assert f"{certain} where they do not: one device is WRONG" in shown([pair])
+    assert f"{certain} certain: one device is WRONG" in shown([pair])
 
 
 def test_tokens_whose_choice_is_open_by_one_of_the_contracts_convict_nobody():
     coarse = Contract(matmul={"bfloat16": Arithmetic(accumulator_bits=3, rounding="truncate")})
     (pair,) = pairs(ROUTE, routed(), routed(move=3), contracts=[CONTRACT, coarse])
     assert (pair.tokens.rerouted, pair.tokens.certain) == (3, 0)
-    assert "3 where the bounds leave it open" in shown([pair])
+    assert "3 open by the bounds" in shown([pair])
 
 
 def test_the_order_of_the_experts_is_no_other_set():

@@ -99,13 +99,26 @@ def test_a_long_label_is_cut_in_its_middle():
 @pytest.mark.parametrize(
     "claimed",
     [["PASS", 1e19, None, None, None, None], ["PASS", None, 50, None, None, None], ["PASS", 0.5, 0.5, 9e9, None, None],
-     ["PASS", -7, None, None, None, None], ["EXACT", None, None, None, None, 3], ["DEGRADED", 50, 50, None, None, None]],
+     ["PASS", -7, None, None, None, None], ["EXACT", None, None, None, None, 3], ["DEGRADED", 50, 50, None, None, None],
+     ["DEGRADED", 0.5, 0.5, 0.1, None, None], ["NONDET", 50, 50, None, None, None], ["PASS", 0.1, 0.9, None, None, None],
+     ["PASS", 0.5, 0.5, None, -99, None]],
 )  # fmt: skip
 def test_a_claim_that_contradicts_itself_is_refused(claimed):
     def claim(manifest):
         manifest["cases"][0]["claim"] = [*claimed, ""]
 
     with pytest.raises(Unreadable, match=f"contradicts itself: {claimed[0]} with"):
+        recordings.parse(recordings.with_manifest(recordings.make(), claim))
+
+
+@pytest.mark.parametrize(("status", "why"), [
+    ("INCONCLUSIVE", "where there are no statistics"), ("KNOWN", "of what multiplies no matrices in bfloat16"),
+])  # fmt: skip
+def test_a_verdict_that_a_case_cannot_have_is_refused(status, why):
+    def claim(manifest):
+        manifest["cases"][0]["claim"] = [status, None, None, None, None, None, ""]
+
+    with pytest.raises(Unreadable, match=f"contradicts itself: {status} {why}"):
         recordings.parse(recordings.with_manifest(recordings.make(), claim))
 
 

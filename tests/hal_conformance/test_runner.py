@@ -82,6 +82,7 @@ def test_a_wrong_implementation_fails_with_its_numbers():
         ("not_a_dict", Status.FAIL_STRUCTURE, "returned a Tensor"),
         ("not_a_tensor", Status.FAIL_STRUCTURE, "y is a list"),
         ("enormous", Status.FAIL_STRUCTURE, "bytes, more than"),
+        ("replaces_torch", Status.FAIL_STRUCTURE, "left a function replaced that the suite computes with"),
         ("replaces_numpy", Status.CRASH, "left a function replaced that the suite computes with"),
         ("replaces_digests", Status.FAIL_STRUCTURE, "left a function replaced that the suite computes with"),
         ("limits_files", Status.CRASH, "raised ValueError: no room"),

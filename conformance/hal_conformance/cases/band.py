@@ -16,7 +16,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import wide
-from hal_conformance.cases.trajectory import Trajectory
+from hal_conformance.cases.trajectory import Statistical
 from hal_conformance.detectors import structure
 from hal_conformance.language import curves as run
 from hal_conformance.language import ensemble as twins
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Band(Trajectory):
+class Band(Statistical):
     """A run of one seed, whatever `--seed` says: the ensemble is of that one.
 
     Attributes:

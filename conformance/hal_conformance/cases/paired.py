@@ -13,7 +13,7 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Params, Scale
 from hal_conformance.cases.base import wide
-from hal_conformance.cases.trajectory import Trajectory
+from hal_conformance.cases.trajectory import Statistical
 from hal_conformance.detectors import structure
 from hal_conformance.language import curves as run
 from hal_conformance.language import ensemble as twins
@@ -55,7 +55,7 @@ def needed(deviation: float, margin: float) -> int:
 
 
 @dataclass(frozen=True)
-class Paired(Trajectory):
+class Paired(Statistical):
     """Runs of `SEEDS` seeds.
 
     Attributes:

@@ -17,3 +17,7 @@ class Trajectory(Base):
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`: training in float16 needs a loss scale, and no published model does it."""
         return DTYPES
+
+
+class Statistical(Trajectory):
+    """One that is compared with other runs: nothing of it has a bound, and what exceeds 1 is amber."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 import hal
 
@@ -151,6 +154,29 @@ def test_a_reader_that_was_never_there_and_a_full_disk_are_told_at_the_end(distr
     with open("/dev/full", "w") as full:  # noqa: PTH123  a device
         done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, env=os.environ, check=False)
     assert (done.returncode, done.stderr) == (2, b"hal: an output: No space left on device\n")
+
+
+@pytest.mark.parametrize("arguments", [("devices",), ("conformance", "list"), ("conformance", "explain", "norm.rms")])
+def test_tables_are_no_exception(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "hal.cli.main", *arguments], stdout=write, stderr=subprocess.PIPE, check=False
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_message_that_cannot_be_told_changes_no_status(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "hal.cli.main"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123  a device
+        for arguments, stdout in (
+            (["nope"], None),
+            (["conformance", "compare", "nope"], None),
+            (["doctor", "--json"], full),
+        ):
+            done = subprocess.run([*program, *arguments], stdout=stdout, stderr=full, cwd=tmp_path, check=False)
+            assert done.returncode == 2, arguments
 
 
 def test_an_unknown_command_is_wrong_usage(hal_command: Any) -> None:

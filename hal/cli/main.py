@@ -53,6 +53,15 @@ class Failure(click.ClickException):
 class Main(CommandGroup):
     """The top-level group: the one place where errors are caught."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command line; wrong usage is status 2 where its message cannot be told, too."""
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:  # of click's own message: all others are caught below
+            if error.errno != errno.ENOSPC:
+                raise
+            sys.exit(USAGE)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:

@@ -28,11 +28,14 @@ class Arithmetic:
         rounding: rounding of each accumulation. "nearest" has mean zero; "truncate" has a known bias.
         input_bits: significand bits that survive of each input; None means all of them. A float32 product on
             TF32 units keeps 11.
+        flushes_below: operands of a smaller magnitude count as zero: 2^-14 for float16 on CDNA2. 0 where none do, or
+            only numbers that are subnormal in float32.
     """
 
     accumulator_bits: int = 24
     rounding: Rounding = "nearest"
     input_bits: int | None = None
+    flushes_below: float = 0.0
 
     @property
     def unit_roundoff(self) -> float:
@@ -40,11 +43,17 @@ class Arithmetic:
         return 2.0 ** (-self.accumulator_bits if self.rounding == "nearest" else 1 - self.accumulator_bits)
 
 
-def arithmetic(unit: MatrixUnit) -> Arithmetic:
-    """Return what is promised of products on a unit whose rule is known."""
+def arithmetic(unit: MatrixUnit, min_exponent: int) -> Arithmetic:
+    """Return what is promised of products on a unit whose rule is known.
+
+    Args:
+        unit: the rule.
+        min_exponent: of the operands' normal numbers.
+    """
     bits = {"float64": 53, "float32_13": 14, "float16": 11}.get(unit.result, 24)
     cuts = unit.kind in ("truncated", "floored")
-    return Arithmetic(accumulator_bits=bits, rounding="truncate" if cuts else "nearest")
+    flushes = unit.kind == "pairwise" and min_exponent > -126
+    return Arithmetic(bits, "truncate" if cuts else "nearest", flushes_below=2.0**min_exponent if flushes else 0.0)
 
 
 FLOAT32_ACCUMULATION: Mapping[str, Arithmetic] = MappingProxyType(
@@ -96,6 +105,7 @@ class Contract:
                     "accumulator_bits": rule.accumulator_bits,
                     "rounding": rule.rounding,
                     "input_bits": rule.input_bits,
+                    "flushes_below": rule.flushes_below,
                 }
                 for dtype, rule in sorted(self.matmul.items())
             },
@@ -124,6 +134,9 @@ class Contract:
             kept = arithmetic.input_bits
             if kept is not None and (type(kept) is not int or not 2 <= kept <= 53):
                 raise ValueError(f"input_bits of {dtype} must be null or an integer from 2 to 53")
+            below = arithmetic.flushes_below
+            if type(below) not in (int, float) or not 0.0 <= below <= 1.0:
+                raise ValueError(f"flushes_below of {dtype} must be a number from 0 to 1")
             rules[str(dtype)] = arithmetic
         choices = {
             "subnormals": ("preserved", "flushed", "unspecified"),

@@ -14,6 +14,7 @@ from hal.changes import Changes, Switch
 from hal.collectives import Collectives
 from hal.contract import Contract, arithmetic
 from hal.device import Facets
+from hal.matrix_unit import FORMATS
 from hal.streams import HostStreams
 from hal.support_table import SupportTable
 from hal_cpu.memory import CpuMemory
@@ -67,7 +68,11 @@ class SimBackend(Backend):
             streams=HostStreams(),
             support=support,
             contract=Contract(
-                matmul={name: arithmetic(unit) for name, unit in CHIPS[chip].units.items() if name != "tf32"},
+                matmul={
+                    name: arithmetic(unit, FORMATS[name].min_exponent)
+                    for name, unit in CHIPS[chip].units.items()
+                    if name != "tf32"
+                },
                 # What flushes is the unit; whether the CPU does elsewhere is its own affair.
                 subnormals="flushed" if CHIPS[chip].units["float16"].kind == "pairwise" else "unspecified",
                 evidence=f"simulated, {CHIPS[chip].evidence}; {schedule}",

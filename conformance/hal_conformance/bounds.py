@@ -143,17 +143,42 @@ def matmul_bound(value: F64, squares: F64, absolute: F64 | None, inner: int, rul
     return np.asarray(bound)
 
 
+def flushed(a: F64, b: F64, rule: Arithmetic, spread_a: F64 | float = 0.0, spread_b: F64 | float = 0.0) -> F64 | None:
+    """Return what a product [M, K] [K, N] may lose because small operands count as zero; None where nothing does.
+
+    sum |a b| over the pairs of which one may be below `flushes_below`, at most: each is lost whole, in any order.
+
+    Args:
+        a, b: the operands.
+        rule: the device's.
+        spread_a, spread_b: how far each operand may be from what it is here.
+    """
+    below = rule.flushes_below
+    if not below:
+        return None
+    (size_a, small_a), (size_b, small_b) = (
+        (np.abs(x) + spread, np.where(np.abs(x) - spread < below, np.minimum(np.abs(x) + spread, below), 0.0))
+        for x, spread in ((a, spread_a), (b, spread_b))
+    )
+    if not small_a.any() and not small_b.any():
+        return None
+    return np.asarray(small_a @ size_b + size_a @ small_b)
+
+
 def matmul(a: F64, b: F64, rule: Arithmetic, level: Level) -> Bounded:
     """Multiply exact [M, K] by exact [K, N] on a device that follows `rule`; not yet stored."""
     inner = a.shape[-1]
     value, squares = a @ b, (a * a) @ (b * b)
     # The cap binds only for short sums: S >= sqrt(Q), and c_Q sqrt(K) < K beyond K = c_Q^2, about 60.
     absolute = np.abs(a) @ np.abs(b) if inner <= 128 else None
-    return Bounded(
+    product = Bounded(
         value,
         matmul_bound(value, squares, absolute, inner, rule, level),
         matmul_variance(value, squares, inner, rule),
     )
+    lost = flushed(a, b, rule)
+    # All of it may have one sign: it is no error of mean zero, and its square no smaller than this.
+    return product if lost is None else Bounded(value, product.bound + lost, 2.0 * (product.var + lost**2))
 
 
 def positive_sum(total: F64, terms: F64, axis: int, level: Level) -> F64:

@@ -21,6 +21,7 @@ from hal.contract import Arithmetic
 from hal_conformance.bounds import (
     U32,
     Bounded,
+    flushed,
     half_ulp,
     logistic,
     matmul_factors,
@@ -146,6 +147,9 @@ def product(a: Chained, b: Chained, rule: Arithmetic) -> Chained:
     var += of_value * (value * value)
     if not b.is_exact:
         var += square_a @ b.var
+    if rule.flushes_below:
+        lost = flushed(a.value, b.value, rule, *(4.0 * np.sqrt(x.var) for x in (a, b)))
+        var = var if lost is None else 2.0 * (var + lost**2)
     return Chained(value, var)
 
 

@@ -26,6 +26,11 @@ def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties
         wanted = promised.input_bits or FORMATS[format].bits
         if facts.input_bits is not None and facts.input_bits < wanted:
             found.append(f"{format}: the contract promises operands of {wanted} bits, {facts.input_bits} survive")
+        below = _flushes_below(facts)
+        if below > promised.flushes_below:
+            found.append(
+                f"{format}: the contract promises all operands, those below {below:g} count as zero"
+            )
     for format, facts in units.items():
         lost = [what for what, seen in (("operands", facts.subnormal_inputs), ("results", facts.subnormal_results))
                 if seen == "flushed"]  # fmt: skip
@@ -55,10 +60,17 @@ def measured(units: Mapping[str, UnitFacts], declared: Contract) -> Contract:
             accumulator_bits=bits,
             rounding="nearest" if facts.sums.startswith("nearest") else "truncate",
             input_bits=of_input if of_input < FORMATS[format].bits else None,
+            flushes_below=_flushes_below(facts),
         )
         matmul[format] = _weaker(seen, matmul[format]) if format in matmul else seen
     flushed = any("flushed" in (facts.subnormal_inputs, facts.subnormal_results) for facts in units.values())
     return replace(declared, matmul=matmul, subnormals="flushed" if flushed else declared.subnormals)
+
+
+def _flushes_below(facts: UnitFacts) -> float:
+    """Return below which magnitude operands were seen to count as zero, if that is more than float32's subnormals."""
+    least = FORMATS[facts.format].min_exponent
+    return 2.0**least if facts.subnormal_inputs == "flushed" and least > -126 else 0.0
 
 
 def _weaker(one: Arithmetic, other: Arithmetic) -> Arithmetic:
@@ -67,4 +79,5 @@ def _weaker(one: Arithmetic, other: Arithmetic) -> Arithmetic:
         accumulator_bits=min(one.accumulator_bits, other.accumulator_bits),
         rounding="truncate" if "truncate" in (one.rounding, other.rounding) else "nearest",
         input_bits=min(kept) if kept else None,
+        flushes_below=max(one.flushes_below, other.flushes_below),
     )

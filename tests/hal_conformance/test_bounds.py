@@ -3,12 +3,12 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hal.contract import Arithmetic
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded, half_ulp, matmul, positive_sum, sigmoid, softmax
+from hal_conformance.bounds import Bounded, flushed, half_ulp, matmul, positive_sum, sigmoid, softmax
 from hal_conformance.budget import FALSE_ALARMS_PER_RUN, SHARE, TESTS_PER_RUN, level, rms_threshold
 from hal_conformance.case import DTYPES, SCALES, Params
 from hal_conformance.cases import ALL, step
@@ -119,3 +119,26 @@ def test_the_rms_threshold_falls_with_the_number_of_elements():
     thresholds = [rms_threshold(n, n) for n in (1, 16, 256, 4096, 2**20)]
     assert thresholds == sorted(thresholds, reverse=True)
     assert 1 < thresholds[-1] < 1.01
+
+
+@given(seed=st.integers(0, 2**32 - 1), inner=st.integers(1, 40))
+@settings(max_examples=60)
+def test_what_a_unit_flushes_is_never_more_than_its_contract_says(seed, inner):
+    """Exact products of operands of which small ones are zero: the error is what was lost, and nothing else."""
+    rng = np.random.default_rng(seed)
+    below = 2.0**-14
+    a, b = (rng.normal(size=shape) * 2.0 ** rng.integers(-20, 3, shape) for shape in ((4, inner), (inner, 5)))
+    rule = Arithmetic(flushes_below=below)
+    # Of this test's own sums in float64, of which there are three.
+    rounding = 3 * (inner + 1) * 2.0**-53 * (np.abs(a) + 1) @ np.abs(b)
+    error = np.abs(a @ b - np.where(np.abs(a) < below, 0, a) @ np.where(np.abs(b) < below, 0, b)) - rounding
+    lost = flushed(a, b, rule)
+    assert (error <= (0.0 if lost is None else lost)).all()
+    assert (error <= matmul(a, b, rule, level(20)).bound).all()
+    assert flushed(a, b, Arithmetic()) is None
+    # Operands that are known to a spread only, and whose true values are anywhere in it.
+    spread = 2.0**-15
+    moved = a + spread * rng.uniform(-1, 1, a.shape)
+    error = np.abs(moved @ b - np.where(np.abs(moved) < below, 0, moved) @ np.where(np.abs(b) < below, 0, b)) - rounding
+    wider = flushed(a, b, rule, spread)
+    assert (error <= (0.0 if wider is None else wider)).all()

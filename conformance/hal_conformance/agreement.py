@@ -21,6 +21,7 @@ import numpy as np
 from hal_conformance import absent, sampling
 from hal_conformance import arrays as codec
 from hal_conformance.case import Array, Arrays, Params
+from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
     from hal.contract import Contract
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
     from hal_conformance.plan import Task
     from hal_conformance.results import Result
 
+MOST = 12
+"""Subjects whose pairs are shown together: as many as fit beside each other."""
 EXPERTS, LOSS = "experts_TK", "entropy"
 """Outputs that say which experts a token has, and what the loss of each step is."""
+
+
+_OF_OTHER_SHAPES = frozenset({Status.FAIL_STRUCTURE, Status.INVALID})
 
 
 @runtime_checkable
@@ -95,6 +101,11 @@ class Elements:
         moved = self.smaller + self.larger
         return (self.larger - self.smaller) / moved if moved else None
 
+    def __iadd__(self, other: Elements) -> Elements:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+        return self
+
     def add(self, one: Array, other: Array) -> None:
         """Count the elements of an output."""
         differing = codec.bits(one) != codec.bits(other)
@@ -119,6 +130,11 @@ class Tokens:
     compared: int = 0
     rerouted: int = 0
     certain: int = 0
+
+    def __iadd__(self, other: Tokens) -> Tokens:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+        return self
 
 
 @dataclass(frozen=True)
@@ -156,8 +172,18 @@ class Pair:
     @property
     def all_elements(self) -> Elements:
         """Those of every dtype together."""
-        counts = [vars(e) for e in self.elements.values()]
-        return Elements(**{name: sum(of[name] for of in counts) for name in vars(Elements())})
+        found = Elements()
+        for of_dtype in self.elements.values():
+            found += of_dtype
+        return found
+
+    def __iadd__(self, other: Pair) -> Pair:
+        """Add what was found of the same two subjects in other tasks."""
+        for dtype, of_dtype in other.elements.items():
+            self.elements.setdefault(dtype, Elements()).__iadd__(of_dtype)
+        self.tokens += other.tokens
+        self.partings += other.partings
+        return self
 
     def as_json(self) -> dict[str, object]:
         """Return it as plain JSON values."""
@@ -185,14 +211,16 @@ class Agreement:
         return len(self._labels) - 1
 
     def add(self, subject: int, task: Task, outputs: Mapping[str, Array], result: Result) -> None:
-        """Take in what a subject returned for a task, unless it was judged bit by bit."""
-        if result.margin is None and not isinstance(task.case, Chooses):
-            return
-        self.hold(subject, task, {name: Held.of(name, array, task.params.seed) for name, array in outputs.items()})
+        """Take in what a subject returned for a task."""
+        held = {name: Held.of(name, array, task.params.seed) for name, array in outputs.items()}
+        self.hold(subject, task, held, result)
 
-    def hold(self, subject: int, task: Task, outputs: Mapping[str, Held]) -> None:
-        """Take in what is held of it."""
-        self._held.setdefault(task, {})[subject] = dict(outputs)
+    def hold(self, subject: int, task: Task, outputs: Mapping[str, Held], result: Result) -> None:
+        """Take in what is held of it, unless it was judged bit by bit, or is not what the case asks for."""
+        if result.status in _OF_OTHER_SHAPES:
+            return
+        if result.margin is not None or isinstance(task.case, Chooses):
+            self._held.setdefault(task, {})[subject] = dict(outputs)
 
     def pairs(self) -> list[Pair]:
         """Return every pair of subjects, the first ones first."""
@@ -256,7 +284,8 @@ def _alike(one: Mapping[str, Held], other: Mapping[str, Held]) -> Iterator[tuple
 
 def _parting(task: Task, a: Array, b: Array) -> Parting:
     apart = np.flatnonzero(a != b)
-    largest = float(np.abs(a - b).max(initial=0.0))
+    with np.errstate(all="ignore"):
+        largest = float(np.abs(a - b).max(initial=0.0))
     return Parting(
         task.case.name, task.params.dtype, int(apart[0]) + 1 if len(apart) else None,
         largest if np.isfinite(largest) else None, len(a),

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from hal_conformance.agreement import MOST
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
     from hal_conformance.agreement import Pair, Parting
 
-MOST = 12
-"""Devices of one matrix: as many as fit beside each other."""
 NAME = 20
 """Characters of a name in it; they are whole in the lines below."""
 
@@ -41,12 +40,18 @@ def show(pairs: Sequence[Pair], out: Console) -> None:
                 "·" if i == j else _percent(of[column, row].all_elements.share) if j < i else _rerouted(of[row, column])
                 for j, column in enumerate(labels)
             ]
-            table.add_row(Text(f"{i + 1} {plain(row, NAME)}"), *(Text(cell) for cell in cells))
+            table.add_row(Text(f"{i + 1} {_short(row)}"), *(Text(cell) for cell in cells))
         out.print(table)
     for pair in pairs:
         if pair.a == labels[0]:
             for line in sentences(pair):
                 out.print(Text(line, style="dim" if line.startswith(" ") else ""))
+
+
+def _short(label: str) -> str:
+    """Return a name of at most `NAME` characters; those of recordings differ at their ends."""
+    whole = plain(label)
+    return whole if len(whole) <= NAME else f"{whole[:6]}..{whole[8 - NAME :]}"
 
 
 def names(pairs: Sequence[Pair]) -> list[str]:

@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_limits
 
 from hal.contract import Contract
 from hal_conformance import bundle
+from hal_conformance.agreement import MOST, Agreement, Held, Pair
 from hal_conformance.grouping import Grouper, Grouping
 from hal_conformance.judging import result
 from hal_conformance.packed import Packed, distance
@@ -183,6 +184,7 @@ class Compared:
     differences: list[Difference] = field(default_factory=list)
     compared: int = 0
     equal: int = 0
+    pairs: list[Pair] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,13 @@ class Bench:
             judgement = rejudge(entry, contracts[index], facts=self.facts[index])
             found.rows[index] = result(task, judgement, self.labels[index], self.impls[index], 0.0)
             found.judged[index] = (rejudge.coverage.judged, rejudge.coverage.shown)
+        if 1 < len(self.labels) <= MOST:
+            agreement = Agreement(self.labels, contracts)
+            for index, entry in entries.items():
+                if entry.status is None:
+                    held = {name: Held.of_packed(packed) for name, packed in entry.outputs.items()}
+                    agreement.hold(index, task, held, found.rows[index])
+            found.pairs = agreement.pairs()
         having = [index for index, entry in entries.items() if entry.status is None]
         for output in dict.fromkeys(key for index in having for key in entries[index].outputs):
             sharing = [index for index in having if output in entries[index].outputs]
@@ -318,6 +327,11 @@ def _with_nothing_in_common(recordings: Sequence[Recording]) -> Recording | None
 
 
 def _take_in(one: Compared, found: Comparison, recordings: int) -> None:
+    if found.report.agreement:
+        for pair, more in zip(found.report.agreement, one.pairs, strict=True):
+            pair += more
+    else:
+        found.report.agreement = one.pairs
     found.report.results += one.rows.values()
     found.differences += one.differences
     found.compared += one.compared

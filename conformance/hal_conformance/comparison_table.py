@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
+from hal_conformance import agreement_table
 from hal_conformance.grouping import is_identity
 from hal_conformance.table import LABEL, MAX_ROWS, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
@@ -43,6 +44,7 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
             show_tally(subject, rows, out)
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     if len(report.subjects) > 1:
+        agreement_table.show(report.agreement, out)
         _show_differences(found, out)
     if found.grouping is not None:
         _show_groups(found.grouping, out)

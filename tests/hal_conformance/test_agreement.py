@@ -7,6 +7,7 @@ import io
 import ml_dtypes
 import numpy as np
 import pytest
+import recordings
 from rich.console import Console
 
 from hal.contract import Arithmetic, Contract
@@ -17,6 +18,7 @@ from hal_conformance.budget import level
 from hal_conformance.case import Params
 from hal_conformance.cases import by_name
 from hal_conformance.cases.router import certain_choice, expected_logits, router_arrays
+from hal_conformance.compare import compare
 from hal_conformance.judging import result
 from hal_conformance.margins import certify
 from hal_conformance.oracle.routing import scores_of
@@ -169,3 +171,21 @@ def test_it_is_plain_json():
     assert json.loads(text)[1]["elements"]["bfloat16"] == {
         "compared": 2, "differing": 2, "smaller": 2, "larger": 0, "bias": -1.0,
     }  # fmt: skip
+
+
+def test_recordings_of_devices_are_shown_with_the_agreement_of_each_pair():
+    one, other = (recordings.parse(recordings.make(), name) for name in ("a", "b"))
+    found = compare([one, other])
+    (pair,) = found.report.agreement
+    assert (pair.a, pair.b) == tuple(entry["label"] for entry in found.recordings)
+    assert pair.all_elements.differing == 0
+    assert len(found.as_json()["agreement"]) == 1
+    assert compare([one]).report.agreement == []
+    assert compare([one] * 13).report.agreement == []  # too many to be shown together
+
+
+@pytest.mark.parametrize("status", [Status.FAIL_STRUCTURE, Status.INVALID])
+def test_outputs_that_are_not_what_a_case_asks_for_are_not_compared(status):
+    row = dataclasses.replace(PASS, status=status)
+    (pair,) = pairs(ROUTE, routed(), {"experts_TK": np.zeros((3, 1), np.int64)}, row=row)
+    assert pair.tokens.compared == 0

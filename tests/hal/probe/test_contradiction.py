@@ -103,3 +103,24 @@ def test_subnormals_are_flushed_only_if_seen():
     kept = replace(FACTS, subnormal_inputs="kept", subnormal_results=None)
     assert measured({"bfloat16": kept}, Contract()).subnormals == "unspecified"
     assert measured({"bfloat16": kept}, Contract(subnormals="preserved")).subnormals == "preserved"
+
+
+def test_a_unit_that_takes_small_float16_for_zero_must_say_so():
+    facts = replace(FACTS, format="float16", input_bits=11, subnormal_results="kept", infinity="kept", nan="7fc00000")
+    honest = Arithmetic(14, "truncate", flushes_below=2.0**-14)
+    assert contradictions(Contract(matmul={"float16": honest}), {"float16": facts}, "neither") == ()
+    silent = Contract(matmul={"float16": replace(honest, flushes_below=0.0)})
+    (found,) = contradictions(silent, {"float16": facts}, "neither")
+    assert found == "float16: the contract promises all operands, those below 6.10352e-05 count as zero"
+    assert measured({"float16": facts}, silent).matmul["float16"].flushes_below == 2.0**-14
+    kept = replace(facts, subnormal_inputs="kept")
+    assert measured({"float16": kept}, Contract(matmul={"float16": honest})).matmul["float16"] == honest
+
+
+@pytest.mark.parametrize("below", [-1.0, 2.0, "0", None, True, float("nan")])
+def test_a_contract_that_flushes_anything_else_is_no_contract(below):
+    data = Contract(matmul={"float16": Arithmetic(flushes_below=2.0**-14)}).as_json()
+    assert Contract.from_json(data).matmul["float16"].flushes_below == 2.0**-14
+    data["matmul"]["float16"]["flushes_below"] = below
+    with pytest.raises(ValueError, match="flushes_below of float16"):
+        Contract.from_json(data)

@@ -16,7 +16,7 @@ from hal_conformance.text import plain
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hal_conformance.agreement import Pair, Parting
+    from hal_conformance.pair import Pair, Parting
 
 NAME = 20
 """Characters of a name in it; they are whole in the lines below."""

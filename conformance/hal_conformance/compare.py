@@ -16,10 +16,11 @@ from threadpoolctl import threadpool_limits
 
 from hal.contract import Contract
 from hal_conformance import bundle
-from hal_conformance.agreement import MOST, Agreement, Held, Pair
+from hal_conformance.agreement import MOST, Agreement, Held
 from hal_conformance.grouping import Grouper, Grouping
 from hal_conformance.judging import result
 from hal_conformance.packed import Packed, distance
+from hal_conformance.pair import Pair
 from hal_conformance.process import share_of_the_cores
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge

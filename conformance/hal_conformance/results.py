@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hal_conformance.agreement import Pair
 from hal_conformance.certificate import Certificate
+from hal_conformance.pair import Pair
 from hal_conformance.verdicts import Status
 
 SCHEMA = "hal.conformance/1"

@@ -95,6 +95,16 @@ def _fp8(unit: MatrixUnit, family: str = "") -> Mapping[str, MatrixUnit]:
 _AMPERE = {**_IEEE, **dict.fromkeys(("bfloat16", "float16"), _truncated(8, 24, -132)), "tf32": _truncated(4, 24, -132)}
 _HOPPER = {**_IEEE, **dict.fromkeys(("bfloat16", "float16"), _truncated(16, 25, -133)), "tf32": _truncated(8, 25, -133)}
 
+
+def _unpublished(of_16_bits: MatrixUnit) -> Mapping[str, MatrixUnit]:
+    """Ascend's cube: float32 sums, and HF32 for float32 operands, by its documents, which say nothing of alignment,
+    groups or rounding; no unit for float64."""
+    of_32_bits = MatrixUnit("fused", evidence="unverified")
+    return {
+        "float32": of_32_bits, "hf32": of_32_bits, **dict.fromkeys(("bfloat16", "float16"), of_16_bits),
+    }  # fmt: skip
+
+
 MATRIX_UNITS: Mapping[str, Mapping[str, MatrixUnit]] = MappingProxyType(
     {
         "sm_70": {**_IEEE, "float16": _truncated(4, 23, None)},
@@ -111,6 +121,9 @@ MATRIX_UNITS: Mapping[str, Mapping[str, MatrixUnit]] = MappingProxyType(
             "tf32": MatrixUnit("floored", 4, 24),
             **_fp8(MatrixUnit("floored", 16, 24, interleaved=True), "fnuz"),
         },
+        # Two guesses, between which only a probe of the card can tell.
+        "davinci, nearest": _unpublished(MatrixUnit("fused", evidence="unverified")),
+        "davinci, cut": _unpublished(_truncated(16, 24, None, "unverified")),
     }
 )
 """Architecture to format of the operands to rule. float32 and float64 run outside the matrix units or through them,

@@ -20,9 +20,7 @@ from hal.support_table import SupportTable
 from hal_cpu.memory import CpuMemory
 from hal_cpu.random import CpuRandom
 from hal_sim.chips import CHIPS
-from hal_sim.schedule import Schedule
-
-STRICT = "strict"
+from hal_sim.options import Options
 
 
 @final
@@ -42,7 +40,7 @@ class SimBackend(Backend):
         chip, _, options = name.partition("/")
         if chip not in CHIPS or not options:
             return None
-        _parsed(options)
+        Options.parse(options, CHIPS[chip])
         return _info(chip, options)
 
     def open(self, info: DeviceInfo, changes: Changes) -> Facets:
@@ -52,9 +50,10 @@ class SimBackend(Backend):
         from hal_sim.precision import SimPrecision
         from hal_sim.simulation import Simulation
 
-        chip, _, options = info.id.removeprefix("sim:").partition("/")
-        schedule, strict = _parsed(options)
-        made = Simulation(info.id, CHIPS[chip], schedule, strict)
+        name, _, options = info.id.removeprefix("sim:").partition("/")
+        asked = Options.parse(options, CHIPS[name])
+        chip = asked.chip
+        made = Simulation(info.id, chip, asked.schedule, asked.strict)
         for switch, value in _switches(made):
             changes.set(switch, value)
         device = torch.device("cpu")
@@ -70,12 +69,12 @@ class SimBackend(Backend):
             contract=Contract(
                 matmul={
                     name: arithmetic(unit, FORMATS[name].min_exponent)
-                    for name, unit in CHIPS[chip].units.items()
-                    if name != "tf32"
+                    for name, unit in chip.units.items()
+                    if name not in ("tf32", "hf32")
                 },
                 # What flushes is the unit; whether the CPU does elsewhere is its own affair.
-                subnormals="flushed" if CHIPS[chip].units["float16"].kind == "pairwise" else "unspecified",
-                evidence=f"simulated, {CHIPS[chip].evidence}; {schedule}",
+                subnormals="flushed" if chip.units["float16"].kind == "pairwise" else "unspecified",
+                evidence=f"simulated, {chip.evidence}; {asked.schedule}",
             ),
         )
 
@@ -86,20 +85,14 @@ class SimBackend(Backend):
         return {"simulator": "torch's operators" if native.library() is None else "compiled"}
 
 
-def _parsed(options: str) -> tuple[Schedule, bool]:
-    parts = [part for part in options.split("/") if part]
-    strict = STRICT in parts
-    schedule = [part for part in parts if part != STRICT]
-    return (Schedule.parse("/".join(schedule)) if schedule else Schedule()), strict
-
-
 def _info(name: str, options: str = "") -> DeviceInfo:
-    chip = CHIPS[name]
+    chip = Options.parse(options, CHIPS[name]).chip
+    unverified = ", unverified" if chip.units["float16"].evidence == "unverified" else ""
     return DeviceInfo(
         id=f"sim:{name}/{options}" if options else f"sim:{name}",
         backend="sim",
         vendor=chip.vendor,
-        name=f"{chip.product}, simulated" + (f" ({options})" if options else ""),
+        name=f"{chip.product}, simulated{unverified}" + (f" ({options})" if options else ""),
         arch=chip.arch,
         total_memory=None,
         torch_device="cpu",

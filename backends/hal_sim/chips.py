@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from hal.errors import ConfigError
 from hal.matrix_unit import MATRIX_UNITS, MatrixUnit
 
 
@@ -18,12 +19,27 @@ class Chip:
         arch: key of `MATRIX_UNITS`.
         recorded: whether products of this card were recorded and are reproduced; otherwise its architecture's were, or
             only models are known.
+        accumulators: other keys, by name, where nobody has published how sums are kept.
     """
 
     vendor: str
     product: str
     arch: str
     recorded: bool = False
+    accumulators: Mapping[str, str] = field(default_factory=dict)
+
+    def with_accumulator(self, name: str) -> Chip:
+        """Return the chip with another guess about its sums.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        if name not in self.accumulators:
+            raise ConfigError(
+                f"{self.product} has no accumulator {name!r}",
+                expected=", ".join(self.accumulators) or "none, since its sums are published",
+            )
+        return replace(self, arch=self.accumulators[name])
 
     @property
     def units(self) -> Mapping[str, MatrixUnit]:
@@ -33,6 +49,8 @@ class Chip:
     @property
     def evidence(self) -> str:
         """Where the rules come from, in words."""
+        if self.units["float16"].evidence == "unverified":
+            return f"{self.arch}: unverified; nobody has published how it sums"
         if self.arch.startswith("gfx"):
             return f"{self.arch}: two models agree, nothing is recorded"
         return f"{self.arch}: recorded products" if self.recorded else f"{self.arch}: same architecture; not recorded"
@@ -50,5 +68,11 @@ CHIPS: Mapping[str, Chip] = {
     "b200": Chip("NVIDIA", "B200", "sm_100", recorded=True),
     "mi250": Chip("AMD", "Instinct MI250", "gfx90a"),
     "mi300x": Chip("AMD", "Instinct MI300X", "gfx942"),
+    "ascend910b": Chip(
+        "Huawei",
+        "Ascend 910B",
+        "davinci, nearest",
+        accumulators={"nearest": "davinci, nearest", "cut": "davinci, cut"},
+    ),
 }
 """By the name that follows `sim:`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, final
 from hal.changes import Switch
 from hal.errors import UnsupportedPrecision
 from hal.precision import Fp32Mode, Precision
+from hal_sim.simulation import NARROW
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 @final
 class SimPrecision(Precision):
-    """float32 goes to the TF32 (XF32) unit, or through a chain of fused multiply-adds."""
+    """float32 goes to the TF32 (XF32, HF32) unit, or through a chain of fused multiply-adds."""
 
     def __init__(
         self, device_id: str, device: torch.device, changes: Changes, support: SupportTable, simulation: Simulation
@@ -30,7 +31,7 @@ class SimPrecision(Precision):
 
     def _fp32_switches(self, mode: Fp32Mode) -> Sequence[tuple[Switch, object]]:
         simulation = self._simulation
-        if mode == "bf16x3" or (mode == "tf32" and "tf32" not in simulation.chip.units):
+        if mode == "bf16x3" or (mode == "tf32" and not simulation.chip.units.keys() & set(NARROW)):
             raise UnsupportedPrecision(f"{simulation.chip.product} has no such mode", device=self.device_id, what=mode)
 
         def write(value: bool) -> None:

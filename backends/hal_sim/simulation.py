@@ -13,6 +13,9 @@ from hal_sim.chips import Chip
 from hal_sim.product import multiply
 from hal_sim.schedule import Schedule
 
+NARROW = ("tf32", "hf32")
+"""Formats that float32 operands are cut or rounded to, where a mode asks for it."""
+
 
 @dataclass
 class Simulation:
@@ -23,7 +26,7 @@ class Simulation:
         chip: whose unit.
         schedule: how K is shared out.
         strict: whether what is not simulated is refused.
-        tf32: whether float32 operands go to the TF32 unit.
+        tf32: whether float32 operands go to the TF32 unit, or HF32 on Ascend.
         not_simulated: operators that were computed as a CPU does, and how often.
     """
 
@@ -45,10 +48,10 @@ class Simulation:
 
     def _format(self, dtype: torch.dtype) -> str:
         name = str(dtype).removeprefix("torch.")
-        if name == "float32" and self.tf32 and "tf32" in self.chip.units:
-            return "tf32"
+        if name == "float32" and self.tf32:
+            name = next((format for format in NARROW if format in self.chip.units), name)
         if name not in self.chip.units:
-            has = ", ".join(sorted(unit for unit in self.chip.units if unit != "tf32"))
+            has = ", ".join(sorted(unit for unit in self.chip.units if unit not in NARROW))
             raise UnsupportedOperation(
                 f"{self.chip.product} has no matrix unit for {name}", device=self.device_id, what=name, expected=has
             )

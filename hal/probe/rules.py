@@ -29,9 +29,13 @@ class Likeness:
         return not any(self.differences.values())
 
 
+GUESSES = frozenset(arch for arch, rules in MATRIX_UNITS.items() if rules["float16"].evidence == "unverified")
+"""Architectures of which nobody has published anything: no device is shown to be like them."""
+
+
 def nearest(units: Mapping[str, UnitFacts]) -> Likeness:
     """Return the known architectures that a device is most like, over all formats that were probed."""
-    found = {arch: _differences(units, rules) for arch, rules in MATRIX_UNITS.items()}
+    found = {arch: _differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
     least = min(map(_weight, found.values()))
     archs = tuple(arch for arch, differences in found.items() if _weight(differences) == least)
     return Likeness(archs, {name: what for name, what in found[archs[0]].items() if what})

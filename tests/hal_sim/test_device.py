@@ -272,6 +272,42 @@ def test_each_family_of_fp8_is_multiplied_where_it_is_known():
             assert {name for name, answer in device.precision.fp8_formats().items() if answer} == known
 
 
+def test_what_nobody_has_published_is_called_unverified_wherever_it_is_named():
+    info = next(info for info in hal.list_devices() if info.id == "sim:ascend910b")
+    assert info.name == "Ascend 910B, simulated, unverified"
+    assert "unverified" in info.evidence[0]
+    with hal.open_device("sim:ascend910b") as device:
+        assert "unverified" in device.contract.evidence
+
+
+def test_the_accumulator_that_nobody_has_published_can_be_chosen():
+    found = {}
+    for option in ("", "/accumulator=nearest", "/accumulator=cut", "/splitk=2/accumulator=cut"):
+        with hal.open_device(f"sim:ascend910b{option}") as device:
+            found[option] = A @ B
+            assert device.contract.matmul["bfloat16"].rounding == ("truncate" if "cut" in option else "nearest")
+    assert torch.equal(found[""], found["/accumulator=nearest"])
+    assert not torch.equal(found[""], found["/accumulator=cut"])
+    assert not torch.equal(found["/accumulator=cut"], found["/splitk=2/accumulator=cut"])
+    for wrong, says in (
+        ("ascend910b/accumulator=odd", "expected: nearest, cut"),
+        ("h200/accumulator=cut", "are published"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            hal.open_device(f"sim:{wrong}")
+
+
+def test_ascend_has_no_float64_and_rounds_float32_to_hf32_where_it_is_asked_to():
+    with hal.open_device("sim:ascend910b") as device:
+        with pytest.raises(UnsupportedOperation, match="no matrix unit for float64"):
+            A.double() @ B.double()
+        assert device.precision.fp32_mode("tf32").input_bits == (("matmul", 12), ("conv", 12))
+        a, b = A.float() * 1.001, B.float()
+        units = CHIPS["ascend910b"].units
+        assert torch.equal(a @ b, product.multiply(a[None], b[None], units["hf32"], ("hf32", "hf32"))[0])
+        assert not torch.equal(a @ b, product.multiply(a[None], b[None], units["float32"], ("float32", "float32"))[0])
+
+
 def test_integers_and_complex_numbers_are_the_cpus(h200):
     assert (torch.full((3, 4), 2) @ torch.full((4, 2), 3)).tolist() == [[24, 24]] * 3
     z = torch.randn(3, 3, dtype=torch.complex64)

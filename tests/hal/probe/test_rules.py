@@ -32,7 +32,7 @@ def like(arch):
     return tuple(other for other in MATRIX_UNITS if dict(MATRIX_UNITS[other]) == dict(MATRIX_UNITS[arch]))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("chip", [name for name, chip in CHIPS.items() if chip.arch not in rules.GUESSES])
 def test_a_simulated_chip_is_exactly_its_own_architecture_and_no_other(probed, chip):
     found = probed[chip]
     assert found.likeness == rules.Likeness(like(CHIPS[chip].arch), {})
@@ -254,3 +254,12 @@ def test_the_cpu_keeps_the_promise_of_its_backend():
         facts = found.units.get(name)
         if facts is not None and facts.sums is not None:
             assert (facts.accumulator_bits, facts.sums) == (24, "nearest, ties to even")
+
+
+def test_no_device_is_shown_to_be_like_a_guess(probed):
+    found = probed["ascend910b"]
+    assert not set(found.likeness.archs) & rules.GUESSES
+    assert not found.likeness.exact
+    assert not found.contradictions
+    assert found.units["tf32"].input_bits == 12
+    assert "float64" in found.refused

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -27,7 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Facets:
-    """What a backend returns from `open`: one object for each facet of the device."""
+    """What a backend returns from `open`: one object for each facet of the device.
+
+    Attributes:
+        not_simulated: of a simulated device, see `Device.not_simulated`.
+    """
 
     torch_device: torch.device
     memory: Memory
@@ -37,6 +42,7 @@ class Facets:
     streams: Streams
     support: SupportTable
     contract: Contract
+    not_simulated: Mapping[str, int] = field(default_factory=dict)
 
 
 @final
@@ -65,6 +71,7 @@ class Device:
         self.collectives = facets.collectives
         self.random = facets.random
         self.contract = facets.contract
+        self._not_simulated = facets.not_simulated
         self.changes = changes
         self._streams = facets.streams
         self._support = facets.support
@@ -107,6 +114,10 @@ class Device:
     def operators(self) -> tuple[str, ...]:
         """Return the names that `support` knows."""
         return self._support.operators()
+
+    def not_simulated(self) -> dict[str, int]:
+        """Return which operators a simulated device left to the CPU, and how often; of a real one there are none."""
+        return dict(self._not_simulated)
 
     def versions(self) -> dict[str, str | None]:
         """Return the versions that matter when results are compared; what is unknown is None."""

@@ -66,6 +66,7 @@ class SimBackend(Backend):
             random=CpuRandom(info.id, device),
             streams=HostStreams(),
             support=support,
+            not_simulated=made.not_simulated,
             contract=Contract(
                 matmul={
                     name: arithmetic(unit, FORMATS[name].min_exponent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,8 @@ def judge(observation: Observation, contract: Contract, subject: str, impl: str)
         judgement = Judgement(observation.status, detail=observation.detail)
     else:
         judgement = judge_outputs(observation.task, observation.outputs, observation.hashes, contract)
+        detail = "; ".join(filter(None, (judgement.detail, observation.detail)))
+        judgement = replace(judgement, detail=detail)
     return result(observation.task, judgement, subject, impl, observation.seconds)
 
 

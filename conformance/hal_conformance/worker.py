@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,7 @@ class _Worker:
         self._left, self._restored = "", True
         self._sound = ""
         self._avoiding = False
+        self._not_simulated: Counter[str] = Counter()
 
     def _listen(self, commands: IO[bytes]) -> None:
         """Queue what the parent sends. When the parent is gone, so is this process, even amid a case."""
@@ -170,6 +172,8 @@ class _Worker:
         except BaseException as error:  # noqa: BLE001  this is where foreign code ends up
             answer.update(self._excuse(error))
         answer["seconds"] = time.perf_counter() - started
+        if left := self._left_to_the_cpu():
+            answer["detail"] = plain("; ".join(filter(None, (answer["detail"], f"not simulated: {left}"))))
         if soundness.reading() != self._sound:
             self._left, self._restored = self._left or f"left {REPLACED}", False
         answer["healthy"] = answer["healthy"] and self._restored
@@ -179,6 +183,12 @@ class _Worker:
             if answer["status"] != Status.CRASH.value:
                 answer["status"], outputs = Status.FAIL_STRUCTURE.value, {}
         return answer, outputs
+
+    def _left_to_the_cpu(self) -> str:
+        """Return what a simulated device has not simulated since this was asked last."""
+        now = Counter(self._device.not_simulated())
+        since, self._not_simulated = now - self._not_simulated, now
+        return ", ".join(f"{name} ({count} times)" for name, count in sorted(since.items()))
 
     def _unsupported(self, case: Case, dtype: str) -> str:
         missing = [name for name in case.needs if not callable(getattr(self._ops, name, None))]

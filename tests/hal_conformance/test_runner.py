@@ -48,6 +48,12 @@ def test_a_right_implementation_is_exact_everywhere():
     assert report.exit_status() == 0
 
 
+def test_what_a_simulated_device_leaves_to_the_cpu_is_said_of_each_case():
+    report = run("left_out")
+    assert {row.status for row in report.results} == {Status.EXACT}
+    assert all(row.detail.endswith("not simulated: addr (2 times)") for row in report.results)
+
+
 def test_a_class_is_constructed():
     assert run("Constructed").exit_status() == 0
 

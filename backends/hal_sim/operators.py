@@ -140,7 +140,9 @@ def grouped_mm(
         raise RuntimeError(f"grouped_mm: dtypes differ ({a.dtype} and {b.dtype})")
     if bias is not None:
         raise RuntimeError("grouped_mm: a bias is not supported")
-    return grouped(simulation.product, a, b, offs).to(out_dtype or a.dtype)
+    if out_dtype not in (None, a.dtype):
+        raise RuntimeError(f"grouped_mm: the result has the dtype of the operands, {a.dtype}, not {out_dtype}")
+    return grouped(simulation.product, a, b, offs).to(a.dtype).contiguous()
 
 
 def convolution(

@@ -28,13 +28,18 @@ def scaled_mm(
     """Return a b times the scales of each, in `out_dtype`."""
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
+    _of_8_bits("scaled_mm", a, b)
     product = simulation.product(a[None], b[None])[0]
-    for scale in (scale_a, scale_b):  # of the whole, of each row, or of each column
-        if scale.numel() != 1 and scale.shape not in ((a.shape[0], 1), (1, b.shape[1])):
-            raise _refused(simulation, "scaled_mm", f"scales of shape {tuple(scale.shape)}")
-    product = product * scale_a * scale_b
-    result = finished(product, None if bias is None else bias.expand_as(product), 1, 1, out_dtype or a.dtype)
-    return result if scale_result is None else (result.float() * scale_result).to(result.dtype)
+    for name, scale, each in (("scale_a", scale_a, (a.shape[0], 1)), ("scale_b", scale_b, (1, b.shape[1]))):
+        if scale.numel() != 1 and tuple(scale.shape) != each:
+            operands = f"{tuple(a.shape)} and {tuple(b.shape)}"
+            raise _refused(simulation, "scaled_mm", f"{name} of shape {tuple(scale.shape)} beside operands {operands}")
+    if bias is not None and tuple(bias.shape) != (b.shape[1],):
+        raise RuntimeError(f"scaled_mm: a bias of shape {tuple(bias.shape)}, expected {(b.shape[1],)}")
+    addend = None if bias is None else bias.expand_as(product)
+    product = finished(product * scale_a * scale_b, addend, 1, 1, torch.float32)
+    # The result's scale acts before it is rounded, once.
+    return (product if scale_result is None else product * scale_result).to(out_dtype or a.dtype)
 
 
 def scaled_mm_v2(
@@ -47,6 +52,12 @@ def scaled_mm_v2(
     """Return what `scaled_mm` does, of scales that come with their recipes."""
     of_a = _one(simulation, "scaled_mm", scale_a, recipe_a, swizzle_a)
     of_b = _one(simulation, "scaled_mm", scale_b, recipe_b, swizzle_b)
+    for name, scale, recipe, each in (
+        ("scale_a", of_a, recipe_a, a.shape[0]),
+        ("scale_b", of_b, recipe_b, b.shape[-1]),
+    ):
+        if scale.numel() != (1 if _RECIPES[recipe[0]] == "TensorWise" else each) or recipe != recipe_a:
+            raise RuntimeError(f"scaled_mm: {name} has {scale.numel()} numbers for a {_RECIPES[recipe[0]]} recipe")
     rows = of_a if of_a.numel() == 1 else of_a.reshape(-1, 1)
     columns = of_b if of_b.numel() == 1 else of_b.reshape(1, -1)
     return scaled_mm(simulation, a, b, rows, columns, bias, None, out_dtype or torch.bfloat16)
@@ -71,6 +82,7 @@ def scaled_grouped_mm(
     """
     if bias is not None or scale_result is not None:
         raise RuntimeError("scaled_grouped_mm: neither a bias nor a scale of the result is supported")
+    _of_8_bits("scaled_grouped_mm", a, b)
     product = grouped(simulation.product, a, b, offs)
     groups = 0 if offs is None else offs.numel()
     rows = _of_rows(scale_a, a, groups if b.ndim == 2 else 0, "scale_a")
@@ -109,6 +121,11 @@ def _one(
     if len(scales) != 1 or len(names) != 1 or names[0] not in known or any(swizzles):
         raise _refused(simulation, what, f"{', '.join(names)} scales{' that are swizzled' if any(swizzles) else ''}")
     return scales[0]
+
+
+def _of_8_bits(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    if a.element_size() != 1 or b.element_size() != 1:
+        raise RuntimeError(f"{what}: operands of 8 bits are scaled, not {a.dtype} and {b.dtype}")
 
 
 def _refused(simulation: Simulation, what: str, scales: str) -> UnsupportedOperation:

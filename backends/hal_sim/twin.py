@@ -117,7 +117,8 @@ def _aligning(
         terms = _terms(a, b, unit.group, min_exponents)
         parts = list(prepared(terms, unit))
         d = c
-        if bool(a.abs().amax().double() * b.abs().amax().double() < limit):  # a NaN is no smaller
+        largest = a.abs().amax().double() * b.abs().amax().double()  # a NaN is no smaller than the limit
+        if bool(largest < limit) and bool(c.isfinite().all()):
             for part in parts:
                 d = step(*part, d, unit)
             if bool(d.isfinite().all()):  # a sum that is not finite stays so

@@ -20,7 +20,7 @@ import numpy as np
 
 from hal_conformance import absent, sampling
 from hal_conformance import arrays as codec
-from hal_conformance.case import Array, Arrays, Params
+from hal_conformance.case import Array, Arrays, Params, Unpromised
 from hal_conformance.pair import Elements, Pair, Parting
 from hal_conformance.verdicts import Status
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hal_conformance.plan import Task
     from hal_conformance.results import Result
 
-MOST = 12
+MOST = 14
 """Subjects whose pairs are shown together: as many as fit beside each other."""
 EXPERTS, LOSS = "experts_TK", "entropy"
 """Outputs that say which experts a token has, and what the loss of each step is."""
@@ -103,7 +103,8 @@ class Agreement:
         """Take in what is held of it, unless it was judged bit by bit, or is not what the case asks for."""
         if result.status in _OF_OTHER_SHAPES:
             return
-        if result.margin is not None or isinstance(task.case, Chooses):
+        exact = result.margin is None and result.status.colour == "green"
+        if not exact or isinstance(task.case, Chooses):
             self._held.setdefault(task, {})[subject] = dict(outputs)
 
     def pairs(self) -> list[Pair]:
@@ -127,14 +128,17 @@ class _Certain:
         self._contracts = contracts
         self._of: dict[int, Array] = {}
 
-    def by(self, subject: int) -> Array:
-        """Return, for each token, whether it has one right set of experts; [T]."""
+    def by(self, subject: int, tokens: int) -> Array:
+        """Return, for each token, whether it has one right set of experts; [T]. Without a promise, none has."""
         if subject not in self._of:
             case, p = self._task.case, self._task.params
             assert isinstance(case, Chooses)
-            with np.errstate(all="ignore"):
-                found = case.choice(case.inputs(p), p, self._contracts[subject])
-            self._of[subject] = np.asarray(~(found.may & ~found.must).any(1))
+            try:
+                with np.errstate(all="ignore"):
+                    found = case.choice(case.inputs(p), p, self._contracts[subject])
+                self._of[subject] = np.asarray(~(found.may & ~found.must).any(1))
+            except Unpromised:
+                self._of[subject] = np.zeros(tokens, bool)
         return self._of[subject]
 
 
@@ -153,7 +157,9 @@ def _compare(
             pair.tokens.compared += len(rerouted)
             if rerouted.any():
                 pair.tokens.rerouted += int(rerouted.sum())
-                pair.tokens.certain += int((rerouted & certain.by(who[0]) & certain.by(who[1])).sum())
+                pair.tokens.certain += int(
+                    (rerouted & certain.by(who[0], len(rerouted)) & certain.by(who[1], len(rerouted))).sum()
+                )
         elif absent.can_be_absent(a.values.dtype):
             pair.elements.setdefault(a.tag, Elements()).add(a.values, b.values)
 

@@ -10,7 +10,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from hal_conformance.agreement import MOST
 from hal_conformance.text import plain
 
 if TYPE_CHECKING:
@@ -19,33 +18,43 @@ if TYPE_CHECKING:
     from hal_conformance.pair import Pair, Parting
 
 NAME = 20
-"""Characters of a name in it; they are whole in the lines below."""
+"""Characters of a name in the matrix; they are whole in the lines below."""
+WIDTH, CELL = 100, 6
+"""Columns of the terminal, and of a cell of the matrix."""
+CPU = "cpu"
 
 
 def show(pairs: Sequence[Pair], out: Console) -> None:
-    """Print a matrix of all devices, and lines that say more of the first device and each other one."""
+    """Print a matrix of all devices, and lines on one of them, the CPU if it is among them, and each other one."""
     labels = names(pairs)
     if len(labels) < 2:
         return
-    if len(labels) <= MOST:
-        out.print(Text("agreement: below, elements that differ; above, tokens with other experts", "bold"))
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
-        table.add_column("", no_wrap=True)
-        room = 6 if len(labels) <= MOST // 2 else None
-        for number in range(1, len(labels) + 1):
-            table.add_column(str(number), justify="right", no_wrap=True, min_width=room)
-        of = {(pair.a, pair.b): pair for pair in pairs}
-        for i, row in enumerate(labels):
-            cells = [
-                "·" if i == j else _percent(of[column, row].all_elements.share) if j < i else _rerouted(of[row, column])
-                for j, column in enumerate(labels)
-            ]
-            table.add_row(Text(f"{i + 1} {_short(row)}"), *(Text(cell) for cell in cells))
-        out.print(table)
+    out.print(Text("agreement: below, elements that differ; above, tokens with other experts", "bold"))
+    widest = max(len(_short(label)) for label in labels) + 4
+    if widest + CELL * len(labels) > WIDTH:
+        out.print(Text(f"{len(labels)} devices are too many for a matrix; --json has every pair", "dim"))
+    else:
+        _matrix(pairs, labels, out)
+    reference = CPU if CPU in labels else labels[0]
     for pair in pairs:
-        if pair.a == labels[0]:
+        if reference in (pair.a, pair.b):
             for line in sentences(pair):
                 out.print(Text(line, style="dim" if line.startswith(" ") else ""))
+
+
+def _matrix(pairs: Sequence[Pair], labels: Sequence[str], out: Console) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    table.add_column("", no_wrap=True)
+    for number in range(1, len(labels) + 1):
+        table.add_column(str(number), justify="right", no_wrap=True, min_width=CELL - 1)
+    of = {(pair.a, pair.b): pair for pair in pairs}
+    for i, row in enumerate(labels):
+        cells = [
+            "·" if i == j else _percent(of[column, row].all_elements.share) if j < i else _rerouted(of[row, column])
+            for j, column in enumerate(labels)
+        ]
+        table.add_row(Text(f"{i + 1} {_short(row)}"), *(Text(cell) for cell in cells))
+    out.print(table)
 
 
 def _short(label: str) -> str:
@@ -102,12 +111,14 @@ def _rerouted(pair: Pair) -> str:
     return "" if not pair.tokens.compared else str(pair.tokens.rerouted) + ("!" if pair.tokens.certain else "")
 
 
-def _percent(share: float) -> str:
-    """Return a share in percent with two digits; never 0 of what is not."""
+def _percent(share: float | None) -> str:
+    """Return a share in percent with two digits; never 0 of what is not, and nothing of nothing."""
+    if share is None:
+        return ""
     if not share or share >= 0.1:
         return f"{share:.0%}"
     if share < 1e-4:
-        return "<0.01%"
+        return "<.01%"
     return f"{share:.1%}" if share >= 0.01 else f"{share:.2%}"
 
 

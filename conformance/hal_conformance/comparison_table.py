@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from hal_conformance import agreement_table
+from hal_conformance.agreement import MOST
 from hal_conformance.grouping import is_identity
 from hal_conformance.table import LABEL, MAX_ROWS, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
@@ -45,6 +46,10 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     if len(report.subjects) > 1:
         agreement_table.show(report.agreement, out)
+        if not report.agreement:
+            out.print(
+                Text(f"agreement of pairs: not of more than {MOST} recordings; --group-by names the odd one", "dim")
+            )
         _show_differences(found, out)
     if found.grouping is not None:
         _show_groups(found.grouping, out)

@@ -17,7 +17,7 @@ class Elements:
 
     Attributes:
         compared: how many; not those that are zero on both.
-        differing: of these, in a bit; a NaN is equal to any other.
+        differing: of these, in a bit; a NaN is equal to any other, and a zero to one of the other sign.
         smaller, larger: of the differing ones, those whose magnitude is smaller, or larger, on the second device.
     """
 
@@ -27,9 +27,9 @@ class Elements:
     larger: int = 0
 
     @property
-    def share(self) -> float:
-        """The share of elements that differ."""
-        return self.differing / max(1, self.compared)
+    def share(self) -> float | None:
+        """The share of elements that differ; None where none was compared."""
+        return self.differing / self.compared if self.compared else None
 
     @property
     def bias(self) -> float | None:
@@ -44,11 +44,11 @@ class Elements:
 
     def add(self, one: Array, other: Array) -> None:
         """Count the elements of an output."""
-        differing = codec.bits(one) != codec.bits(other)
+        some = (one != 0) | (other != 0)
+        differing = some & (codec.bits(one) != codec.bits(other))
         a, b = (x[differing].astype(np.float64) for x in (one, other))
-        known = ~(np.isnan(a) & np.isnan(b))
-        self.compared += int(((one != 0) | (other != 0)).sum())
-        self.differing += int(known.sum())
+        self.compared += int(some.sum())
+        self.differing += int((~(np.isnan(a) & np.isnan(b))).sum())
         self.smaller += int((np.abs(b) < np.abs(a)).sum())
         self.larger += int((np.abs(b) > np.abs(a)).sum())
 

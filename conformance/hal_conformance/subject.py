@@ -75,7 +75,9 @@ def choose(named: Sequence[str], impls: Sequence[str], found: Iterable[DeviceInf
             if "all" in named or not info.simulated or info.id in SIMULATED:
                 beside = info.simulated and not named
                 devices.setdefault(info.id, Subject(info.id, named=False, beside=beside))
-    return [replace(subject, impl=impl) for subject in devices.values() for impl in dict.fromkeys(impls or (PORTABLE,))]
+    # What is simulated comes last: of it, what the CPU has shown is not run again.
+    ordered = sorted(devices.values(), key=lambda subject: subject.device.startswith("sim:"))
+    return [replace(subject, impl=impl) for subject in ordered for impl in dict.fromkeys(impls or (PORTABLE,))]
 
 
 def unmet(required: Iterable[str], judged: Iterable[str]) -> list[str]:

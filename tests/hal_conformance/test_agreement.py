@@ -54,7 +54,7 @@ def test_elements_are_counted_by_dtype_and_direction():
     other = {"y": np.array([1, 1.5, -2, 0, np.nan, 6, -0.0, -7], np.float32), "g": np.ones(4, BF16)}
     (pair,) = pairs(PRODUCT, one, other)
     of = pair.elements["float32"]
-    assert (of.compared, of.differing, of.smaller, of.larger) == (6, 5, 2, 1)  # the zeros differ in their sign
+    assert (of.compared, of.differing, of.smaller, of.larger) == (6, 4, 2, 1)  # a zero is no other for its sign
     assert of.bias == pytest.approx(-1 / 3)
     assert (pair.elements["bfloat16"].compared, pair.elements["bfloat16"].differing) == (4, 0)
     assert pair.elements["bfloat16"].bias is None
@@ -150,15 +150,39 @@ def test_training_runs_part_at_a_step_and_by_so_much():
 
 
 def test_the_table_fits_and_has_every_device():
-    outputs = [{"y": np.full(8, i, np.float32)} for i in range(1, 13)]
+    outputs = [{"y": np.full(8, i, np.float32)} for i in range(1, 14)]
     text = shown(pairs(PRODUCT, *outputs))
     assert max(map(len, text.splitlines())) <= 100
-    assert all(f"{i + 1} d{i}" in text for i in range(12))
-    assert text.count("against d0") == 11
-    many = shown(pairs(PRODUCT, *outputs, {"y": np.zeros(8, np.float32)}))
-    assert "agreement:" not in many  # too many for a matrix
-    assert many.count("against d0") == 12
+    assert all(f"{i + 1} d{i}" in text for i in range(13))
+    assert text.count("against d0") == 12
+    many = shown(pairs(PRODUCT, *outputs, *outputs[:6]))
+    assert "19 devices are too many for a matrix" in many
+    assert many.count("against d0") == 18
     assert shown([]) == ""
+
+
+def test_where_nothing_was_compared_nothing_is_said_and_where_one_failed_it_counts():
+    (pair,) = pairs(PRODUCT, {"y": np.ones(4, BF16)}, {"z": np.ones(4, BF16)})
+    assert pair.all_elements.share is None
+    assert "%" not in shown([pair])
+    failed = dataclasses.replace(PASS, status=Status.FAIL_NONFINITE, margin=None)
+    collected = Agreement(["a", "b"], [CONTRACT] * 2)
+    collected.add(0, PRODUCT, {"y": np.ones(4, BF16)}, PASS)
+    collected.add(1, PRODUCT, {"y": np.full(4, np.nan, BF16)}, failed)
+    assert collected.pairs()[0].all_elements.share == 1.0
+
+
+def test_without_a_promise_no_token_is_certain():
+    (pair,) = pairs(ROUTE, routed(), routed(move=9), contracts=[CONTRACT, Contract(matmul={})])
+    assert (pair.tokens.rerouted, pair.tokens.certain) == (9, 0)
+
+
+def test_the_cpu_is_what_others_are_compared_with():
+    collected = Agreement(["x", "cpu", "y"], [CONTRACT] * 3)
+    for number in range(3):
+        collected.add(number, PRODUCT, {"y": np.full(4, number, BF16)}, PASS)
+    text = shown(collected.pairs())
+    assert (text.count("cpu against x"), text.count("y against cpu"), text.count(" against ")) == (1, 1, 2)
 
 
 def test_it_is_plain_json():
@@ -181,7 +205,7 @@ def test_recordings_of_devices_are_shown_with_the_agreement_of_each_pair():
     assert pair.all_elements.differing == 0
     assert len(found.as_json()["agreement"]) == 1
     assert compare([one]).report.agreement == []
-    assert compare([one] * 13).report.agreement == []  # too many to be shown together
+    assert compare([one] * 15).report.agreement == []  # too many to be shown together
 
 
 @pytest.mark.parametrize("status", [Status.FAIL_STRUCTURE, Status.INVALID])

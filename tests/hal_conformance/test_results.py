@@ -140,6 +140,7 @@ def test_without_a_device_every_real_one_is_run_and_two_simulated_ones_and_all_a
     beside = [Subject(name, named=False, beside=True) for name in ("sim:h200", "sim:mi300x")]
     assert choose([], [], found) == [Subject("cpu", named=False), *beside]
     assert choose(["cpu", "cpu"], ["torch", "a:b"], []) == [Subject("cpu"), Subject("cpu", "a:b")]
+    assert choose(["sim:v100", "cpu"], [], []) == [Subject("cpu"), Subject("sim:v100")]
     simulated = [Subject(f"sim:{chip}", named=False) for chip in ("h200", "v100", "mi300x")]
     assert choose(["all", "cpu"], [], found) == [Subject("cpu"), *simulated]
 

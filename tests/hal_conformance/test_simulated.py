@@ -20,7 +20,10 @@ TASKS = plan(Selection(("norm.rms", "layer.forward_free"), ("bfloat16",), "tiny"
 
 
 def opened(**info):
-    return {"info": {"id": "sim:h200", "simulated": True, "torch_device": "cpu", "name": "H200", **info}}
+    return {
+        "contract": {"matmul": {"bfloat16": {}}},
+        "info": {"id": "sim:h200", "simulated": True, "torch_device": "cpu", "name": "H200", **info},
+    }
 
 
 def on_cpu(status=Status.PASS, subject="cpu", impl="torch"):
@@ -49,6 +52,10 @@ def test_only_what_does_not_multiply_is_the_same():
 )
 def test_nothing_is_the_same_for_other_devices_and_other_peoples_operators(facts, impl):
     assert same_as_cpu(opened(**facts), impl, on_cpu()) == {}
+
+
+def test_of_a_dtype_that_the_device_does_not_have_nothing_is_the_same():
+    assert same_as_cpu({**opened(), "contract": {"matmul": {"float16": {}}}}, "torch", on_cpu()) == {}
 
 
 def test_it_counts_for_nobody_and_is_no_news():

@@ -216,3 +216,39 @@ def test_a_chip_without_fp8_refuses_scaled_groups_and_a_cpu_has_none():
         torch._scaled_grouped_mm(a, b, sa, sb, ENDS)
     with pytest.raises(NotImplementedError, match="_scaled_grouped_mm"):
         torch._scaled_grouped_mm(a, b, sa, sb, ENDS)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a, b, sa, sb: (a, b, sb, sa), "scale_a of shape"),
+        (lambda a, b, sa, sb: (a.bfloat16(), b, sa, sb), "8 bits"),
+        (lambda a, b, sa, sb: (a, b.half(), sa, sb), "8 bits"),
+    ],
+)
+def test_what_torch_refuses_to_scale_is_refused(h200, change, says):
+    given = change(eight(16, 32, seed=0), eight(8, 32, seed=1).t(), scales(16, 1, seed=2), scales(1, 8, seed=3))
+    with pytest.raises((RuntimeError, UnsupportedOperation), match=says):
+        torch._scaled_mm(*given, out_dtype=torch.bfloat16)
+
+
+def test_recipes_that_their_scales_do_not_follow_are_refused(h200):
+    a, b, one = eight(16, 32, seed=0), eight(8, 32, seed=1).t(), torch.tensor(1.0)
+    whole, rows = F.ScalingType.TensorWise, F.ScalingType.RowWise
+    for sa, of_a, sb, of_b in ((scales(16, 1, seed=2), whole, one, whole), (one, rows, one, rows),
+                               (one, whole, scales(1, 8, seed=3), rows)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="numbers for a"):
+            F.scaled_mm(a, b, sa, of_a, sb, of_b)
+
+
+def test_the_scale_of_a_result_acts_before_it_is_rounded(h200):
+    a, b, one = torch.ones(16, 32).to(E4M3), torch.full((16, 32), 32.0).to(E4M3).t(), torch.tensor(1.0)
+    found = torch._scaled_mm(a, b, one, one, scale_result=torch.tensor(0.25), out_dtype=E4M3)
+    assert (found.float() == 256).all()
+
+
+def test_a_grouped_product_has_no_other_dtype_than_its_operands_and_lies_in_rows(h200):
+    a, b, ends = numbers(3, 8, 16), numbers(16, 24), torch.tensor([8, 16, 24], dtype=torch.int32)
+    assert F.grouped_mm(a, b, offs=ends).is_contiguous()
+    with pytest.raises(RuntimeError, match="dtype of the operands"):
+        torch._grouped_mm(a, b, offs=ends, out_dtype=torch.float32)

@@ -27,7 +27,7 @@ CPU = "cpu"
 def show(pairs: Sequence[Pair], out: Console) -> None:
     """Print a matrix of all devices, and lines on one of them, the CPU if it is among them, and each other one."""
     labels = names(pairs)
-    if len(labels) < 2:
+    if not any(pair.all_elements.compared or pair.tokens.compared or pair.partings for pair in pairs):
         return
     out.print(Text("agreement: below, elements that differ; above, tokens with other experts", "bold"))
     widest = max(len(_short(label)) for label in labels) + 4

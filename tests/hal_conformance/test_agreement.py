@@ -164,7 +164,7 @@ def test_the_table_fits_and_has_every_device():
 def test_where_nothing_was_compared_nothing_is_said_and_where_one_failed_it_counts():
     (pair,) = pairs(PRODUCT, {"y": np.ones(4, BF16)}, {"z": np.ones(4, BF16)})
     assert pair.all_elements.share is None
-    assert "%" not in shown([pair])
+    assert shown([pair]) == ""
     failed = dataclasses.replace(PASS, status=Status.FAIL_NONFINITE, margin=None)
     collected = Agreement(["a", "b"], [CONTRACT] * 2)
     collected.add(0, PRODUCT, {"y": np.ones(4, BF16)}, PASS)

@@ -97,7 +97,7 @@ _HOPPER = {**_IEEE, **dict.fromkeys(("bfloat16", "float16"), _truncated(16, 25, 
 
 
 def _unpublished(of_16_bits: MatrixUnit) -> Mapping[str, MatrixUnit]:
-    """Ascend's cube: float32 sums, and HF32 for float32 operands, by its documents, which say nothing of alignment,
+    """The cube of davinci: float32 sums, HF32 for float32 operands, by documents that say nothing of alignment,
     groups or rounding; no unit for float64."""
     of_32_bits = MatrixUnit("fused", evidence="unverified")
     return {

@@ -4,15 +4,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hal_conformance import arrays as codec
 from hal_conformance.case import Array
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class _Counts:
+    """Numbers that are added one by one."""
+
+    def __iadd__(self, other: Self) -> Self:
+        for name, count in vars(other).items():
+            setattr(self, name, getattr(self, name) + count)
+        return self
+
 
 @dataclass
-class Elements:
+class Elements(_Counts):
     """Elements of one dtype.
 
     Attributes:
@@ -37,11 +50,6 @@ class Elements:
         moved = self.smaller + self.larger
         return (self.larger - self.smaller) / moved if moved else None
 
-    def __iadd__(self, other: Elements) -> Elements:
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
-        return self
-
     def add(self, one: Array, other: Array) -> None:
         """Count the elements of an output."""
         some = (one != 0) | (other != 0)
@@ -54,7 +62,7 @@ class Elements:
 
 
 @dataclass
-class Tokens:
+class Tokens(_Counts):
     """Tokens that both devices routed by themselves.
 
     Attributes:
@@ -66,11 +74,6 @@ class Tokens:
     compared: int = 0
     rerouted: int = 0
     certain: int = 0
-
-    def __iadd__(self, other: Tokens) -> Tokens:
-        for name, count in vars(other).items():
-            setattr(self, name, getattr(self, name) + count)
-        return self
 
 
 @dataclass(frozen=True)

@@ -243,8 +243,15 @@ def _to_json(value: Any) -> str:
 def _claim_to_json(task: Task, claimed: Judgement) -> list[Any]:
     """Return a verdict as a list: status, margin, the detectors, detail."""
     row = result(task, claimed, "", "", 0.0)
-    numbers = [None if n is None else float(f"{n:.6g}") for n in (row.margin, *row.detectors.values())]
-    return [row.status.value, *numbers, row.detail]
+    return [row.status.value, *map(_six_digits, (row.margin, *row.detectors.values())), row.detail]
+
+
+def _six_digits(number: float | None) -> float | None:
+    """Shorten a figure of a verdict; what is beyond its limit, which is one, stays beyond it."""
+    if number is None:
+        return None
+    short = float(f"{number:.6g}")
+    return short if (abs(short) > 1.0) == (abs(number) > 1.0) else number
 
 
 def _claim_from_json(claim: Any, task: Task) -> Judgement:

@@ -264,3 +264,12 @@ def test_outputs_of_nothing_but_zeros_are_one_array_whether_held_whole_or_not():
     held = [(packed.shape, packed.grid is None) for entry in found.entries for packed in entry.outputs.values()]
     assert any((shape, True) in held and (shape, False) in held for shape, _ in held)
     assert {row.status.colour for row in compare([found]).report.results} == {"red"}
+
+
+@pytest.mark.parametrize("rms", [1.0 + 1e-9, 1.0000004, 1.2345678])
+def test_a_verdict_just_beyond_its_limit_is_still_beyond_it_when_it_is_read(rms):
+    task = next(some_tasks())
+    found = Judgement(Status.DEGRADED, 0.5, {"bound": 0.5, "rms": rms, "bias": None, "exact": None})
+    claim = recording._claim_from_json(recording._claim_to_json(task, found), task)
+    assert claim.detectors["rms"] > 1.0
+    assert claim.detectors["rms"] == pytest.approx(rms, abs=5e-6)  # half of the sixth digit

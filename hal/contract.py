@@ -3,7 +3,7 @@
 
 A backend *declares* a contract; the conformance suite derives its bounds from it, so a promise that is too
 good makes the device fail. What is not promised is "unspecified", and the suite then accepts every
-conforming choice.
+conforming choice. A promise that nobody can know is *assumed*, and measured before anything is held to it.
 """
 
 from __future__ import annotations
@@ -89,6 +89,8 @@ class Contract:
         nonfinite: "ieee" keeps infinities and NaN; "saturate" replaces them by the largest finite value.
         topk_ties: which index `topk` returns among equal values.
         evidence: where the promise comes from.
+        basis: "assumed" where nothing is published or recorded. The conformance suite then measures the device first,
+            and holds it to no more than it saw: "measured" (`hal.probe.measured`).
     """
 
     matmul: Mapping[str, Arithmetic] = field(default_factory=lambda: FLOAT32_ACCUMULATION)
@@ -96,6 +98,7 @@ class Contract:
     nonfinite: Literal["ieee", "saturate"] = "ieee"
     topk_ties: Literal["lower_index", "unspecified"] = "unspecified"
     evidence: str = "IEEE 754 binary32 accumulation"
+    basis: Literal["known", "assumed", "measured"] = "known"
 
     def as_json(self) -> dict[str, object]:
         """Return the contract as plain JSON values."""
@@ -113,6 +116,7 @@ class Contract:
             "nonfinite": self.nonfinite,
             "topk_ties": self.topk_ties,
             "evidence": self.evidence,
+            "basis": self.basis,
         }
 
     @classmethod
@@ -142,6 +146,7 @@ class Contract:
             "subnormals": ("preserved", "flushed", "unspecified"),
             "nonfinite": ("ieee", "saturate"),
             "topk_ties": ("lower_index", "unspecified"),
+            "basis": ("known", "assumed", "measured"),
         }
         for key, allowed in choices.items():
             if data[key] not in allowed:
@@ -152,4 +157,5 @@ class Contract:
             nonfinite=data["nonfinite"],  # type: ignore[arg-type]
             topk_ties=data["topk_ties"],  # type: ignore[arg-type]
             evidence=str(data["evidence"]),
+            basis=data["basis"],  # type: ignore[arg-type]
         )

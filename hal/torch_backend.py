@@ -45,7 +45,7 @@ class TorchBackend(Backend):
     """True if the arithmetic is a model of hardware that is not there."""
     contract: ClassVar[Contract] = Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
-        evidence="assumed: float32 accumulation that may truncate; probe the device to declare more",
+        evidence="assumed: float32 accumulation that may truncate; probe the device to declare more", basis="assumed",
     )  # fmt: skip
 
     # What a plug-in answers ------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ class AscendBackend(TorchBackend):
             subnormals="unspecified",
             nonfinite="saturate" if saturates else "ieee",
             evidence=f"{chip}: accumulates in float32, by the vendor's documents; its rounding is not published",
+            basis="assumed",
         )
 
     def make_memory(self, info: DeviceInfo, device: torch.device, module: Any) -> Memory:

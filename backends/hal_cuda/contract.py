@@ -31,4 +31,5 @@ def contract(major: int, minor: int) -> Contract:
     return Contract(
         matmul=matmul, subnormals="unspecified",
         evidence=f"sm_{major}{minor}: no recorded products; assumed to cut as every recorded generation does",
+        basis="assumed",
     )  # fmt: skip

@@ -26,6 +26,7 @@ class PpuBackend(TorchCudaBackend):
     contract = Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
         evidence="nobody has published its arithmetic; float32 accumulation that may truncate is assumed",
+        basis="assumed",
     )  # fmt: skip
 
     def present(self) -> tuple[int | None, tuple[str, ...]]:

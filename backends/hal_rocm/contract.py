@@ -28,4 +28,5 @@ def contract(arch: str) -> Contract:
     return Contract(
         matmul=TRUNCATING_MATRIX_UNITS, subnormals="unspecified",
         evidence=f"{arch}: nothing published; float32 accumulation that may truncate is assumed",
+        basis="assumed",
     )  # fmt: skip

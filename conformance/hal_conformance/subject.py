@@ -18,6 +18,7 @@ from hal_conformance.text import plain
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
+    from hal.contract import Contract
 
 SIMULATED = ("sim:h200", "sim:mi300x")
 """Simulated devices that are run beside the real ones if nobody names a device: one of each of two vendors."""
@@ -133,10 +134,28 @@ def describe(device: Any) -> dict[str, Any]:
     versions.update(device.versions())
     return {
         "info": device.info.as_json(),
-        "contract": device.contract.as_json(),
+        "contract": contract(device).as_json(),
         "versions": versions,
         "environment": settings,
         "flags": {**manifest.flags(), **known.readings(device)},
         "kernels": manifest.kernels(device),
         "changes": [plain(change) for change in device.changes],
     }
+
+
+def contract(device: Any) -> Contract:
+    """Return what an opened device is held to: what its backend declares, and where that is assumed, what is measured.
+
+    A device that cannot be measured (a fault of its own, or one that has no products) is held to what is assumed.
+    """
+    declared: Contract = device.contract
+    if declared.basis != "assumed":
+        return declared
+    from hal.probe.measured import measured_contract
+
+    try:
+        return measured_contract(device)
+    except Exception as error:  # noqa: BLE001  a driver may raise anything
+        return replace(
+            declared, evidence=f"{declared.evidence}; not measured: {type(error).__name__}: {plain(error, 200)}"
+        )

@@ -43,6 +43,7 @@ def show(report: Report, out: Console, *, strict: bool = False) -> None:
         rows = [r for r in report.results if (r.subject, r.impl) == (subject["id"], subject["impl"])]
         show_tally(subject, [row for row in rows if row.status is not Status.SAME_AS_CPU], out)
         show_same(rows, out)
+        show_contract(subject, out)
         show_arithmetic(rows, out)
         for found in report.certificates:
             if (found.subject, found.impl) == (subject["id"], subject["impl"]):
@@ -101,6 +102,13 @@ def show_same(rows: list[Result], out: Console) -> None:
         partly = ", ".join(plain(family) for family, same in families.items() if any(same) and not all(same))
         parts = "; ".join(filter(None, (whole, f"a part of {partly}" if partly else "")))
         out.print(Text(f"same as cpu {count} results that never reach a simulated unit: {parts}", style="dim"))
+
+
+def show_contract(subject: dict[str, Any], out: Console) -> None:
+    """Print what a device was held to that nobody has published."""
+    contract = subject["contract"]
+    if contract["basis"] != "known":
+        out.print(Text(f"contract    {plain(contract['evidence'])}"))
 
 
 def show_arithmetic(rows: list[Result], out: Console) -> None:

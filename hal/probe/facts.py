@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
+from hal.matrix_unit import FORMATS
+
 
 @dataclass(frozen=True)
 class UnitFacts:
@@ -62,6 +64,12 @@ class UnitFacts:
         """The facts that decide bits: all but names and the code of NaN."""
         names = {"format", "result", "inner", "order", "infinity", "nan"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
+
+    @property
+    def flushes_below(self) -> float:
+        """Below which magnitude operands were seen to count as zero, if that is more than float32's subnormals."""
+        least = FORMATS[self.format].min_exponent
+        return 2.0**least if self.subnormal_inputs == "flushed" and least > -126 else 0.0
 
     def as_json(self) -> dict[str, object]:
         """Return plain JSON values."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hal.contract import Arithmetic, Contract
-from hal.probe.contradiction import contradictions, measured
+from hal.probe.contradiction import contradictions
 from hal.probe.facts import UnitFacts
 
 FACTS = UnitFacts(
@@ -75,34 +75,6 @@ def test_tf32_is_measured_against_no_promise_of_float32():
     facts = replace(FACTS, format="tf32", input_bits=11, subnormal_inputs="kept", subnormal_results="kept",
                     infinity="kept", nan="7fffffff")  # fmt: skip
     assert contradictions(Contract(), {"tf32": facts}, "neither") == ()
-    assert measured({"tf32": facts}, Contract()).matmul == Contract().matmul
-
-
-@pytest.mark.parametrize("declared", [Arithmetic(), Arithmetic(10, "nearest", 6), Arithmetic(14, "truncate", 7)])
-def test_of_a_format_that_is_declared_the_weaker_holds(declared):
-    found = measured({"bfloat16": FACTS}, Contract(matmul={"bfloat16": declared}))
-    assert found.matmul["bfloat16"] == Arithmetic(
-        min(14, declared.accumulator_bits), "truncate", min(7, declared.input_bits or 8)
-    )
-    assert contradictions(replace(found, nonfinite="saturate"), {"bfloat16": FACTS}, "neither") == ()
-
-
-def test_a_better_measurement_raises_no_promise():
-    good = replace(FACTS, accumulator_bits=31, sums="nearest, ties to even", input_bits=8)
-    declared = Contract(matmul={"bfloat16": Arithmetic(24, "truncate")})
-    assert measured({"bfloat16": good}, declared).matmul == declared.matmul
-
-
-def test_a_format_that_nobody_declared_is_promised_as_it_was_measured():
-    found = measured({"bfloat16": FACTS}, Contract(matmul={}))
-    assert found.matmul == {"bfloat16": Arithmetic(14, "truncate", 7)}
-    assert found.subnormals == "flushed"
-
-
-def test_subnormals_are_flushed_only_if_seen():
-    kept = replace(FACTS, subnormal_inputs="kept", subnormal_results=None)
-    assert measured({"bfloat16": kept}, Contract()).subnormals == "unspecified"
-    assert measured({"bfloat16": kept}, Contract(subnormals="preserved")).subnormals == "preserved"
 
 
 def test_a_unit_that_takes_small_float16_for_zero_must_say_so():
@@ -112,9 +84,6 @@ def test_a_unit_that_takes_small_float16_for_zero_must_say_so():
     silent = Contract(matmul={"float16": replace(honest, flushes_below=0.0)})
     (found,) = contradictions(silent, {"float16": facts}, "neither")
     assert found == "float16: the contract promises all operands, those below 6.10352e-05 count as zero"
-    assert measured({"float16": facts}, silent).matmul["float16"].flushes_below == 2.0**-14
-    kept = replace(facts, subnormal_inputs="kept")
-    assert measured({"float16": kept}, Contract(matmul={"float16": honest})).matmul["float16"] == honest
 
 
 @pytest.mark.parametrize("below", [-1.0, 2.0, "0", None, True, float("nan")])

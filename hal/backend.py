@@ -37,6 +37,7 @@ class DeviceInfo:
         total_memory: bytes.
         torch_device: what `torch.device()` takes, such as `cuda:0`.
         simulated: True if the arithmetic is a model of hardware that is not there.
+        count: devices that this one stands for; more than one only where they are simulated.
         evidence: what the backend looked at, one finding each.
     """
 
@@ -48,6 +49,7 @@ class DeviceInfo:
     total_memory: int | None
     torch_device: str
     simulated: bool = False
+    count: int = 1
     evidence: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -58,6 +60,7 @@ class DeviceInfo:
         # Not isinstance: True is an int, and so are the numbers of numpy, which JSON does not take.
         _must(type(self.total_memory) in (int, type(None)), self, "total_memory", "an int, in bytes, or None")
         _must(type(self.simulated) is bool, self, "simulated", "a bool")
+        _must(type(self.count) is int and self.count >= 1, self, "count", "an int of at least 1")
         _must(_is_tuple_of(self.evidence, str), self, "evidence", "a tuple of str")
 
     def as_json(self) -> dict[str, object]:

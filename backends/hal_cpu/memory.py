@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING
 
 from hal.changes import Switch
 from hal.errors import ConfigError, UnsupportedOperation
@@ -60,7 +60,11 @@ def _status(*names: str) -> dict[str, int]:
     return {name: int(_SIZES[name].search(text)[1]) * 1024 for name in names}  # type: ignore[index]
 
 
-@final
+def mapped_bytes() -> int:
+    """Return the private memory that this process has mapped, which RLIMIT_DATA limits; 0 where nobody tells."""
+    return _status("VmData").get("VmData", 0)
+
+
 class CpuMemory(Memory):
     """Memory of this process and of the host."""
 
@@ -139,7 +143,7 @@ class CpuMemory(Memory):
     def _limit_value(self, nbytes: int) -> int:
         import resource
 
-        mapped = _status("VmData").get("VmData", 0)
+        mapped = mapped_bytes()
         if nbytes < mapped:
             raise ConfigError(
                 f"{self.device_id}: a limit of {nbytes} bytes, and the process has mapped {mapped} already",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Simulated devices: `sim:h200`, or `sim:h200/splitk=4` with another schedule, `sim:h200/strict`.
+"""Simulated devices: `sim:h200`, or `sim:h200/splitk=4` with another schedule, `sim:h200/memory=24GiB`.
 
 What is claimed is the matrix unit and the declared schedule, never "the device": all else is what the CPU computes.
 """
@@ -17,9 +17,9 @@ from hal.device import Facets
 from hal.matrix_unit import FORMATS
 from hal.streams import HostStreams
 from hal.support_table import SupportTable
-from hal_cpu.memory import CpuMemory
 from hal_cpu.random import CpuRandom
 from hal_sim.chips import CHIPS
+from hal_sim.memory import SimMemory
 from hal_sim.options import Options
 
 
@@ -36,7 +36,7 @@ class SimBackend(Backend):
         return Discovery(tuple(Claim(_info(name), Specificity.PRODUCT) for name in CHIPS))
 
     def variant(self, name: str) -> DeviceInfo | None:
-        """See `Backend.variant`: a chip, and after slashes a schedule, or `strict`."""
+        """See `Backend.variant`: a chip, and after slashes its options."""
         chip, _, options = name.partition("/")
         if chip not in CHIPS or not options:
             return None
@@ -53,14 +53,15 @@ class SimBackend(Backend):
         name, _, options = info.id.removeprefix("sim:").partition("/")
         asked = Options.parse(options, CHIPS[name])
         chip = asked.chip
+        memory = SimMemory(info.id, asked.memory)
         made = Simulation(info.id, chip, asked.schedule, asked.strict)
-        for switch, value in _switches(made):
+        for switch, value in (*memory.switches(), *_switches(made)):
             changes.set(switch, value)
         device = torch.device("cpu")
         support = SupportTable(device, info.id)
         return Facets(
             torch_device=device,
-            memory=CpuMemory(info.id),
+            memory=memory,
             precision=SimPrecision(info.id, device, changes, support, made),
             collectives=Collectives(info.id, device, "gloo", "gloo"),
             random=CpuRandom(info.id, device),
@@ -87,7 +88,8 @@ class SimBackend(Backend):
 
 
 def _info(name: str, options: str = "") -> DeviceInfo:
-    chip = Options.parse(options, CHIPS[name]).chip
+    asked = Options.parse(options, CHIPS[name])
+    chip = asked.chip
     unverified = ", unverified" if chip.units["float16"].evidence == "unverified" else ""
     return DeviceInfo(
         id=f"sim:{name}/{options}" if options else f"sim:{name}",
@@ -95,9 +97,10 @@ def _info(name: str, options: str = "") -> DeviceInfo:
         vendor=chip.vendor,
         name=f"{chip.product}, simulated{unverified}" + (f" ({options})" if options else ""),
         arch=chip.arch,
-        total_memory=None,
+        total_memory=asked.memory,
         torch_device="cpu",
         simulated=True,
+        count=asked.count,
         evidence=(chip.evidence,),
     )
 

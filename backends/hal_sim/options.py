@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows a simulated device's name: a schedule, `strict`, and a guess where nothing is published."""
+"""What follows a simulated device's name: a schedule, its size and number, a guess where nothing is published."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from hal.errors import ConfigError
 from hal_sim.chips import Chip
 from hal_sim.schedule import Schedule
 
-_STRICT, _ACCUMULATOR = "strict", "accumulator="
+_STRICT, _ACCUMULATOR, _MEMORY, _COUNT = "strict", "accumulator=", "memory=", "count="
+_UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -19,22 +22,50 @@ class Options:
         chip: whose unit, with the accumulator that was asked for.
         schedule: how K is shared out.
         strict: whether what is not simulated is refused.
+        memory: bytes that it has; None: the host's.
+        count: of the devices that `hal run` shows a program.
     """
 
     chip: Chip
     schedule: Schedule
-    strict: bool
+    strict: bool = False
+    memory: int | None = None
+    count: int = 1
 
     @classmethod
     def parse(cls, text: str, chip: Chip) -> Options:
-        """Read options with slashes between them: `splitk=4/strict`, `accumulator=cut`.
+        """Read options with slashes between them: `splitk=4/strict`, `accumulator=cut`, `memory=24GiB/count=8`.
 
         Raises:
-            ConfigError: one of them is none, or not the chip's.
+            ConfigError: one of them is none, stands twice, or is not the chip's.
         """
-        parts = [part for part in text.split("/") if part]
-        for part in parts:
-            if part.startswith(_ACCUMULATOR):
-                chip = chip.with_accumulator(part.removeprefix(_ACCUMULATOR))
-        schedule = "/".join(part for part in parts if part != _STRICT and not part.startswith(_ACCUMULATOR))
-        return cls(chip, Schedule.parse(schedule) if schedule else Schedule(), _STRICT in parts)
+        found: dict[str, str] = {}
+        schedule = []
+        for part in filter(None, text.split("/")):
+            kind = next((kind for kind in (_ACCUMULATOR, _MEMORY, _COUNT) if part.startswith(kind)), part)
+            if kind == part and part != _STRICT:
+                schedule.append(part)
+            elif kind in found:
+                raise ConfigError(f"{text!r} has {kind.rstrip('=')} twice", expected="each option once")
+            else:
+                found[kind] = part.removeprefix(kind)
+        return cls(
+            chip.with_accumulator(found[_ACCUMULATOR]) if _ACCUMULATOR in found else chip,
+            Schedule.parse("/".join(schedule)) if schedule else Schedule(),
+            _STRICT in found,
+            _bytes(found[_MEMORY]) if _MEMORY in found else None,
+            _number(found[_COUNT]) if _COUNT in found else 1,
+        )
+
+
+def _bytes(text: str) -> int:
+    matched = re.fullmatch(r"([1-9][0-9]{0,6})(MiB|GiB)", text)
+    if matched is None:
+        raise ConfigError(f"no such amount of memory: {text!r}", expected="such as memory=512MiB or memory=24GiB")
+    return int(matched[1]) * _UNITS[matched[2]]
+
+
+def _number(text: str) -> int:
+    if not re.fullmatch(r"[1-9][0-9]{0,2}", text):
+        raise ConfigError(f"no such number of devices: {text!r}", expected="count=1 to count=999")
+    return int(text)

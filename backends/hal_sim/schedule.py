@@ -55,7 +55,8 @@ class Schedule:
             matched = re.fullmatch(r"([a-z]+)=([1-9][0-9]{0,8})", part)
             if matched is None or matched[1] not in names or names[matched[1]] in found:
                 raise ConfigError(
-                    f"no such schedule: {text!r}", expected="splitk=N, grain=N, promote=N, slashes between"
+                    f"no such option: {text!r}",
+                    expected="splitk=N, grain=N, promote=N, strict, memory=24GiB, count=N, slashes between",
                 )
             found[names[matched[1]]] = int(matched[2])
         return cls(**found)

@@ -158,7 +158,7 @@ def _all_of(name: str | None, first: Device, patches: Patches) -> list[Device]:
     """Return what CUDA's devices are: the one that was asked for, or all of the backend that was."""
     if first.torch_device.index is None:
         # One CPU for each process of this run on this host: each process calls one of them its own.
-        return [first] * max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return [first] * max(first.info.count, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     asked = name or os.environ.get("HAL_DEVICE") or "auto"
     if ":" in asked:
         return [first]

@@ -249,7 +249,7 @@ def test_another_chip_is_absent(name):
 
 
 def test_another_option_is_refused():
-    with pytest.raises(ConfigError, match="no such schedule"):
+    with pytest.raises(ConfigError, match="no such option"):
         hal.open_device("sim:h200/order=2")
 
 

@@ -55,7 +55,7 @@ def test_a_schedule_is_read_as_it_is_written(text):
     "text", ["", "splitk", "splitk=0", "splitk=-1", "splitk=2/splitk=3", "order=1", "splitk=2,", "split_k=2"]
 )
 def test_another_schedule_is_refused(text):
-    with pytest.raises(ConfigError, match="no such schedule"):
+    with pytest.raises(ConfigError, match="no such option"):
         Schedule.parse(text)
 
 

@@ -49,6 +49,27 @@ def grouped(product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tens
     raise RuntimeError(f"grouped: {_shape(a)} and {_shape(b)} have no groups in common")
 
 
+def check_layout(*operands: torch.Tensor) -> None:
+    """Refuse what torch's own kernels refuse (aten/src/ATen/native/GroupedMMUtils.h).
+
+    Raises:
+        RuntimeError: the matrices of an operand are neither in rows nor in columns (an expanded gradient, such as that
+            of `y.sum()`), or their rows or columns lie no multiple of 16 bytes apart.
+    """
+    for x in operands:
+        (rows, columns), sizes = x.stride()[-2:], x.shape[-2:]
+        if rows == 1 and columns >= max(1, sizes[0]):
+            apart = columns
+        elif columns == 1 and rows >= max(1, sizes[1]):
+            apart = rows
+        else:
+            raise RuntimeError(
+                f"Invalid strides/sizes, got {list(x.stride())} for strides and {list(x.shape)} for sizes"
+            )
+        if apart * x.element_size() % 16:
+            raise RuntimeError(f"strides should be multiple of 16 bytes, got {list(x.stride())} of {x.dtype}")
+
+
 def _shape(x: torch.Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 

@@ -170,7 +170,8 @@ def test_scaled_groups_of_columns(h200):
 
 
 def test_scaled_groups_of_products(h200):
-    a, b, sa, sb = eight(16, 12, seed=0), eight(8, 12, seed=1).t(), scales(48, seed=2), scales(24, seed=3)
+    # Rows lie 16 bytes apart, of which the last four are in no group.
+    a, b, sa, sb = eight(16, 16, seed=0), eight(8, 16, seed=1).t(), scales(48, seed=2), scales(24, seed=3)
     found = torch._scaled_grouped_mm(a, b, sa, sb, ENDS, out_dtype=torch.bfloat16)
     for group, at in enumerate(SLICES):
         rows, columns = sa.view(3, 16)[group, :, None], sb.view(3, 8)[group]
@@ -252,3 +253,43 @@ def test_a_grouped_product_has_no_other_dtype_than_its_operands_and_lies_in_rows
     assert F.grouped_mm(a, b, offs=ends).is_contiguous()
     with pytest.raises(RuntimeError, match="dtype of the operands"):
         torch._grouped_mm(a, b, offs=ends, out_dtype=torch.float32)
+
+
+TWO_GROUPS = torch.tensor([3, 9], dtype=torch.int32)
+LAYOUTS = {
+    "rows apart by no multiple of 16 bytes": lambda: (torch.zeros(9, 20), torch.zeros(2, 20, 8)),
+    "weights apart by no multiple of 16 bytes": lambda: (torch.zeros(9, 24), torch.zeros(2, 24, 7)),
+    "a part of wider rows": lambda: (torch.zeros(9, 25)[:, :24], torch.zeros(2, 24, 8)),
+    "expanded": lambda: (torch.zeros(1, 24).expand(9, 24), torch.zeros(2, 24, 8)),
+    "expanded from a number": lambda: (torch.zeros(()).expand(9, 24), torch.zeros(2, 24, 8)),
+    "every second column": lambda: (torch.zeros(9, 48)[:, ::2], torch.zeros(2, 24, 8)),
+    "columns apart by no multiple of 16 bytes": lambda: (torch.zeros(24, 12).t()[:9], torch.zeros(2, 24, 8)),
+    "aligned rows": lambda: (torch.zeros(9, 32)[:, :24], torch.zeros(2, 24, 8)),
+    "one expert's weights for all": lambda: (torch.zeros(9, 24), torch.zeros(1, 24, 8).expand(2, 24, 8)),
+    "weights in columns": lambda: (torch.zeros(9, 24), torch.zeros(2, 8, 24).transpose(1, 2)),
+    "columns": lambda: (torch.zeros(24, 16).t()[:9], torch.zeros(2, 24, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_that_torch_refuses_is_refused_in_its_words(layout, dtype):
+    a, b = LAYOUTS[layout]()
+    # Elements are where they were, whatever the dtype.
+    a, b = (torch.empty_strided(x.shape, x.stride(), dtype=dtype).zero_() for x in (a, b))
+
+    def answer():
+        try:
+            return torch._grouped_mm(a, b, offs=TWO_GROUPS).shape
+        except RuntimeError as error:
+            return str(error)[:24]
+
+    expected = answer()
+    with hal.open_device("sim:h200"):
+        assert answer() == expected
+
+
+def test_the_gradient_of_a_sum_is_refused_as_on_a_card():
+    x, w = numbers(9, 24).requires_grad_(), numbers(2, 24, 8, seed=1)
+    with hal.open_device("sim:h200"), pytest.raises(RuntimeError, match="Invalid strides/sizes"):
+        torch._grouped_mm(x, w, offs=TWO_GROUPS).sum().backward()

@@ -2,21 +2,20 @@
 """Faults of somebody else's that are documented, and the evidence that a red result is one of them: KNOWN, amber.
 
 A fault excuses nothing by its name. It must show in an example on this very machine. What is red must have its symptom
-and no other, be green when the same library computes it without the one thing that brings the fault on, and have the
-symptom again in the same elements when it is run as it was once more: what comes and goes with time, or with what lies
-in memory, is another fault, and so is NaN that no product brings.
+and no other. Then it is run again in two new processes that do the same in the same order, one of which has not the one
+thing that brings the fault on: there it must be green, and in the other one the same elements must have the symptom. So
+what comes and goes with time, or with what lies in memory, is another fault.
 
 oneDNN issue 5717 (fixed by its pull request 5723, of July 2026): on processors with AMX, a bfloat16 product whose K is
-no multiple of 32 reads past the end of its rows. What lies there is multiplied by zero, which leaves NaN and
-infinities: a row of NaN makes a neighbour NaN, and so does what lies behind a matrix that is part of another. With
-zeros behind K (`padded`) it has nothing to read.
+no multiple of 32 may read past the end of its rows, depending on its other sizes. What lies there is multiplied by
+zero, which leaves NaN and infinities: a row of NaN makes a neighbour NaN, and so does what lies behind a matrix that is
+part of another. Without AMX (`AVOIDED`), which the library's own switch turns off for all of a process, it does not.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,7 +35,11 @@ if TYPE_CHECKING:
 Verdict = TypeVar("Verdict", Judgement, Result)
 
 FLAG = "faults.onednn_5717"
-_SHOWN = "shown"
+
+AVOIDED = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+"""Environment of a process that has not what brings the fault on."""
+
+_SHOWN, _NOT_SHOWN = "shown", "not shown"
 _WHERE = "https://github.com/uxlfoundation/oneDNN/issues/5717"
 
 
@@ -45,7 +48,7 @@ def readings(device: Any) -> dict[str, str]:
     if device.torch_device.type != "cpu":
         return {}
     try:
-        return {FLAG: _SHOWN if _leaks() else "not shown"}
+        return {FLAG: _SHOWN if _leaks() else _NOT_SHOWN}
     except RuntimeError as error:  # no such product on this device, such as a simulated one
         return {FLAG: f"cannot be tried ({type(error).__name__})"}
 
@@ -73,6 +76,11 @@ def shows(facts: Mapping[str, Any], dtype: str) -> bool:
         return False
     on_amx = "amx" in str(versions.get("instructions") or "amx")  # an older torch does not say
     return dtype == "bfloat16" and info.get("torch_device") == "cpu" and on_amx and flags.get(FLAG) == _SHOWN
+
+
+def avoids(facts: Mapping[str, Any]) -> bool:
+    """Return whether the fault does not show in a process: the example there was right."""
+    return bool(facts.get("flags", {}).get(FLAG) == _NOT_SHOWN)
 
 
 def is_symptom(
@@ -111,25 +119,16 @@ def leak(facts: Mapping[str, Any], contract: Contract, observation: Observation,
     return places.hexdigest()
 
 
-@contextlib.contextmanager
-def avoided() -> Iterator[None]:
-    """Compute without what brings the fault on."""
-    from hal_conformance.padded import Padded
-
-    with Padded():  # type: ignore[no-untyped-call]  # torch's own __init__
-        yield
-
-
 def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
     """Return the verdict on what is red, and was run twice more.
 
     Args:
         found: the verdict on it.
-        again: whether the same leaked when it was run once more, after it was run without.
-        without: the verdict without what has the fault.
+        again: whether the same leaked when it was run once more.
+        without: the verdict without what brings the fault on.
     """
     if not again or without.status.colour != "green":
         return found
-    without_it = f"{without.status.value} with zeros behind K, a fault of oneDNN's ({_WHERE})"
+    without_it = f"{without.status.value} without AMX, a fault of oneDNN's ({_WHERE})"
     detail = f"{without_it}; with it {found.status.value}: {found.detail}"
     return replace(found, status=Status.KNOWN, detail=detail)

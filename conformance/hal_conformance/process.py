@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -44,11 +45,16 @@ class TimedOut(Exception):
     """Nothing came from the worker in time."""
 
 
-def _environment(mark: str) -> dict[str, str]:
-    """Return a worker's environment: what the user set, and what keeps it alive and out of the judge's way."""
+def _environment(mark: str, given: Mapping[str, str]) -> dict[str, str]:
+    """Return a worker's environment: what the user set, and what keeps it alive and out of the judge's way.
+
+    Args:
+        mark: by which the processes that it starts are known.
+        given: comes before what the user set.
+    """
     # One broken plug-in of torch's own autoload group must not make `import torch` fail in there.
     own = {AUTOLOAD: "0", marked.NAME: mark}
-    return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, **own}
+    return {"OMP_NUM_THREADS": str(share_of_the_cores()), **os.environ, **given, **own}
 
 
 def share_of_the_cores(processes: int = 2) -> int:
@@ -63,7 +69,7 @@ def share_of_the_cores(processes: int = 2) -> int:
 class WorkerProcess:
     """A spawned worker. Closing it, in whatever state it is, ends it and the processes that it started."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], environment: Mapping[str, str]) -> None:
         here = str(Path(__file__).resolve().parents[1])
         path = [p for p in sys.path if p]
         self._mark = marked.new()
@@ -72,7 +78,7 @@ class WorkerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=_environment(self._mark),
+            env=_environment(self._mark, environment),
             # A group of its own: Ctrl-C reaches only the parent, and whatever the worker starts ends with it.
             start_new_session=True,
         )

@@ -102,7 +102,7 @@ def write(
     Args:
         subject, opened, selection: what was run.
         observations: of each task.
-        once_more: runs tasks twice more, for what may be a known fault of this device (`known.excused`).
+        once_more: runs tasks again, for what may be a known fault of this device (`known.excused`).
 
     Raises:
         ConfigError: it would be larger than a recording may be.

@@ -7,10 +7,10 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
@@ -66,6 +66,7 @@ class Runner(AbstractContextManager["Runner"]):
         catalogue: the cases, which the worker finds by the module's name.
         opener: `module:function` that opens a device by name.
         case_s, start_s: time limits in seconds; None: the defaults of this module.
+        environment: variables that the worker has beside, or instead of, those of this process.
 
     Attributes:
         opened: the device's info, contract and versions, once `open` has returned.
@@ -79,11 +80,13 @@ class Runner(AbstractContextManager["Runner"]):
         opener: str = "hal:open_device",
         case_s: float | None = None,
         start_s: float | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.subject = subject
         self.opened: dict[str, Any] = {}
         self._case_s = case_s
         self._start_s = START_S if start_s is None else start_s
+        self._environment = environment
         self._config = {
             "device": subject.device,
             "impl": subject.impl,
@@ -93,7 +96,6 @@ class Runner(AbstractContextManager["Runner"]):
         }
         self._worker: WorkerProcess | None = None
         self._idle_until = 0.0
-        self._avoiding = False
         self._threads: threadpool_limits | None = None
 
     def __enter__(self) -> Runner:
@@ -116,8 +118,15 @@ class Runner(AbstractContextManager["Runner"]):
             UnknownDevice, Absent, Broken: the device cannot be had; the worker is gone.
             ConfigError: the implementation cannot be loaded.
         """
-        self._worker = WorkerProcess(self._config)
+        self._worker = WorkerProcess(self._config, self._environment)
         return self._until_ready("opening")
+
+    def another(self, environment: Mapping[str, str]) -> Runner:
+        """Return a runner of the same subject, with a worker of its own that has other environment variables."""
+        return Runner(
+            self.subject, Catalogue(self._config["catalogue"]), opener=self._config["opener"], case_s=self._case_s,
+            start_s=self._start_s, environment=environment,
+        )  # fmt: skip
 
     def change(self, impl: str) -> None:
         """Go on with another implementation on the same device, in the same worker if it still lives.
@@ -172,17 +181,12 @@ class Runner(AbstractContextManager["Runner"]):
             raise ConfigError(f"--impl {plain(self.subject.impl)} cannot be loaded: {detail}")
         raise Broken(detail, device=device)
 
-    def observe(self, tasks: Sequence[Task], *, avoiding: bool = False) -> Iterator[Observation]:
+    def observe(self, tasks: Sequence[Task]) -> Iterator[Observation]:
         """Run the tasks in order and yield what each did; the next ones run while the caller judges.
 
         A task whose worker hangs or dies is given that verdict, and a new worker goes on with the next. If no
         new worker can be had, all that is left is CRASH, with the reason.
-
-        Args:
-            tasks: what is run.
-            avoiding: without what has a known fault on this device (`known.avoided`).
         """
-        self._avoiding = avoiding
         waiting = deque(enumerate(tasks))
         in_flight: deque[tuple[int, Task]] = deque()
         hangs: Counter[str] = Counter()
@@ -212,9 +216,8 @@ class Runner(AbstractContextManager["Runner"]):
             if not in_flight:
                 self._idle_until = time.monotonic()
             self._worker.send(
-                {"command": "run", "id": number, "case": task.case.name, "params": dict(vars(task.params)),
-                 "avoiding": self._avoiding}
-            )  # fmt: skip
+                {"command": "run", "id": number, "case": task.case.name, "params": dict(vars(task.params))}
+            )
             in_flight.append((number, task))
 
     def _next(self, in_flight: deque[tuple[int, Task]], hangs: Counter[str]) -> Observation:

@@ -138,14 +138,18 @@ def _judged(
 def _once_more(
     runner: Runner, leaks: Mapping[Task, str], contract: Contract
 ) -> Iterator[tuple[Task, bool, Observation]]:
-    """Run tasks without the known fault, then with it; yield each, whether the same leaked, and what it did without.
+    """Run tasks again in two new processes, with the known fault and without (see `known`).
 
-    In this order: what stops by itself after some calls, with or without, does not leak again.
+    Yield each task, whether the same leaked with it, and what it did without.
     """
-    without = {seen.task: seen for seen in runner.observe(list(leaks), avoiding=True)}
-    for seen in runner.observe(list(leaks)):
-        status = judge(seen, contract, "", "").status
-        yield seen.task, known.leak(runner.opened, contract, seen, status) == leaks[seen.task], without[seen.task]
+    if not leaks:
+        return
+    with runner.another({}) as same:
+        again = {seen.task: known.leak(same.opened, contract, seen, judge(seen, contract, "", "").status)
+                 for seen in same.observe(list(leaks))}  # fmt: skip
+    with runner.another(known.AVOIDED) as other:
+        for seen in other.observe(list(leaks)):
+            yield seen.task, again[seen.task] == leaks[seen.task] and known.avoids(other.opened), seen
 
 
 def _complete(selection: Selection, catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:

@@ -7,7 +7,6 @@ flood its output, close its files) costs the case that was running and nothing e
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import signal
@@ -21,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from hal_conformance import arrays as codec
-from hal_conformance import known, manifest, marked, soundness, wire
+from hal_conformance import manifest, marked, soundness, wire
 from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
 from hal_conformance.text import plain
@@ -75,7 +74,6 @@ class _Worker:
         self._state: ProcessState | None = None  # as the one that is loaded wants it
         self._left, self._restored = "", True
         self._sound = ""
-        self._avoiding = False
         self._not_simulated: Counter[str] = Counter()
 
     def _listen(self, commands: IO[bytes]) -> None:
@@ -112,7 +110,6 @@ class _Worker:
                     return
                 continue
             params = Params(**command["params"])
-            self._avoiding = command["avoiding"]
             self._send(*self._answer(command["id"], catalogue.by_name(command["case"]), params))
 
     def _start(self, config: dict[str, Any]) -> bool:
@@ -207,9 +204,8 @@ class _Worker:
         given = dict(tensors)
         assert self._state is not None
         try:
-            with known.avoided() if self._avoiding else contextlib.nullcontext():
-                returned = case.run(self._ops, given, params)
-                self._device.synchronize()
+            returned = case.run(self._ops, given, params)
+            self._device.synchronize()
         finally:
             self._left, self._restored = self._state.put_back()
         outputs = _check(returned, device)

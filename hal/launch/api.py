@@ -148,6 +148,19 @@ def activate(redirection: Redirection | None) -> None:
     _active = redirection
 
 
+def count_made(name: str, belief: bool = False) -> None:
+    """Count what the program made of a class that stands in for one of torch's: the caller's caller, unless it is ours.
+
+    Args:
+        name: of the class, as the program writes it.
+        belief: whether it asked whether something is one of these.
+    """
+    from torch.compiler import is_compiling
+
+    if _active is not None and not is_compiling():  # the compiler traces through here, and knows no frames
+        _active.audit.count_outside(name, sys._getframe(2), belief)
+
+
 def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redirection) -> Callable[..., Any]:
     """Return the function that stands in for `original`.
 

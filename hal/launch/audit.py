@@ -82,10 +82,10 @@ class Audit:
             calls = 0
         self._calls[key] = calls + 1
 
-    def count_outside(self, api: str, frame: FrameType) -> None:
+    def count_outside(self, api: str, frame: FrameType, belief: bool = False) -> None:
         """Count a call as `count` does, unless it is torch's own or ours."""
         if not inside(frame):
-            self.count(api, frame)
+            self.count(api, frame, belief)
 
     def count_nearest(self, api: str, frame: FrameType) -> None:
         """Count something of torch's own that the program set going, under the program's nearest frame."""

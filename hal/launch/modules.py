@@ -98,13 +98,19 @@ def _exchange(pairs: list[tuple[Any, Any]]) -> None:
                 names[name] = found[1]
 
 
+def _read(entry: api.Api, redirection: Any) -> Any:
+    """Return what stands under a name, and count who reads it: behind this function and the stand-in's own."""
+    redirection.audit.count_outside(entry.name, sys._getframe(2), entry.belief)
+    return entry.answer(redirection)
+
+
 def redirected(entries: Mapping[str, api.Api], redirection: Any) -> dict[str, dict[str, Any]]:
     """Return what stands in for attributes of torch's modules, by module and attribute; others follow as they load."""
     replaced: dict[str, dict[str, Any]] = {}
 
     def ours(entry: api.Api, original: Any) -> Any:
-        if entry.each:
-            return Each(functools.partial(entry.answer, redirection))
+        if entry.each or (entry.makes and entry.belief):
+            return Each(functools.partial(_read, entry, redirection))
         return entry.answer(redirection) if entry.makes else api.wrapped(entry, original, redirection)
 
     def late(entry: api.Api, original: Any) -> None:

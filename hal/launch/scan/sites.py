@@ -31,7 +31,7 @@ _VARIABLE = re.compile(r"(CUDA|NCCL|TORCH_NCCL|TORCH_CUDA|PYTORCH_CUDA|PYTORCH_A
 
 # Attributes of tensors, modules and events, of which the tree does not say what they belong to.
 _METHODS = {"cuda", "record_stream", "pin_memory", "is_pinned", "get_device", "elapsed_time"}
-_ATTRIBUTES = {"device", "is_cuda"}
+_ATTRIBUTES = {"device", "is_cuda", "is_cpu"}
 # Functions of `torch.cuda`, called of what may be that module under a name that is given elsewhere: `device_module`.
 _OF_A_DEVICE_MODULE = {
     "current_device", "current_stream", "default_stream", "device_count", "empty_cache", "get_device_capability",
@@ -194,7 +194,7 @@ class _Finder(ast.NodeVisitor):
                 self.generic_visit(node)
             return
         if id(node) not in self._taken and node.attr in _ATTRIBUTES and isinstance(node.ctx, ast.Load):
-            self._add(_end(node), f"torch.Tensor.{node.attr}", "asks", node.attr == "is_cuda")
+            self._add(_end(node), f"torch.Tensor.{node.attr}", "asks", node.attr != "device")
         self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> None:

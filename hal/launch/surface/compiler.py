@@ -90,6 +90,12 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
             return true_is_cuda(self, tx)
         return VariableTracker.build(tx, redirection.present(self.device).type == "cuda")
 
+    def method_attr_is_cpu(self: Any, tx: Any) -> Any:
+        if self.device is None:
+            return None  # unknown: the compiler finds another way
+        on_cpu = self.device.type == "cpu" and (redirection.hosts is None or not outside(tx, self))
+        return VariableTracker.build(tx, on_cpu)
+
     def method_get_device(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not outside(tx, self):
             return true_get_device(self, tx, *args, **kwargs)
@@ -98,6 +104,7 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
 
     patches.set(variable, "method_attr_device", method_attr_device)
     patches.set(variable, "method_attr_is_cuda", method_attr_is_cuda)
+    patches.set(variable, "method_attr_is_cpu", method_attr_is_cpu)
     patches.set(variable, "method_get_device", method_get_device)
 
 
@@ -124,6 +131,8 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
 
     def call(self: Any, tx: Any, *given: Any) -> Any:
         *method, args, kwargs = given
+        if method and method[0] == "cuda":
+            method, args, kwargs = ["to"], *_as_to(tx, redirection, args, kwargs)
         args = [true(tx, argument, False) for argument in args]
         kwargs = {key: true(tx, argument, key == "device") for key, argument in kwargs.items()}
         if method and method[0] in _REPLACED_METHODS and self.source is None:
@@ -133,6 +142,25 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
         return original(self, tx, *method, args, kwargs)
 
     patches.set(variable, name, call)
+
+
+def _as_to(
+    tx: Any, redirection: Redirection, args: list[Any], kwargs: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return arguments of `Tensor.to` for those of `Tensor.cuda`, which in a graph asks the true torch.cuda.
+
+    Raises:
+        RuntimeError: they name no CUDA device.
+    """
+    from torch._dynamo.variables.base import VariableTracker
+
+    given = dict(zip(("device", "non_blocking", "memory_format"), args, strict=False)) | kwargs
+    device = given.pop("device", None)
+    asked = None if device is None else device.as_python_constant()
+    index = redirection.index(asked)
+    if index is None:
+        raise RuntimeError(f"Invalid device, must be cuda device: {asked}")
+    return [VariableTracker.build(tx, redirection.targets[index])], given
 
 
 def _by_modes(tx: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import uuid
 from types import TracebackType
 from typing import Any, Literal, final
 
-from hal.launch.api import active, api, refused, value
+from hal.launch.api import active, api, count_made, refused, value
 from hal.launch.redirection import Redirection
 
 CAPABILITY = (8, 0)
@@ -110,6 +110,7 @@ class CudaDevice:
     """Makes a CUDA device current inside a block; None and negative indices change nothing."""
 
     def __init__(self, device: Any) -> None:
+        count_made("torch.cuda.device")
         self.idx = -1
         r = active()
         if r is not None and device is not None and not (isinstance(device, int) and device < 0):
@@ -135,6 +136,7 @@ class CudaDeviceOf(CudaDevice):
     """Makes the device of a tensor current inside a block, if it is a CUDA device."""
 
     def __init__(self, tensor: Any) -> None:
+        count_made("torch.cuda.device_of")
         r = active()
         on_cuda = r is not None and tensor.device.type == r.type and (r.hosts is None or tensor not in r.hosts)
         super().__init__(r.present(tensor.device) if on_cuda else None)  # type: ignore[union-attr]

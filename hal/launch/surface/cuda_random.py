@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, final
 
-from hal.launch.api import active, api, value
+from hal.launch.api import active, api, count_made, value
 from hal.launch.redirection import Redirection
 from hal.launch.surface.cuda_device import cuda_index
 
@@ -121,7 +121,10 @@ class GeneratorType(type):
         import torch
 
         r = active()
-        return torch.Generator(device=device if r is None else r.translate(device))
+        true = device if r is None else r.translate(device)
+        if true is not device:
+            count_made("torch.Generator")
+        return torch.Generator(device=true)
 
     def __instancecheck__(cls, instance: object) -> bool:
         import torch

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
-from hal.launch.api import active, api, refused, value
+from hal.launch.api import active, api, count_made, refused, value
 from hal.launch.redirection import Redirection
 from hal.launch.surface.cuda_device import cuda_index
 from hal.streams import HostEvent
@@ -25,6 +25,7 @@ class CudaEvent:
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False,
                  external: bool = False) -> None:  # fmt: skip
+        count_made("torch.cuda.Event")
         if interprocess:
             r = active()
             if r is not None:
@@ -69,6 +70,7 @@ class CudaStream:
     """An order of work on a device that works synchronously."""
 
     def __init__(self, device: Any = None, priority: int = 0, *, stream_id: int | None = None, **kwargs: Any) -> None:
+        count_made("torch.cuda.Stream")
         r = active()
         self.device_index = 0 if r is None else cuda_index(r, device)
         self.priority = priority
@@ -135,6 +137,7 @@ class CudaExternalStream(CudaStream):
     """A stream that another library made."""
 
     def __init__(self, stream_ptr: int, device: Any = None, **kwargs: Any) -> None:
+        count_made("torch.cuda.ExternalStream")
         super().__init__(device, stream_id=int(stream_ptr))
 
 
@@ -142,6 +145,7 @@ class CudaStreamContext:
     """Makes a stream current inside a block; None changes nothing."""
 
     def __init__(self, stream: Any) -> None:
+        count_made("torch.cuda.StreamContext")
         self.stream = stream
         self._before: Any = None
 
@@ -246,6 +250,7 @@ class _Generic(type):
             return cls.own(*(() if device is None else (device,)), *args, **kwargs)
         if device is not None and r.index(device) is None:
             return cls.own(device, *args, **kwargs)
+        count_made(f"torch.{cls.__name__}")
         if r.hosts is None:
             return cls.own(r.translate("cuda" if device is None else device), *args, **kwargs)
         ours = cls.ours(r)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.launch.api import active, value
+from hal.launch.api import active, count_made, value
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ class CudaTensorType(type):
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         """Make a tensor on the current device."""
+        count_made(f"torch.cuda.{cls.__name__}")
         r = active()
         if r is None:
             raise TypeError(f"type torch.cuda.{cls.__name__} not available. Torch not compiled with CUDA enabled.")
@@ -33,6 +34,7 @@ class CudaTensorType(type):
         return plain(*args, **kwargs).to(r.targets[r.current])
 
     def __instancecheck__(cls, instance: object) -> bool:
+        count_made(f"torch.cuda.{cls.__name__}", belief=True)
         r = active()
         import torch
 

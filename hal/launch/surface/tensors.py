@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import torch
 
 door(
-    "torch.Tensor.device", "torch.Tensor.is_cuda", "torch.Tensor.get_device", "torch.Tensor.to", "torch.Tensor.cuda",
-    "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
+    "torch.Tensor.device", "torch.Tensor.is_cuda", "torch.Tensor.is_cpu", "torch.Tensor.get_device", "torch.Tensor.to",
+    "torch.Tensor.cuda", "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
     "torch.Tensor.new_empty_strided", "torch.Tensor.new_zeros", "torch.Tensor.new_ones", "torch.Tensor.new_full",
     "torch.Tensor.histc", "torch.Tensor.type_as", "torch.Tensor.numpy", "torch.nn.Module.to", "torch.nn.Module.cuda",
     "torch.nn.Module.cpu", "torch.nn.Module.to_empty",
@@ -38,8 +38,9 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     tensor, originals = torch.Tensor, set[Any]()
     for name, make in {
-        "device": _device, "is_cuda": _is_cuda, "get_device": _get_device, "to": _to, "cuda": _cuda, "cpu": _cpu,
-        "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned, "record_stream": _record_stream,
+        "device": _device, "is_cuda": _is_cuda, "is_cpu": _is_cpu, "get_device": _get_device,
+        "to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned,
+        "record_stream": _record_stream,
         "new_tensor": _new, "new_empty": _new, "new_empty_strided": _new, "new_zeros": _new,
         "new_ones": _new, "new_full": _new, "type_as": _type_as, "numpy": _numpy,
     }.items():  # fmt: skip
@@ -116,6 +117,22 @@ def _is_cuda(name: str, original: Any, redirection: Redirection) -> property:
 
     device_of = _true_device()
     return property(is_cuda, doc=original.__doc__)
+
+
+def _is_cpu(name: str, original: Any, redirection: Redirection) -> property:
+    get, hosts, count = original.__get__, redirection.hosts, redirection.audit.count
+
+    def is_cpu(self: torch.Tensor) -> bool:
+        true: bool = get(self)
+        frame = sys._getframe(1)
+        if not true or hosts is None or api._active is None or inside(frame):
+            return true
+        if self in hosts:
+            return True
+        count(name, frame, belief=True)
+        return False
+
+    return property(is_cpu, doc=original.__doc__)
 
 
 def _true_device() -> Callable[[torch.Tensor], torch.device]:

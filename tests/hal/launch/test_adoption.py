@@ -334,6 +334,33 @@ def test_the_compiler_sees_what_eager_code_sees(cuda):
     assert compiled(x).tolist() == branch(x).tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("move", [
+    lambda x: x.cuda(), lambda x: (x + 1).cuda() - 1, lambda x: x.cuda(0), lambda x: x.cuda("cuda:0", True),
+    lambda x: x.cuda(device="cuda"), lambda x: x.cuda(non_blocking=True),
+    lambda x: x.cuda(memory_format=torch.contiguous_format), lambda x: torch.zeros(3).cuda() + x,
+])  # fmt: skip
+def test_a_graph_that_moves_something_to_cuda_is_made_for_the_true_device(cuda, move):
+    """With a backend that makes kernels: torch's own classes that stand for tensors there ask the true torch.cuda."""
+    x = torch.arange(3.0, device="cuda")
+    found = torch.compile(move, backend="aot_eager", fullgraph=True)(x)
+    assert found.tolist() == [0, 1, 2]
+    assert found.is_cuda
+
+
+def test_a_graph_that_moves_something_to_another_device_by_cuda_is_an_error(cuda):
+    with pytest.raises(Exception, match="must be cuda device"):
+        torch.compile(lambda x: x.cuda("cpu"), backend="aot_eager", fullgraph=True)(torch.ones(2))
+
+
+def test_a_tensor_on_the_device_is_not_on_the_cpu(cuda):
+    device, host = torch.ones(2, device="cuda"), torch.ones(2).cpu()
+    assert (device.is_cpu, device.cpu().is_cpu, host.is_cpu) == (False, True, True)
+    compiled = torch.compile(lambda x: x - 1 if x.is_cpu else x + 1, backend="eager", fullgraph=True)
+    assert compiled(device).tolist() == [2, 2]
+    (belief,) = (entry for entry in cuda.adoption.entries() if entry.api == "torch.Tensor.is_cpu")
+    assert belief.kind == "belief"
+
+
 def test_an_operator_that_a_cpu_lacks_runs_another_way_and_is_counted(cuda):
     experts = cuda.torch.tensor([0, 2, 2, 3, 2], dtype=torch.int32, device="cuda")
     for counts in (cuda.torch.histc(experts, bins=4, min=0, max=3), experts.histc(bins=4, min=0, max=3)):
@@ -342,6 +369,31 @@ def test_an_operator_that_a_cpu_lacks_runs_another_way_and_is_counted(cuda):
     found = [entry for entry in cuda.adoption.entries() if entry.kind == "fallback"]
     assert sum(entry.calls for entry in found) == 2
     assert sum(entry.nbytes for entry in found) == 2 * 5 * 4
+
+
+def test_what_is_made_read_and_asked_of_a_class_is_counted_where_it_is_written(cuda):
+    source = """
+import torch
+g = torch.Generator("cuda")
+f = torch.cuda.FloatTensor(3)
+s = torch.cuda.Stream()
+e = torch.cuda.Event(enable_timing=True)
+s.wait_stream(torch.cuda.current_stream())
+b = isinstance(f, torch.cuda.FloatTensor)
+with torch.cuda.device(0), torch.cuda.stream(s):
+    v = torch.version.cuda
+t = torch.Stream("cuda"), torch.Stream("cpu")
+h = torch.Generator()
+"""
+    exec(compile(source, "made.py", "exec"), {"__name__": "made"})
+    found = {(e.line, e.kind, e.api) for e in cuda.adoption.entries() if e.file and e.file.endswith("made.py")}
+    assert found == {
+        (3, "redirected", "torch.Generator"), (4, "redirected", "torch.cuda.FloatTensor"),
+        (5, "redirected", "torch.cuda.Stream"), (6, "redirected", "torch.cuda.Event"),
+        (7, "redirected", "torch.cuda.current_stream"), (8, "belief", "torch.cuda.FloatTensor"),
+        (9, "redirected", "torch.cuda.device"), (9, "redirected", "torch.cuda.stream"),
+        (10, "belief", "torch.version.cuda"), (11, "redirected", "torch.Stream"),
+    }  # fmt: skip
 
 
 # The end of it -------------------------------------------------------------------------------------------------------

@@ -115,6 +115,56 @@ def test_batch_norm_over_ranks_is_that_of_the_whole_batch(program):
     """)  # fmt: skip
 
 
+def test_shards_have_random_numbers_of_their_own_and_replicas_the_same(program):
+    runs(program, """
+    import warnings
+    import torch.distributed.tensor as dt
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    warnings.simplefilter("error")  # torch's, that random operators are not complete on such a mesh
+    mesh = init_device_mesh("cuda", (2,))
+
+    def shards(whole):
+        return whole.full_tensor().chunk(2)
+
+    def everywhere(tensor):
+        found = [torch.empty_like(tensor), torch.empty_like(tensor)]
+        dist.all_gather(found, tensor)
+        return torch.equal(*found)
+
+    torch.manual_seed(rank)  # as on CUDA, all go on from the first one's state
+    first = dt.rand(64, 64, device_mesh=mesh, placements=[dt.Shard(0)])
+    a, b = shards(first)
+    assert not (a == b).any() and everywhere(first.full_tensor())
+    assert 0.45 < first.full_tensor().mean() < 0.55
+    torch.manual_seed(0)
+    assert torch.equal(dt.rand(64, 64, device_mesh=mesh, placements=[dt.Shard(0)]).full_tensor(), first.full_tensor())
+    assert everywhere(dt.randn(8, device_mesh=mesh, placements=[dt.Replicate()]).to_local())
+    assert everywhere(torch.rand(8, device=device))  # the generators are where they were together
+
+    with torch.device("meta"):
+        layer = nn.Linear(16, 64)
+    fully_shard(layer, mesh=mesh)
+    layer.to_empty(device="cuda")
+    layer.reset_parameters()
+    a, b = shards(layer.weight)
+    assert not (a == b).any() and a.abs().max() <= 0.25 and b.abs().max() <= 0.25
+
+    ones = dt.distribute_tensor(torch.ones(64, 64, device=device), mesh, [dt.Shard(1)])
+    kept = torch.nn.functional.dropout(ones, 0.25).full_tensor() > 0
+    assert not torch.equal(kept[:, :32], kept[:, 32:]) and 0.7 < kept.float().mean() < 0.8
+
+    generator = torch.Generator("cuda").manual_seed(5)
+    given = dt.distribute_tensor(torch.zeros(2, 16, device=device), mesh, [dt.Shard(0)]).uniform_(generator=generator)
+    again = dt.distribute_tensor(torch.zeros(2, 16, device=device), mesh, [dt.Shard(0)]).uniform_(generator=generator)
+    a, b = shards(given)
+    assert not (a == b).any() and not torch.equal(given.full_tensor(), again.full_tensor())
+    dt._random.manual_seed(3, mesh)
+    assert dt._random._rng_tracker.distribute_region_enabled
+    """)  # fmt: skip
+
+
 @pytest.fixture
 def program_of_one():
     with hal.adopt("cpu"):

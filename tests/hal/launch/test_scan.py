@@ -60,6 +60,7 @@ def found(code, certain=None):
         ("\nx.to('cuda')", "torch.Tensor.to"),
         ("\nmake(device='cuda:0')", DEVICE_ARGUMENT),
         ("\nx.is_cuda", "torch.Tensor.is_cuda"),
+        ("\nx.is_cpu", "torch.Tensor.is_cpu"),
         ("\nx.device.type == 'cuda'", COMPARISON),
         ("\n'cuda' in str(d)", COMPARISON),
         ("\nb == 'nccl'", BACKEND_COMPARISON),

@@ -23,8 +23,8 @@ constexpr int kOne = 1 << 23;          // of an exponent, in a float
 
 using Sums = Ints[kRows][kWide];
 
-// The largest exponent among products of k in [first, kGroup), every kStep-th, plus 127: one byte for each column, as
-// in the codes of b.
+// The largest exponent among products of k in [first, first + kGroup), every kStep-th, plus 127: one byte for each
+// column, as in the codes of b.
 template <int kGroup, int kStep = 1>
 inline void largest(const Group& in, int first, Ints exponents[kRows]) {
     Bytes most[kRows];
@@ -42,7 +42,7 @@ inline void largest(const Group& in, int first, Ints exponents[kRows]) {
 // Byte q of each lane as the exponent of a float.
 inline Ints exponent_at(Ints bytes, int q) { return (q == 3 ? bytes >> 1 : bytes << (23 - 8 * q)) & kExponent; }
 
-// Adds the products of k in [first, kGroup), every kStep-th, of kWide vectors of columns from `column` on.
+// Adds the products of k in [first, first + kGroup), every kStep-th, of kWide vectors of columns from `column` on.
 template <int kGroup, int kStep = 1>
 inline void add_products(const Group& in, int first, int column, const Sums& shifts, Sums& sums) {
     Ints shift[kRows][kWide], sum[kRows][kWide];  // copies, since compilers keep them in registers then
@@ -61,7 +61,9 @@ inline void add_products(const Group& in, int first, int column, const Sums& shi
     std::memcpy(sums, sum, sizeof sum);
 }
 
-// c becomes c plus the products of all groups. kHalves is 2 where the sum of a group may leave the range of an int32.
+// c becomes c plus the products of all groups. kHalves is 2 where the sum of a group may leave the range of an int32. A
+// half of truncated<32, 2> has 16 products, which fit with c in units of 2^-25 unless a strip is heavy, and none of FP8
+// is: its significands are at most 1.875. Heavy ones of wider formats are not for it (kernel_of).
 // Must run with rounding toward zero.
 template <int kGroup, int kHalves>
 void truncated(const Unit& unit, const Group& strips, int64_t k, int vectors, Tile& c) {

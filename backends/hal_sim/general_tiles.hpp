@@ -15,8 +15,8 @@ public:
     GeneralTiles(const Unit& unit, const Problem& problem, Tiles& fast, int64_t at)
         : unit_(unit), p_(problem), fast_(fast), at_(at), tiles_((p_.m + kRows - 1) / kRows),
           panels_((p_.n + kLanes - 1) / kLanes), aligned_(unit.kind == kTruncated || unit.kind == kFloored),
-          a_(tiles_ * p_.k * kRows), b_(panels_ * p_.k * kLanes), a_exponents_(tiles_ * p_.k * kRows),
-          b_exponents_(panels_ * p_.k * kLanes), special_rows_(tiles_), special_columns_(panels_) {}
+          a_({tiles_, p_.k, kRows}), b_({panels_, p_.k, kLanes}), a_exponents_({tiles_, p_.k, kRows}),
+          b_exponents_({panels_, p_.k, kLanes}), special_rows_({tiles_}), special_columns_({panels_}) {}
 
     int64_t pieces() const { return aligned_ ? tiles_ + panels_ : 0; }
 

@@ -50,6 +50,25 @@ void by_reference(const Unit& unit, const Problem& problem, int threads) {
     });
 }
 
+void fused_float64(int64_t m, int64_t n, int64_t k, const double* a, const double* b, double* d, int threads) {
+    in_parallel(threads, m, [=](int64_t i) {
+        for (int64_t l = 0; l < k; ++l) {
+            for (int64_t j = 0; j < n; ++j) d[i * n + j] = __builtin_fma(a[i * k + l], b[l * n + j], d[i * n + j]);
+        }
+    });
+}
+
+// Returns 0, or 1 if there is no memory: nothing may be thrown at a caller that is not C++.
+template <class Work>
+int status_of(Work work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
 }  // namespace hal_sim
 
 using hal_sim::Problem;
@@ -58,29 +77,19 @@ using hal_sim::Unit;
 // A chain of fused multiply-adds in float64: d [m, n] holds c, all matrices are contiguous.
 extern "C" int hal_sim_fused_float64(int64_t m, int64_t n, int64_t k, const double* a, const double* b, double* d,
                                      int threads) {
-    hal_sim::in_parallel(threads, m, [=](int64_t i) {
-        for (int64_t l = 0; l < k; ++l) {
-            for (int64_t j = 0; j < n; ++j) d[i * n + j] = __builtin_fma(a[i * k + l], b[l * n + j], d[i * n + j]);
-        }
-    });
-    return 0;
+    return hal_sim::status_of([=] { hal_sim::fused_float64(m, n, k, a, b, d, threads); });
 }
 
 extern "C" int hal_sim_reference(const Unit* unit, const Problem* problem, int threads) {
-    hal_sim::by_reference(*unit, *problem, threads);
-    return 0;
+    return hal_sim::status_of([=] { hal_sim::by_reference(*unit, *problem, threads); });
 }
 
-// Returns 0, or 1 if there is no memory.
 extern "C" int hal_sim_multiply(const Unit* unit, const Problem* problem, int threads) {
-    try {
+    return hal_sim::status_of([=] {
         if (unit->result == hal_sim::kFloat16) {  // of an instruction that no library's product uses
             hal_sim::by_reference(*unit, *problem, threads);
         } else {
             hal_sim::multiply(*unit, *problem, threads);
         }
-        return 0;
-    } catch (const std::bad_alloc&) {
-        return 1;
-    }
+    });
 }

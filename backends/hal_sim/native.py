@@ -77,7 +77,7 @@ def multiply(
     No c is zero.
 
     Raises:
-        MemoryError: the copies that are made of the operands do not fit.
+        MemoryError: there is none for copies of the operands, or for threads.
     """
     B, M, K = a_BMK.shape
     N = b_BKN.shape[2]
@@ -86,16 +86,26 @@ def multiply(
         d_BMN = torch.zeros((B, M, N), dtype=torch.float64) if c_BMN is None else c_BMN.contiguous().clone()
         a_BMK, b_BKN = a_BMK.contiguous(), b_BKN.contiguous()
         for a, b, d in zip(a_BMK, b_BKN, d_BMN, strict=True):
-            found.hal_sim_fused_float64(*map(ctypes.c_int64, (M, N, K)), *map(_pointer, (a, b, d)), threads)
+            _check(
+                found.hal_sim_fused_float64(*map(ctypes.c_int64, (M, N, K)), *map(_pointer, (a, b, d)), threads),
+                a_BMK, b_BKN,
+            )  # fmt: skip
         return d_BMN
     d_BMN = torch.empty((B, M, N), dtype=torch.float32)
     c, c_strides = (None, (0, 0, 0)) if c_BMN is None else (c_BMN.data_ptr(), c_BMN.stride())
     problem = _Problem(B, M, N, K, a_BMK.data_ptr(), b_BKN.data_ptr(), c, d_BMN.data_ptr(), *a_BMK.stride(),
                        *b_BKN.stride(), *c_strides, M * N, N)  # fmt: skip
     function = found.hal_sim_reference if reference else found.hal_sim_multiply
-    if function(ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(problem), threads):
-        raise MemoryError(f"a simulated product of {B} x {M} x {K} by {K} x {N} needs copies that do not fit")
+    _check(function(ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(problem), threads), a_BMK, b_BKN)
     return d_BMN
+
+
+def _check(status: int, a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> None:
+    if status:
+        B, M, K = a_BMK.shape
+        raise MemoryError(
+            f"a simulated product of {B} x {M} x {K} by {K} x {b_BKN.shape[2]} needs memory that is not there"
+        )
 
 
 @functools.lru_cache(maxsize=256)

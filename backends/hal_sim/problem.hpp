@@ -37,7 +37,7 @@ struct Problem {
 
 // Calls `work` once on each of `threads` threads, the caller's among them, or on fewer if there are no more.
 //
-// Throws std::bad_alloc if one of them does.
+// Throws std::bad_alloc if one of them does, after all have ended.
 template <class Work>
 void on_threads(int64_t threads, Work work) {
     std::atomic<bool> failed{false};
@@ -50,8 +50,10 @@ void on_threads(int64_t threads, Work work) {
     };
     std::vector<std::thread> others;
     try {
+        if (threads > 1) others.reserve(size_t(threads - 1));
         for (int64_t i = 1; i < threads; ++i) others.emplace_back(guarded);
     } catch (const std::system_error&) {  // the process may have no more
+    } catch (const std::bad_alloc&) {     // nor memory for one: those that run must not be left alone
     }
     guarded();
     for (auto& other : others) other.join();

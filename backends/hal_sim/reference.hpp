@@ -42,6 +42,7 @@ struct Number {
         const uint32_t bits = bits_of(x);
         const int field = (bits >> 23) & 0xff;
         int64_t magnitude = bits & 0x7fffff;
+        if (!field && !magnitude) return;
         int found = -126;
         if (field) {
             magnitude |= 1 << 23;

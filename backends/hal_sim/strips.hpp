@@ -79,8 +79,8 @@ inline Strip scanned(const float* from, int64_t size, int min_exponent) {
     return strip;
 }
 
-// Scales numbers in place and returns the codes of their exponents. This is exact, except for numbers so far below the
-// largest that nothing of their products is kept.
+// Scales numbers in place and returns the codes of their exponents. This is exact in strips that the kernels read. In
+// others, which are wide or special, numbers may be lost and codes be none.
 inline Ints scaled(float* at, const Strip& strip, float scale, int min_exponent) {
     const Floats x = load<Floats>(at);
     const Ints magnitude = bits(x) & INT32_MAX;

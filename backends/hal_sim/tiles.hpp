@@ -22,7 +22,8 @@ inline Kernel kernel_of(const Unit& unit, bool heavy) {
         return group == 4 ? floored<4, false> : group == 8 ? floored<8, false> : nullptr;
     }
     if (group == 16) return heavy ? truncated<16, 2> : truncated<16, 1>;
-    if (group == 32) return unit.fraction_bits > 23 ? truncated<32, 2> : truncated<32, 1>;
+    if (group == 32 && unit.fraction_bits > 23) return heavy ? nullptr : truncated<32, 2>;
+    if (group == 32) return truncated<32, 1>;
     return group == 4 ? truncated<4, 1> : group == 8 ? truncated<8, 1> : nullptr;
 }
 
@@ -32,9 +33,9 @@ public:
         : unit_(unit), p_(problem), tiles_((p_.m + kRows - 1) / kRows), panels_((p_.n + kColumns - 1) / kColumns),
           padded_((p_.k + unit.group - 1) / unit.group * unit.group), kernel_(kernel_of(unit, false)),
           heavy_kernel_(kernel_of(unit, true)), aligned_(unit.kind == kTruncated || unit.kind == kFloored),
-          a_(tiles_ * padded_ * kRows), b_(panels_ * padded_ * kColumns),
-          a_codes_(aligned_ ? tiles_ * padded_ * kRows : 0), b_codes_(aligned_ ? panels_ * padded_ * kLanes : 0),
-          rows_(tiles_), columns_(panels_), left_(tiles_ * panels_) {}
+          a_({tiles_, padded_, kRows}), b_({panels_, padded_, kColumns}),
+          a_codes_({aligned_ ? tiles_ : 0, padded_, kRows}), b_codes_({aligned_ ? panels_ : 0, padded_, kLanes}),
+          rows_({tiles_}), columns_({panels_}), left_({tiles_, panels_}) {}
 
     // Turns to a matrix of the batch. All of its pieces must be packed before its first task.
     void start(int64_t at) { at_ = at, any_left_ = false; }
@@ -64,13 +65,13 @@ public:
         const int count = int(std::min(tiles_ - first, kTilesOfAChunk));
         Tile c[kTilesOfAChunk];
         bool fast[kTilesOfAChunk];
-        for (int i = 0; i < count; ++i) fast[i] = kernel_ && begin(first + i, panel, c[i]);
+        for (int i = 0; i < count; ++i) fast[i] = kernel_at(first + i) && begin(first + i, panel, c[i]);
         const int vectors = (columns_of(panel) + kLanes - 1) / kLanes;
         for (int64_t k = 0; k < padded_; k += kPart) {
             for (int i = 0; i < count; ++i) {
                 fast[i] = fast[i] && is_small(c[i]);
                 if (!fast[i]) continue;
-                const Kernel kernel = rows_.at(first + i)->heavy ? heavy_kernel_ : kernel_;
+                const Kernel kernel = kernel_at(first + i);
                 kernel(unit_, strips(first + i, panel).at(k), std::min(kPart, padded_ - k), vectors, c[i]);
             }
         }
@@ -103,7 +104,7 @@ private:
         if (aligned_) {
             strip = kWidth == kRows ? code_rows(values, padded_, min_exponent, codes)
                                     : code_columns(values, padded_, min_exponent, codes);
-            strip.heavy = kWidth == kRows && unit_.group == 16 && is_heavy(values, padded_);
+            strip.heavy = kWidth == kRows && unit_.group >= 16 && is_heavy(values, padded_);
         } else if (unit_.kind == kPairwise) {
             const float least = std::ldexp(1.0f, min_exponent);
             for (int64_t i = 0; i < padded_ * kWidth; ++i) values[i] = std::fabs(values[i]) < least ? 0.0f : values[i];
@@ -113,6 +114,8 @@ private:
 
     int rows_of(int64_t tile) const { return int(std::min<int64_t>(kRows, p_.m - tile * kRows)); }
     int columns_of(int64_t panel) const { return int(std::min<int64_t>(kColumns, p_.n - panel * kColumns)); }
+
+    Kernel kernel_at(int64_t tile) { return kernel_ && rows_.at(tile)->heavy ? heavy_kernel_ : kernel_; }
 
     Group strips(int64_t tile, int64_t panel) {
         return {a_.at(tile * padded_ * kRows), a_codes_.at(tile * padded_ * kRows), b_.at(panel * padded_ * kColumns),

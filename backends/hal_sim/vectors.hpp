@@ -28,6 +28,8 @@ typedef uint8_t Bytes __attribute__((vector_size(4 * kLanes)));
 typedef double Doubles __attribute__((vector_size(8 * kLanes)));
 typedef int64_t Longs __attribute__((vector_size(8 * kLanes)));
 
+// Sums and shifts of Ints pass the sign bit, which is undefined without -fwrapv (build.py): the fourth of the codes
+// that are added at a time lies there, and a zero's exponent is shifted to no matter where.
 inline Ints bits(Floats x) { return (Ints)x; }
 inline Floats floats(Ints x) { return (Floats)x; }
 inline Floats converted(Ints x) { return __builtin_convertvector(x, Floats); }  // as the environment rounds

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sim_operands import DTYPES, RULES, addends, differing, operands
 
-from hal.matrix_unit import FORMATS, MATRIX_UNITS
+from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
 from hal_sim import build, native, product
 
 FLOAT32_RULES = [rule for rule in RULES if rule[0].result != "float64"]
@@ -44,6 +44,18 @@ def test_significands_near_two_do_not_overflow(unit, format):
         check(unit, format, a, b, torch.full((1, 5, 70), sign * 1.99))
         a[:, 2, ::16] = b[:, ::40] = 0.0
         check(unit, format, a, b, torch.full((1, 5, 70), -sign * 3.7))
+
+
+@pytest.mark.parametrize("format", ["float16", "bfloat16", "tf32"])
+def test_a_rule_of_fp8_is_right_for_wider_formats_too(format):
+    # No chip has this one: halves of its 32 products leave an int32 where significands are nearer to 2 than those of FP8.
+    unit, largest = MatrixUnit("truncated", 32, 25, exponent_floor=-133), 2.0 - 2.0 ** (1 - FORMATS[format].bits)
+    for sign in (1.0, -1.0):
+        a, b = torch.full((1, 5, 100), largest), torch.full((1, 100, 70), sign * largest)
+        a[:, 1] = 1.875
+        a[:, 2, ::16] = 0.0
+        check(unit, format, a, b)
+        check(unit, format, a, b, torch.full((1, 5, 70), sign * 1.99))
 
 
 @pytest.mark.parametrize(("unit", "format"), ALIGNED_RULES)

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // d = c + a b as a matrix unit computes it, for matrices and batches of them. Compiled at first use (build.py).
+#include <limits>
+
 #include "general_tiles.hpp"
 #include "problem.hpp"
 #include "reference.hpp"
@@ -54,6 +56,9 @@ void fused_float64(int64_t m, int64_t n, int64_t k, const double* a, const doubl
     in_parallel(threads, m, [=](int64_t i) {
         for (int64_t l = 0; l < k; ++l) {
             for (int64_t j = 0; j < n; ++j) d[i * n + j] = __builtin_fma(a[i * k + l], b[l * n + j], d[i * n + j]);
+        }
+        for (int64_t j = 0; j < n; ++j) {
+            if (std::isnan(d[i * n + j])) d[i * n + j] = std::numeric_limits<double>::quiet_NaN();  // see nan_of
         }
     });
 }

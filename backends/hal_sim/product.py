@@ -21,7 +21,10 @@ def operand(x: torch.Tensor, format: str) -> torch.Tensor:
         return x
     wide = x.float()
     if format == "tf32":
-        wide = (wide.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        cut = (wide.view(torch.int32) & ~0x1FFF).view(torch.float32)
+        if bool(wide.sum().isnan()):  # the quickest look for a NaN, which without its low bits may be an infinity
+            cut = torch.where(wide.isnan(), wide, cut)
+        wide = cut
     elif format == "hf32":
         bits = wide.view(torch.int32)
         nearest = (bits + 0x7FF + ((bits >> 12) & 1)) & ~0xFFF
@@ -61,8 +64,13 @@ def multiply(
                 part = twin.multiply(a, b, torch.zeros((), dtype=a.dtype).expand(B, M, N), unit, least)
             else:
                 part = native.multiply(library, a, b, None, unit, least)
-            of_slice = part if of_slice is None else of_slice + part
+            of_slice = part if of_slice is None else _sum(of_slice, part, unit)
         assert of_slice is not None
-        total = of_slice if total is None else total + of_slice
+        total = of_slice if total is None else _sum(total, of_slice, unit)
     assert total is not None
     return total
+
+
+def _sum(x: torch.Tensor, y: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
+    with twin.subnormals():
+        return twin.with_one_nan(x + y, unit)

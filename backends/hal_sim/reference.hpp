@@ -87,6 +87,13 @@ inline float rounded(double value, int result) {
     return static_cast<float>(value < 0 ? -kept : kept);
 }
 
+// The one NaN that the unit puts out: 0x7fffffff is NVIDIA's. Plain arithmetic on a CPU would have others, of which the
+// operands and the kind of processor decide.
+inline float nan_of(const Unit& unit) {
+    if (unit.kind != kTruncated) return float_of(0x7fc00000);
+    return float_of(unit.result == kFloat16 ? 0x7fffe000 : 0x7fffffff);
+}
+
 // What a sum with NaN or infinities among its terms is. Returns whether there are any.
 template <class A, class B>
 bool is_special(const Unit& unit, A a, B b, int count, float c, float* d) {
@@ -103,7 +110,7 @@ bool is_special(const Unit& unit, A a, B b, int count, float c, float* d) {
     }
     if (!special) return false;
     if (nan || (up && down)) {
-        *d = float_of(unit.kind == kFloored ? 0x7fc00000 : unit.result == kFloat16 ? 0x7fffe000 : 0x7fffffff);
+        *d = nan_of(unit);
     } else {
         *d = up ? INFINITY : -INFINITY;
     }
@@ -214,7 +221,7 @@ inline float dot(const Unit& unit, const float* a, int64_t stride_a, const float
         c = step(
             unit, [=](int i) { return a[(k + i) * stride_a]; }, [=](int i) { return b[(k + i) * stride_b]; }, left, c);
     }
-    return c;
+    return std::isnan(c) ? nan_of(unit) : c;
 }
 
 }  // namespace hal_sim

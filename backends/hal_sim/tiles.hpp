@@ -142,12 +142,12 @@ private:
     }
 
     void end(int64_t tile, int64_t panel, const Tile& sums) {
-        const float up = std::ldexp(1.0f, scale(tile, panel));
+        const float up = std::ldexp(1.0f, scale(tile, panel)), nan = nan_of(unit_);
         for (int r = 0; r < rows_of(tile); ++r) {
             float row[kColumns];
             std::memcpy(row, &sums[r], sizeof row);
             float* d = &p_.d_at(at_, tile * kRows + r, panel * kColumns);
-            for (int j = 0; j < columns_of(panel); ++j) d[j] = row[j] * up;
+            for (int j = 0; j < columns_of(panel); ++j) d[j] = row[j] == row[j] ? row[j] * up : nan;
         }
     }
 

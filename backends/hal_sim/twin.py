@@ -39,21 +39,41 @@ def multiply(
     Returns:
         A tensor like c.
     """
-    with _subnormals():
-        return _multiply(a_BMK, b_BKN, c_BMN, unit, min_exponents)
+    with subnormals():
+        return with_one_nan(_multiply(a_BMK, b_BKN, c_BMN, unit, min_exponents), unit)
 
 
 @contextlib.contextmanager
-def _subnormals() -> Iterator[None]:
-    """Keep subnormals for a while, if the program flushes them: torch does not say so, and is asked by an example."""
-    flushing = bool(torch.tensor([2.0**-140]).mul(1.0).eq(0.0))
-    if flushing:
-        torch.set_flush_denormal(False)
+def subnormals() -> Iterator[None]:
+    """Keep subnormals for a while, if the program flushes them: torch does not say so, and is asked by an example.
+
+    Only this thread can be told to. Others, which torch started while it flushed, go on doing so, and are done without.
+    """
+    flushing = bool(torch.tensor([2.0**-140], dtype=torch.float32, device="cpu").mul(1.0).eq(0.0))
+    if not flushing:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
-        if flushing:
-            torch.set_flush_denormal(True)
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(True)
+
+
+def with_one_nan(x: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:
+    """Put the unit's NaN wherever x has one, and return x: a CPU's arithmetic has many, each kind of CPU its own."""
+    bits = x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+    bits.masked_fill_(x.isnan(), _nan(unit))
+    return x
+
+
+def _nan(unit: MatrixUnit) -> int:
+    if unit.result == "float64":
+        return 0x7FF8000000000000
+    return 0x7FC00000 if unit.kind != "truncated" else 0x7FFFE000 if unit.result == "float16" else 0x7FFFFFFF
 
 
 def _multiply(
@@ -283,8 +303,7 @@ def _with_specials(
     """Put NaN and infinities where the sum has one among its terms, or a product is at least `limit`."""
     products = torch.where(products.abs() >= limit, torch.inf * products.sign(), products)
     total = torch.where(products.isfinite(), 0.0, products).sum(2) + torch.where(c.isfinite(), 0.0, c)
-    nan = 0x7FC00000 if unit.kind == "floored" else 0x7FFFE000 if unit.result == "float16" else 0x7FFFFFFF
-    code = torch.tensor(nan, dtype=torch.int32).view(torch.float32)
+    code = torch.tensor(_nan(unit), dtype=torch.int32).view(torch.float32)
     return torch.where(total.isnan(), code, torch.where(total.isinf(), total.float(), result))
 
 

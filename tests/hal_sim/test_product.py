@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products as a device computes them: pieces of K, empty matrices, formats of float32 units."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -37,6 +41,52 @@ def test_pieces_are_added_in_float32_in_the_order_of_k():
     assert torch.equal(found, expected)
     assert torch.equal(product.multiply(a, b, HOPPER, BFLOAT16, Schedule(promote=128)), expected)
     assert not torch.equal(product.multiply(a, b, HOPPER, BFLOAT16), expected)
+
+
+# In a process of its own, since threads that begin while torch flushes do so for good.
+FLUSHING = """
+import torch
+from hal.matrix_unit import MATRIX_UNITS
+from hal_sim import native, product
+from hal_sim.schedule import Schedule
+
+torch.set_num_threads(2)
+a, b = torch.zeros(1, 210, 128).bfloat16(), torch.zeros(1, 128, 210).bfloat16()
+a[:, :, ::64], b[:, ::64] = 2.0**-70, 2.0**-66  # more elements than torch gives to one thread
+compiled = native.library()
+if torch.set_flush_denormal(True):
+    torch.ones(1 << 20).add(1.0)
+    for library in (compiled, None):
+        native.library = lambda: library
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            for text in ("splitk=2", "promote=64"):
+                found = product.multiply(
+                    a, b, MATRIX_UNITS["sm_90"]["bfloat16"], ("bfloat16", "bfloat16"), Schedule.parse(text)
+                )
+                lost = int((found.view(torch.int32) != 1 << 14).sum())  # 2^-135, in units of 2^-149
+                assert not lost, (library, dtype, text, lost)
+    assert torch.get_num_threads() == 2
+    assert torch.tensor(2.0**-140, dtype=torch.float32).mul(1.0).eq(0.0)  # as the caller has set it
+"""
+
+
+def test_sums_of_pieces_keep_subnormals_whatever_the_caller_has_set():
+    done = subprocess.run(
+        [sys.executable, "-c", FLUSHING], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
+def test_infinities_of_pieces_that_cancel_are_the_units_nan(architecture):
+    a, b = torch.ones(1, 1, 128), torch.ones(1, 128, 40)
+    a[0, 0, 0], a[0, 0, 64] = torch.inf, -torch.inf
+    for format, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        unit = MATRIX_UNITS[architecture][format]
+        found = product.multiply(a.to(dtype), b.to(dtype), unit, (format,) * 2, Schedule(split_k=2))
+        assert (found.view(torch.int32) == (0x7FFFFFFF if unit.kind == "truncated" else 0x7FC00000)).all()
 
 
 def test_a_slice_that_is_promoted_is_summed_by_itself():
@@ -86,6 +136,11 @@ def test_tf32_units_cut_what_they_take_in_and_hf32_rounds_it():
     rounded = product.operand(x, "hf32")
     assert rounded[:4].tolist() == [1 + 2.0**-9, 2.0**-136, torch.inf, -1 - 2.0**-10]  # ties to even, at 11 bits
     assert rounded[4].isnan()
+    low = torch.tensor([0x7F800001, 0x7F801FFF, -0x7FFFFF], dtype=torch.int32).view(torch.float32)  # by low bits alone
+    for format in ("tf32", "hf32"):
+        assert product.operand(low, format).isnan().all()
+        assert product.operand(torch.tensor([torch.inf, -torch.inf]), format).isinf().all()
+        assert not product.operand(torch.empty(0, 3), format).numel()
 
 
 @pytest.mark.parametrize("architecture", sorted(MATRIX_UNITS))

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled library: built at first use by the system's compiler, kept in a folder of the user's, checked when read.
 
-A folder in the cache is named after what was compiled, by what and for which processor, and holds the library and its
-digest. It is made under another name and renamed, so that two processes that build at once do not disturb each other,
-and one that is killed leaves nothing that looks complete.
+A folder in the cache is named after what was compiled, by what, with which flags and for which processor, and holds the
+library and its digest. It is made under another name and renamed, so that two processes that build at once do not
+disturb each other, and one that is killed leaves nothing that looks complete.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,6 +22,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger("hal")
 
 SOURCES = tuple(
     Path(__file__).parent / name
@@ -46,8 +50,11 @@ class BuildFailed(Exception):
     """No library: why is the text."""
 
 
-def compiled() -> Path:
+def compiled(*, anew: bool = False) -> Path:
     """Return the path of the library, which is compiled if no earlier process has left it.
+
+    Args:
+        anew: compile it in any case, and replace what was left.
 
     Raises:
         BuildFailed: there is no compiler, or it fails.
@@ -55,36 +62,42 @@ def compiled() -> Path:
     compiler = _compiler()
     target = _target()
     key = hashlib.sha256()
-    for part in (*(source.read_bytes() for source in SOURCES), _version(compiler).encode(), " ".join(target).encode(),
-                 _processor().encode()):  # fmt: skip
+    texts = (_version(compiler), " ".join((*_FLAGS, *target)), _processor())
+    for part in (*(source.read_bytes() for source in SOURCES), *(text.encode(errors="surrogateescape") for text in texts)):
         key.update(len(part).to_bytes(8, "little") + part)
     kept = f"sim-{key.hexdigest()[:24]}"
     for folder in _folders():
         complete = folder / kept
-        if _is_intact(complete):
+        if not anew and _is_intact(complete):
             return complete / LIBRARY
-        with contextlib.suppress(OSError):  # read-only, or full: the next one
-            return _build(compiler, target, folder, complete)
+        try:
+            return _build(compiler, target, folder, complete, anew=anew)
+        except OSError as error:  # read-only, say: the next one; a compiler that finds no space there has failed
+            _pass_over(folder, str(error))
     raise BuildFailed("no folder can be written to, neither the cache nor a temporary one")
 
 
-def _build(compiler: list[str], target: tuple[str, ...], folder: Path, complete: Path) -> Path:
+def _build(compiler: list[str], target: tuple[str, ...], folder: Path, complete: Path, *, anew: bool) -> Path:
     for left in folder.glob(f"{_UNFINISHED}*"):  # by a process that was killed: nothing takes so long
-        if time.time() - left.stat().st_mtime > 2 * _TIMEOUT_S:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(OSError):  # or by one that has just ended
+            if time.time() - left.stat().st_mtime > 2 * _TIMEOUT_S:
+                shutil.rmtree(left, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))  # mode 0700
+    replaced = made.with_name(f"{made.name}-replaced")
     try:
         command = [*compiler, *_FLAGS, *target, str(SOURCES[0]), "-o", str(made / LIBRARY)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            done = _run(command, _TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"{compiler[0]} cannot be run: {error}") from error
         if done.returncode or not (made / LIBRARY).is_file():
             said = (done.stderr or done.stdout).strip().splitlines()
             raise BuildFailed(f"{compiler[0]} ended with status {done.returncode}: {said[0] if said else 'no message'}")
         (made / DIGEST).write_text(_digest(made / LIBRARY))
-        if complete.exists() and not _is_intact(complete):
-            shutil.rmtree(complete, ignore_errors=True)
+        if complete.exists() and (anew or not _is_intact(complete)):
+            # Away before it is removed: another process may have put a good one there meanwhile, and be loading it.
+            with contextlib.suppress(OSError):
+                complete.rename(replaced)
         try:
             made.rename(complete)
         except OSError:
@@ -93,11 +106,19 @@ def _build(compiler: list[str], target: tuple[str, ...], folder: Path, complete:
         return complete / LIBRARY
     finally:
         shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _run(command: list[str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    # A compiler's messages are in whatever encoding its locale has.
+    return subprocess.run(
+        command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, check=False
+    )
 
 
 def _is_intact(complete: Path) -> bool:
     try:
-        return _is_ours(complete) and (complete / DIGEST).read_text().strip() == _digest(complete / LIBRARY)
+        return _mistrust(complete) is None and (complete / DIGEST).read_text().strip() == _digest(complete / LIBRARY)
     except (OSError, ValueError):
         return False
 
@@ -119,11 +140,17 @@ def cache_folder() -> Path:
 
 def _folders() -> Iterator[Path]:
     """Yield folders of which nobody else can write to: the cache, and if it is not to be had, one for this process."""
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
+    with contextlib.suppress(RuntimeError):  # there is no home
         folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if _is_ours(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            why = _mistrust(folder)
+        except OSError as error:
+            why = str(error)
+        if why is None:
             yield folder
+        else:
+            _pass_over(folder, why)
     with contextlib.suppress(OSError):
         import atexit
 
@@ -132,12 +159,27 @@ def _folders() -> Iterator[Path]:
         yield temporary
 
 
-def _is_ours(folder: Path) -> bool:
-    """Return whether nobody but this user can put a library there."""
+def _mistrust(folder: Path) -> str | None:
+    """Return why somebody else than this user and root can put a library there, or None."""
     found = folder.stat()
     if not hasattr(os, "getuid"):
-        return True
-    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return None
+    if found.st_uid not in (os.getuid(), 0):
+        return f"it belongs to another user ({found.st_uid})"
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write to it (mode {stat.S_IMODE(found.st_mode):o})"
+    return None
+
+
+def _pass_over(folder: Path, why: str) -> None:
+    named = os.environ.get("HAL_CACHE")
+    if named and folder == Path(named):  # the default one may be missing: not a user's mistake
+        _warn(f"HAL_CACHE cannot be used: {folder}: {why}; each process compiles the simulated matrix units for itself")
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    log.warning("%s", text)
 
 
 # By what -------------------------------------------------------------------------------------------------------------
@@ -145,8 +187,11 @@ def _is_ours(folder: Path) -> bool:
 
 def _compiler() -> list[str]:
     named = os.environ.get("CXX")
-    if named is not None:
-        words = shlex.split(named)
+    if named:
+        try:
+            words = shlex.split(named)
+        except ValueError as error:
+            raise BuildFailed(f"CXX names no compiler: {named!r}: {error}") from error
         if not words or shutil.which(words[0]) is None:
             raise BuildFailed(f"CXX names no compiler: {named!r}")
         return words
@@ -158,7 +203,7 @@ def _compiler() -> list[str]:
 
 def _version(compiler: list[str]) -> str:
     try:
-        done = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=60, check=False)
+        done = _run([*compiler, "--version"], 60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BuildFailed(f"{compiler[0]} cannot be run: {error}") from error
     return f"{compiler} {shutil.which(compiler[0])} {done.stdout}"

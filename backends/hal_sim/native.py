@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -52,10 +53,7 @@ def library() -> Any:
     if asked == "torch":
         return None
     try:
-        try:
-            found = ctypes.CDLL(str(build.compiled()))
-        except OSError as error:  # it is intact, and the loader refuses it
-            raise build.BuildFailed(str(error)) from error
+        found = _loaded()
         for name in ("hal_sim_multiply", "hal_sim_reference", "hal_sim_fused_float64"):
             getattr(found, name).restype = ctypes.c_int
         if not _is_sound(found):
@@ -66,6 +64,18 @@ def library() -> Any:
         log.warning("simulated matrix units run in torch's own operators, some 40 times slower: %s", error)
         return None
     return found
+
+
+def _loaded() -> Any:
+    library = build.compiled()
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(library))
+    # The loader refuses what is intact: it was made for another system, or another process is just replacing it.
+    library = build.compiled(anew=True)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise build.BuildFailed(str(error)) from error
 
 
 def multiply(

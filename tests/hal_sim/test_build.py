@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -52,13 +53,16 @@ def test_it_is_compiled_once_and_kept_where_only_its_user_writes(compiler, tmp_p
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.parent.name]  # nothing unfinished
 
 
-def test_another_compiler_or_another_source_is_another_library(compiler, monkeypatch, tmp_path):
+def test_other_sources_or_flags_are_another_library(compiler, monkeypatch, tmp_path):
     compiler()
     first = build.compiled()
     changed = tmp_path / "matrix_unit.cpp"
     changed.write_text(build.SOURCES[0].read_text() + "// changed\n")
     monkeypatch.setattr(build, "SOURCES", (changed, *build.SOURCES[1:]))
-    assert build.compiled() != first
+    second = build.compiled()
+    assert second != first
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, "-DANOTHER"))
+    assert build.compiled() not in (first, second)
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut off", "no digest", "empty folder"])
@@ -88,6 +92,86 @@ def test_a_library_that_others_could_have_written_is_not_loaded(compiler, tmp_pa
     assert not build.compiled().is_relative_to(tmp_path / "cache")
 
 
+def test_what_is_replaced_is_moved_away_first(compiler, monkeypatch, tmp_path):
+    # Another process may find the damage, too, and have put a good library there in the moment between look and removal.
+    calls = compiler()
+    complete = build.compiled().parent
+    (complete / build.DIGEST).unlink()
+    removed, remove = [], shutil.rmtree
+
+    def noted(path, **options):
+        removed.append(path)
+        assert path == complete or not path.exists() or complete.exists()
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", noted)
+    assert build.compiled().parent == complete
+    assert calls() == 2
+    assert removed
+    assert complete not in removed
+    assert list((tmp_path / "cache").iterdir()) == [complete]
+
+
+def test_a_build_that_ends_while_another_looks_for_left_ones_is_no_matter(compiler, monkeypatch, tmp_path):
+    compiler()
+    (tmp_path / "cache" / ".building-x").mkdir(parents=True)
+    (tmp_path / "cache").chmod(0o700)
+    listed = Path.glob
+
+    def glob(folder, pattern):
+        for path in listed(folder, pattern):
+            path.rmdir()
+            yield path
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert build.compiled().is_relative_to(tmp_path / "cache")
+
+
+def test_a_cache_of_roots_is_read(compiler, monkeypatch, tmp_path):
+    calls = compiler()
+    library = build.compiled()
+    found = Path.stat
+
+    def owned_by(user):
+        def stat(path, **options):
+            fields = list(found(path, **options))[:10]
+            fields[4] = user
+            return os.stat_result(fields)
+
+        return stat
+
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    monkeypatch.setattr(Path, "stat", owned_by(54321))
+    assert build._mistrust(library.parent) == "it belongs to another user (54321)"
+    monkeypatch.setattr(Path, "stat", owned_by(0))
+    assert build.compiled() == library
+    assert calls() == 1
+
+
+@pytest.mark.parametrize("fault", ["mode", "owner", "file"])
+def test_a_cache_that_is_named_and_cannot_be_used_is_said_once(fault, compiler, monkeypatch, tmp_path, caplog):
+    compiler()
+    cache = tmp_path / "cache"
+    if fault == "file":
+        cache.write_text("")
+        words = "File exists"
+    else:
+        cache.mkdir(mode=0o700)
+        if fault == "mode":
+            cache.chmod(0o775)
+            words = r"others can write to it (mode 775)"
+        else:
+            mistrust = build._mistrust
+            monkeypatch.setattr(build, "_mistrust", lambda folder: "it is his" if folder == cache else mistrust(folder))
+            words = "it is his"
+    for _ in range(2):
+        assert not build.compiled().is_relative_to(cache)
+    assert native.library() is not None
+    (record,) = caplog.records
+    assert f"HAL_CACHE cannot be used: {cache}: " in record.getMessage()
+    assert words in record.getMessage()
+
+
 def test_a_cache_that_cannot_be_written_to_is_done_without(compiler, tmp_path, monkeypatch):
     calls = compiler()
     (tmp_path / "file").write_text("")
@@ -100,8 +184,8 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(compiler, tmp_path, m
 
 @pytest.mark.parametrize(
     ("variable", "words"),
-    [("/no/such/c++", "CXX names no compiler"), ("", "CXX names no compiler"), ("false", "ended with status 1"),
-     ("true", "ended with status 0")],
+    [("/no/such/c++", "CXX names no compiler"), (" ", "CXX names no compiler"), ('g++ "', "No closing quotation"),
+     ("/no/such/\udcfc", "CXX names no compiler"), ("false", "ended with status 1"), ("true", "ended with status 0")],
 )  # fmt: skip
 def test_without_a_compiler_torch_computes_and_it_is_said_once(variable, words, compiler, monkeypatch, caplog):
     compiler()
@@ -117,6 +201,23 @@ def test_without_a_compiler_torch_computes_and_it_is_said_once(variable, words, 
         native.library()
 
 
+def test_an_empty_name_is_none(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    ordinary = build._compiler()
+    monkeypatch.setenv("CXX", "")
+    assert build._compiler() == ordinary
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_compilers_message_may_be_in_any_encoding(status, compiler, real, monkeypatch, caplog):
+    compiler(f'printf "warnung: \\374ber\\n" >&2; cp "{real}" "$out"; exit {status}')
+    script = Path(os.environ["CXX"])
+    script.write_text(script.read_text().replace("echo 1.0", 'printf "\\374 1.0"'))
+    assert (native.library() is None) == bool(status)
+    assert ("status 3: warnung: \ufffdber" in caplog.text) == bool(status)
+    assert len(caplog.records) == bool(status)
+
+
 def test_the_first_line_of_a_compilers_message_is_passed_on(compiler):
     compiler('echo "matrix_unit.cpp:1: error: no such instruction" >&2; echo more >&2; exit 3')
     with pytest.raises(build.BuildFailed, match=r"status 3: matrix_unit.cpp:1: error: no such instruction$"):
@@ -124,8 +225,10 @@ def test_the_first_line_of_a_compilers_message_is_passed_on(compiler):
 
 
 def test_what_the_loader_refuses_or_what_computes_wrongly_is_not_used(compiler, caplog, monkeypatch, tmp_path):
-    compiler('echo no library > "$out"')
+    calls = compiler('echo no library > "$out"')
     assert native.library() is None
+    assert calls() == 2  # once more, and not again and again
+    assert len(caplog.records) == 1
     assert "invalid ELF header" in caplog.text or "file too short" in caplog.text
     native.library.cache_clear()
     monkeypatch.setenv("HAL_CACHE", str(tmp_path / "another"))
@@ -133,6 +236,18 @@ def test_what_the_loader_refuses_or_what_computes_wrongly_is_not_used(compiler, 
     monkeypatch.setattr(native.twin, "multiply", lambda a, b, c, unit, least: c + a @ b + 1e-3)
     assert native.library() is None
     assert "does not compute what it should" in caplog.text
+
+
+def test_what_is_intact_and_refused_by_the_loader_is_built_anew_once(compiler, caplog, tmp_path, real):
+    calls = compiler()
+    library = build.compiled()
+    library.write_text("no library")
+    (library.parent / build.DIGEST).write_text(build._digest(library))
+    assert native.library() is not None
+    assert not caplog.records
+    assert calls() == 2
+    assert library.read_bytes() == real.read_bytes()
+    assert list((tmp_path / "cache").iterdir()) == [library.parent]
 
 
 def test_torch_can_be_asked_for(compiler, monkeypatch, caplog):

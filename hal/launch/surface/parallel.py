@@ -18,6 +18,7 @@ from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.surface import cuda_comm
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -30,6 +31,9 @@ def install(redirection: Redirection, patches: Patches) -> None:
         return
     import torch
 
+    _data_parallel(patches, torch.nn.DataParallel)
+    for pieces in (Scatter, Gather):
+        patches.set(sys.modules["torch.nn.parallel.scatter_gather"], pieces.__name__, pieces)
     if not hasattr(torch.cpu.Stream, "synchronize"):  # which parameters that stay on the host wait for
         patches.set(torch.cpu.Stream, "synchronize", lambda self: None)
     name, module = "_check_module_states_for_sync_module_states", "torch.distributed.fsdp._init_utils"
@@ -97,10 +101,22 @@ def _parallel(patches: Patches, owner: Any) -> None:
     def put(self: Any, value: Any) -> None:
         self.__dict__["device_ids"] = value
 
+    def output(self: Any) -> Any:
+        r = _asked_by_program()
+        true, asked = self.__dict__["output_device"], self.__dict__.get("_hal_device_ids")
+        if r is None or r.hosts is None or not asked:
+            return true
+        given = self.__dict__.get("_hal_output_device")
+        return r.index(asked[0] if given is None else given)
+
+    def put_output(self: Any, value: Any) -> None:
+        self.__dict__["output_device"] = value
+
     @functools.wraps(own_init)
-    def init(self: Any, module: Any, device_ids: Any = None, *args: Any, **kwargs: Any) -> None:
-        own_init(self, module, device_ids, *args, **kwargs)
-        self.__dict__["_hal_device_ids"] = device_ids
+    def init(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, *args: Any,
+             **kwargs: Any) -> None:  # fmt: skip
+        own_init(self, module, device_ids, output_device, *args, **kwargs)
+        self.__dict__["_hal_device_ids"], self.__dict__["_hal_output_device"] = device_ids, output_device
 
     def check(self: Any, hook: Any) -> None:
         if state._active is not None and callable(hook):
@@ -119,8 +135,68 @@ def _parallel(patches: Patches, owner: Any) -> None:
     patches.set(owner, "__init__", init)
     patches.set(owner, "device_type", _told("device_type", _type))
     patches.set(owner, "device_ids", property(indices, put))
+    patches.set(owner, "output_device", property(output, put_output))
     patches.set(owner, "_check_comm_hook", check)
     patches.set(owner, "_passing_sync_batchnorm_handle", norms)
+
+
+def _data_parallel(patches: Patches, owner: Any) -> None:
+    """One process with several devices: on a CPU torch knows of none, and hands its inputs to the module."""
+    own_init = owner.__init__
+
+    def indices(self: Any) -> Any:
+        r = _asked_by_program()
+        true, told = self.__dict__["device_ids"], self.__dict__.get("_hal_device_ids")
+        return true if r is None or told is None else list(told)
+
+    def put(self: Any, value: Any) -> None:
+        self.__dict__["device_ids"] = value
+
+    @functools.wraps(own_init)
+    def init(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, dim: int = 0) -> None:
+        import torch
+
+        own_init(self, module, device_ids, output_device, dim)
+        r = state._active
+        if r is None or not r.devices:
+            return
+        asked = range(len(r.devices)) if device_ids is None else device_ids
+        told: Any = [r.index(device) for device in asked]
+        output = asked[0] if output_device is None else output_device
+        self.__dict__["_hal_device_ids"] = told
+        self.dim = dim
+        self.output_device = -1 if output == -1 else r.index(output)  # -1 is the host here
+        self.src_device_obj = torch.device("cuda", told[0])
+        if len(told) == 1:
+            self.module.to(self.src_device_obj)
+
+    del init.__wrapped__
+    patches.set(owner, "__init__", init)
+    patches.set(owner, "device_ids", property(indices, put))
+
+
+class Scatter:
+    """Pieces on each device: what a program's own DataParallel calls. torch's is of CUDA's own code."""
+
+    @staticmethod
+    def apply(devices: Any, sizes: Any, dim: int, tensor: Any) -> Any:
+        """Return the pieces; gradients go through."""
+        r = state._active
+        assert r is not None
+        return cuda_comm.scatter(r, tensor, devices, sizes, dim)
+
+
+class Gather:
+    """The pieces in one again."""
+
+    @staticmethod
+    def apply(device: Any, dim: int, *tensors: Any) -> Any:
+        """Return the whole; of numbers a vector, as torch does, which warns of it."""
+        r = state._active
+        assert r is not None
+        if dim == 0 and all(tensor.dim() == 0 for tensor in tensors):
+            tensors = tuple(tensor.view(1) for tensor in tensors)
+        return cuda_comm.gather(r, tensors, dim, device)
 
 
 # NCCL's options ------------------------------------------------------------------------------------------------------

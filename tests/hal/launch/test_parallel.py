@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parallel and sharded models on ranks of a CPU, in the forms in which programs for CUDA write them."""
 
+import copy
 import importlib
+import io
+import pickle
 import sys
 
 import pytest
@@ -71,7 +74,12 @@ def test_parallel_models_say_cuda_and_take_what_they_take_there(program):
     assert is_cuda(wrapped.device_type) and wrapped.device_ids == [rank]
     wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
     assert falls(wrapped)
-    assert DDP(model().cuda()).device_ids is None
+    assert wrapped.output_device == rank
+    assert DDP(model().cuda(), device_ids=[device]).output_device == rank
+    assert DDP(model().cuda(), [rank], torch.device("cuda", rank)).output_device == rank
+    assert DDP(model().cuda()).device_ids is None and DDP(model().cuda()).output_device is None
+    assert nn.DataParallel(model()).device_ids == [0, 1] and nn.DataParallel(model(), [rank]).device_ids == [rank]
+    assert nn.DataParallel(model(), [1]).src_device_obj == torch.device("cuda:1")
     assert init_device_mesh("cuda", (2,)).device_type == DeviceMesh("cuda", [0, 1]).device_type == "cuda"
     assert init_device_mesh("cpu", (2,)) is not None
     wrapped = DDP(model().cuda(), device_ids=[rank])
@@ -171,6 +179,52 @@ def program_of_one():
         yield importlib.import_module("torch")
 
 
+@pytest.mark.parametrize("given", [{}, {"device_ids": [0], "output_device": 0}, {"device_ids": ["cuda:0"]}])
+def test_data_parallel_says_which_devices_it_has(given, program_of_one):
+    t = program_of_one
+    layer = t.nn.Linear(2, 3).cpu()
+    wrapped = t.nn.DataParallel(layer, **given)
+    assert layer.weight.is_cuda  # moved there, as on CUDA with one device
+    stream = io.BytesIO()
+    t.save(wrapped, stream)
+    stream.seek(0)
+    for each in (
+        wrapped,
+        copy.deepcopy(wrapped),
+        pickle.loads(pickle.dumps(wrapped)),
+        t.load(stream, weights_only=False),
+    ):
+        assert each.device_ids == [0]
+        assert (each.output_device, each.dim, each.src_device_obj) == (0, 0, t.device("cuda:0"))
+        assert list(each.state_dict()) == ["module.weight", "module.bias"]
+        assert each(t.ones(4, 2)).shape == (4, 3)
+        assert each(t.ones(4, 2, device="cuda")).is_cuda
+    assert t.nn.DataParallel(layer, output_device=-1).output_device == -1
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        t.nn.DataParallel(layer, device_ids=[0, 1])
+    compiled = t.compile(wrapped, backend="eager")
+    assert compiled(t.ones(4, 2, device="cuda")).shape == (4, 3)
+
+    class Own(t.nn.DataParallel):
+        def forward(self, *inputs, **kwargs):
+            scattered, kwargs = self.scatter(inputs, kwargs, self.device_ids)
+            return self.module(*scattered[0], **kwargs[0])
+
+    x = t.ones(4, 2, device="cuda", requires_grad=True)
+    Own(layer)(x).sum().backward()
+    assert x.grad.shape == (4, 2)
+    whole = wrapped.gather([t.ones(2, device="cuda"), t.zeros(1, device="cuda")], wrapped.output_device)
+    assert whole.tolist() == [1, 1, 0]
+    assert wrapped.gather([t.tensor(1.0, device="cuda"), t.tensor(2.0, device="cuda")], 0).tolist() == [1, 2]
+
+
+def test_a_data_parallel_model_works_on_after_a_release():
+    with hal.adopt("cpu"):
+        wrapped = importlib.import_module("torch").nn.DataParallel(torch.nn.Linear(2, 3))
+    assert wrapped.device_ids == []
+    assert wrapped(torch.ones(4, 2)).shape == (4, 3)
+
+
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "RMSprop", "Rprop"])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_an_optimiser_that_a_graph_could_capture_trains(kind, foreach, program_of_one):
@@ -198,7 +252,16 @@ def test_a_release_puts_the_classes_back():
         torch.nn.SyncBatchNorm,
         sys.modules["torch.optim.adam"],
     )
-    owners = (parallel, norm, adam, sharded, torch.cpu.Stream, torch.distributed.DeviceMesh)
+    owners = (
+        sys.modules["torch.nn.parallel.scatter_gather"],
+        parallel,
+        torch.nn.DataParallel,
+        norm,
+        adam,
+        sharded,
+        torch.cpu.Stream,
+        torch.distributed.DeviceMesh,
+    )
     before = [dict(vars(owner)) for owner in owners]
     with hal.adopt("cpu"):
         assert [dict(vars(owner)) for owner in owners] != before

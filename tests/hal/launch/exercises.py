@@ -199,6 +199,8 @@ EXERCISES = {
         "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False",
     "torch.backends.cuda.enable_flash_sdp": "torch.backends.cuda.enable_flash_sdp(True)",
     "torch.backends.cuda.enable_mem_efficient_sdp": "torch.backends.cuda.enable_mem_efficient_sdp(True)",
+    "torch.backends.cuda.cufft_plan_cache":
+        "c = torch.backends.cuda.cufft_plan_cache; c.clear(); c.max_size = 8; assert (c.size, c[0].max_size) == (0, 8)",
     "torch.set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",
     "optimizer fused=True":
         "m = torch.nn.Linear(2, 2).cuda(); o = torch.optim.AdamW(m.parameters(), fused=True); "

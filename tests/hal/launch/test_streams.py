@@ -67,6 +67,22 @@ def test_memory_and_properties_have_what_programs_read(program):
         assert isinstance(getattr(properties, name), int)
 
 
+def test_the_cache_of_ffts_plans_keeps_its_size(program):
+    cache = program.backends.cuda.cufft_plan_cache
+    assert (cache.size, cache.max_size, cache[0].max_size, cache["cuda:0"].max_size) == (0, 4096, 4096, 4096)
+    cache.clear()
+    cache[0].max_size = 3
+    assert program.backends.cuda.cufft_plan_cache.max_size == 3
+    cache.max_size = 0
+    assert cache[program.device("cuda")].max_size == 0
+    program.fft.fft(program.ones(4, device="cuda"))
+    for wrong in (lambda: setattr(cache, "size", 1), lambda: setattr(cache, "max_size", -1), lambda: cache[1]):
+        with pytest.raises(RuntimeError):
+            wrong()
+    with pytest.raises(AttributeError):
+        cache.no_such_name  # noqa: B018
+
+
 def test_running_out_of_memory_is_caught_by_cudas_name(program):
     def ran_out(kind):
         try:

@@ -34,9 +34,26 @@ def install(redirection: Redirection, patches: Patches) -> None:
         ("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState", "_root_pre_forward", _inputs_of_a_root),
         ("torch.distributed.fsdp._init_utils", "", "_move_states_to_device", _states),
         ("torch.distributed.fsdp._fully_shard._fsdp_init", "", "_move_states_to_device", _states),
+        ("torch.distributed.fsdp._state_dict_utils", "", "_common_unshard_post_state_dict_hook", _checkpoint),
     ):
         when_loaded(module, owner or name, functools.partial(_answered, patches, module, name, answer))
+    when_loaded("torch.distributed.fsdp._flat_param", "FlatParamHandle", functools.partial(_gathered, patches))
     _data_parallel(patches)
+
+
+def _gathered(patches: Patches, owner: Any) -> None:
+    """Copy the whole parameters that a sharded model offloads: it frees what they were gathered into at once."""
+    original = owner.flat_param_to
+
+    def flat_param_to(self: Any, *args: Any, **kwargs: Any) -> None:
+        r = state.active()
+        device = args[0] if args else kwargs.get("device")
+        if r is not None and r.hosts is not None and r.is_host(device) and not self.is_sharded(self.flat_param):
+            whole = self.flat_param.data
+            self.flat_param.data = r.hosts.moved(whole, whole, True)
+        original(self, *args, **kwargs)
+
+    patches.set(owner, "flat_param_to", flat_param_to)
 
 
 def _data_parallel(patches: Patches) -> None:
@@ -139,4 +156,24 @@ def _states(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
                 tensor.data = r.hosts.moved(tensor.data, tensor.data, False)
             else:
                 r.hosts.add_device(tensor)
+    return result
+
+
+def _checkpoint(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
+    # Of a sharded model: its parameters are copies by now, its buffers are not, since torch sees them on the host.
+    import torch
+    from torch.distributed.fsdp import _state_dict_utils as own
+    from torch.distributed.fsdp._common_utils import clean_tensor_name
+
+    model, prefix = call.arguments["fsdp_state"], call.arguments["prefix"]
+    if r.hosts is None or not model._state_dict_config.offload_to_cpu:
+        return result
+    for name, _, _ in own._param_name_infos(call.arguments["module"], model):
+        tensor = result.get(prefix + name)
+        if type(tensor) is torch.Tensor:
+            r.hosts.add(tensor)
+    for key in model._buffer_names:
+        name = prefix + clean_tensor_name(key)
+        if type(tensor := result.get(name)) is torch.Tensor:
+            result[name] = r.hosts.moved(tensor, tensor, True)
     return result

@@ -63,6 +63,70 @@ def test_sharded_models_take_what_they_take_on_cuda(program):
     """)  # fmt: skip
 
 
+def test_a_checkpoint_of_a_sharded_model_on_the_host_is_whole_and_its_own(program):
+    runs(program, """
+    import copy
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import FullOptimStateDictConfig, FullStateDictConfig, StateDictType
+    from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+    def normed():
+        torch.manual_seed(rank)
+        return nn.Sequential(nn.Linear(8, 300), FSDP(nn.BatchNorm1d(300), **how), nn.Linear(300, 4))
+
+    for original in False, True:
+        how = {"device_id": rank, "use_orig_params": original}
+        found = FSDP(normed(), sync_module_states=True, **how)
+        optimizer = torch.optim.AdamW(found.parameters(), lr=0.1)
+
+        def train(by, optimizer):
+            by(torch.arange(32.0, device=device).view(4, 8)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        train(found, optimizer)
+        with FSDP.state_dict_type(found, StateDictType.FULL_STATE_DICT):
+            plain = {name: tensor.clone() for name, tensor in found.state_dict().items()}
+        assert plain["0.weight"].shape == (300, 8) and plain["1.running_mean"].shape == (300,)
+        for only in True, False:
+            configs = (FullStateDictConfig(offload_to_cpu=True, rank0_only=only),
+                       FullOptimStateDictConfig(offload_to_cpu=True, rank0_only=only))
+            with FSDP.state_dict_type(found, StateDictType.FULL_STATE_DICT, *configs):
+                kept, states = found.state_dict(), FSDP.optim_state_dict(found, optimizer)
+            if only and rank:
+                assert kept == {}
+                continue
+            assert kept.keys() == plain.keys()
+            assert all(torch.equal(kept[name], plain[name]) for name in plain)
+            assert not any(tensor.is_cuda for tensor in kept.values())
+            assert kept["0.weight"].device.type == "cpu"
+        assert set(states["state"]) == {f"{index}.{name}" for index in range(3) for name in ("weight", "bias")}
+        before = copy.deepcopy(states)
+        train(found, optimizer)
+        assert all(torch.equal(kept[name], plain[name]) for name in kept)
+        for name, values in states["state"].items():
+            assert all(torch.equal(values[key], before["state"][name][key]) for key in values)
+
+        torch.save((plain, states) if rank == 0 else (), f"c{rank}.pt")
+        dist.barrier()
+        loaded = torch.load("c0.pt", map_location="cpu", weights_only=True)
+        again = FSDP(normed(), **how)
+        second = torch.optim.AdamW(again.parameters(), lr=0.1)
+        with FSDP.state_dict_type(again, StateDictType.FULL_STATE_DICT, *configs):
+            again.load_state_dict(loaded[0])
+            second.load_state_dict(FSDP.optim_state_dict_to_load(again, second, loaded[1]))
+        train(again, second)
+        with FSDP.state_dict_type(found, StateDictType.FULL_STATE_DICT):
+            want = {name: tensor.clone() for name, tensor in found.state_dict().items()}
+        with FSDP.state_dict_type(again, StateDictType.FULL_STATE_DICT):
+            assert all(torch.equal(want[name], tensor) for name, tensor in again.state_dict().items())
+        got = get_model_state_dict(found, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        assert rank or all(torch.equal(got[name], want[name]) for name in want)
+        with FSDP.summon_full_params(found, rank0_only=True, writeback=False, offload_to_cpu=True):
+            assert rank or torch.equal(found[0].weight, want["0.weight"])
+    """)  # fmt: skip
+
+
 def test_parallel_models_say_cuda_and_take_what_they_take_there(program):
     runs(program, """
     from torch.distributed.algorithms.ddp_comm_hooks import default_hooks

@@ -220,6 +220,10 @@ class Memory(Facet, abc.ABC):
         """
         return nbytes
 
+    def least_limit(self) -> int:
+        """Return the smallest limit in bytes that can be set now."""
+        return 1
+
     @final
     def limit(self, nbytes: int | None) -> None:
         """Let this process allocate at most `nbytes` on this device, until another call or `close()`.

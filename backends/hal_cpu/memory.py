@@ -140,6 +140,10 @@ class CpuMemory(Memory):
 
         return Switch("resource.RLIMIT_DATA", read, write)
 
+    def least_limit(self) -> int:
+        """Return what the process has mapped: the kernel takes nothing of it back."""
+        return max(1, mapped_bytes())
+
     def _limit_value(self, nbytes: int) -> int:
         import resource
 

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, final
 
-from hal.errors import UnsupportedOperation
+from hal.errors import ConfigError, UnsupportedOperation
 from hal.launch.api import api, refused, value
 from hal.launch.redirection import Redirection
 from hal.launch.surface.cuda_device import cuda_index
@@ -184,7 +184,8 @@ def record_memory_history(r: Redirection, *args: Any, **kwargs: Any) -> None:
     r.idle("torch.cuda.memory._record_memory_history", "this device's allocator keeps no history")
 
 
-@api("torch.cuda.set_per_process_memory_fraction", "torch.cuda.memory.set_per_process_memory_fraction")
+@api("torch.cuda.set_per_process_memory_fraction", "torch.cuda.memory.set_per_process_memory_fraction",
+     note="on a CPU of all that the process maps; a share that it has passed already is full from then on")  # fmt: skip
 def set_per_process_memory_fraction(r: Redirection, fraction: float, device: Any = None) -> None:
     """Limit this process's memory to a share of the device's."""
     if not isinstance(fraction, float):
@@ -193,7 +194,14 @@ def set_per_process_memory_fraction(r: Redirection, fraction: float, device: Any
         raise ValueError(f"Invalid fraction value: {fraction}. Allowed range: 0~1")
     index = cuda_index(r, device)
     memory = r.devices[index].memory
-    memory.limit(max(1, int(fraction * (memory.stats().total or 0))))
+    share = max(1, int(fraction * (memory.stats().total or 0)))
+    for attempts_left in reversed(range(8)):
+        try:  # CUDA takes a share that is smaller than what is in use, and then refuses the next allocation
+            memory.limit(max(share, memory.least_limit()))
+            break
+        except ConfigError:  # another thread has mapped more meanwhile
+            if not attempts_left or share > memory.least_limit():
+                raise
     r.kept[f"get_per_process_memory_fraction:{index}"] = fraction
 
 

@@ -202,6 +202,27 @@ def test_a_program_may_hide_the_devices_from_itself(program):
     assert "No CUDA GPUs are available" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's private memory")
+def test_a_share_of_the_memory_that_is_used_up_is_full_from_the_next_tensor_on(program):
+    done = program(
+        """
+        import torch
+        for share in 1e-9, 0.0:
+            torch.cuda.set_per_process_memory_fraction(share)
+            assert torch.cuda.get_per_process_memory_fraction() == share
+            try:
+                torch.empty(2**28, device="cuda")
+            except torch.cuda.OutOfMemoryError:
+                torch.cuda.empty_cache()
+            else:
+                raise AssertionError("a full device gave memory")
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.empty(2**28, device="cuda")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "count", "expected"),
     [("", 2, []), ("0", 2, [0]), ("1,0", 2, [1, 0]), ("0,5,1", 2, [0]), ("-1", 2, []), ("0,0", 2, []),

@@ -63,7 +63,8 @@ def compiled(*, anew: bool = False) -> Path:
     target = _target()
     key = hashlib.sha256()
     texts = (_version(compiler), " ".join((*_FLAGS, *target)), _processor())
-    for part in (*(source.read_bytes() for source in SOURCES), *(text.encode(errors="surrogateescape") for text in texts)):
+    said = (text.encode(errors="surrogateescape") for text in texts)
+    for part in (*(source.read_bytes() for source in SOURCES), *said):
         key.update(len(part).to_bytes(8, "little") + part)
     kept = f"sim-{key.hexdigest()[:24]}"
     for folder in _folders():

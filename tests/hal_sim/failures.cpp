@@ -68,9 +68,9 @@ static int pool() {
         const Problem warm = of_one_number(4, k);
         if (hal_sim_multiply(&unit, &warm, 1)) return 1;
     }
-    rlimit limit{size_t(110) << 20, size_t(110) << 20};  // of which the product needs some 96
+    rlimit limit{size_t(104) << 20, size_t(104) << 20};  // of which the product needs 80, and 16 at most
     setrlimit(RLIMIT_DATA, &limit);
-    const Problem problem = of_one_number(360, 1 << 16);
+    const Problem problem = of_one_number(320, 1 << 16);
     return hal_sim_multiply(&unit, &problem, 1);
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The compiled core where memory, or a number's range, ends. test_failures.py compiles it and calls it with the name of a
-// check; it ends with status 0, or says what went wrong.
+// The compiled core where memory, or a number's range, ends. test_failures.py compiles it and calls it with the name of
+// a check, which ends with status 0 if all is well.
 #include "matrix_unit.cpp"
 
 #include <sys/resource.h>

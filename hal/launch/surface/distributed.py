@@ -71,7 +71,7 @@ def new_group(r: Redirection, ranks: Any = None, timeout: Any = None, backend: A
     _bind(r, kwargs)
     group = dist.new_group(ranks, timeout, _backend(r, backend), *args, **kwargs)
     asked = backend if isinstance(backend, str) else _asked(r).get(dist.group.WORLD)
-    if asked is not None and group is not dist.GroupMember.NON_GROUP_MEMBER:
+    if asked is not None and isinstance(group, dist.ProcessGroup):  # other ranks get a number, or None
         _asked(r)[group] = asked.lower()
     return group
 
@@ -86,6 +86,17 @@ def get_backend(r: Redirection, group: Any = None) -> Any:
     if asked is not None:
         return dist.Backend(asked) if ":" not in asked else asked
     return dist.Backend("nccl") if true == library(r) and library(r) != "gloo" else true
+
+
+@api("torch.distributed.monitored_barrier", "torch.distributed.distributed_c10d.monitored_barrier")
+def monitored_barrier(r: Redirection, group: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """For a group that the program asked gloo for; with NCCL there is none, and a program would fail on the GPU."""
+    import torch.distributed as dist
+
+    whose = dist.group.WORLD if group is None else group
+    if isinstance(whose, dist.ProcessGroup) and _asked(r).get(whose, "gloo") != "gloo":
+        raise ValueError("monitored_barrier is only implemented for GLOO backend.")
+    return dist.monitored_barrier(group, *args, **kwargs)
 
 
 @api("torch.distributed.is_nccl_available", "torch.distributed.distributed_c10d.is_nccl_available", belief=True)

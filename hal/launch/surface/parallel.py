@@ -24,6 +24,7 @@ from hal.launch.surface import cuda_comm
 def install(redirection: Redirection, patches: Patches) -> None:
     """Change the classes and functions, once somebody loads them."""
     when_loaded("torch.distributed.device_mesh", "DeviceMesh", functools.partial(_mesh, patches))
+    when_loaded("torch.distributed.distributed_c10d", "ProcessGroup", functools.partial(_group, patches))
     when_loaded("torch.nn.parallel.distributed", "DistributedDataParallel", functools.partial(_parallel, patches))
     when_loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
                 lambda owner: patches.set(owner, "compute_device", _told("compute_device", _device)))  # fmt: skip
@@ -87,7 +88,27 @@ def _mesh(patches: Patches, owner: Any) -> None:
         found: str = true(self)
         return found if r is None else _type(r, found)
 
+    own_text = owner.__repr__
+
+    def text(self: Any) -> str:
+        r = state._active
+        found: str = own_text(self)
+        return found if r is None else found.replace(f"'{r.type}'", "'cuda'", 1)  # its dimensions have no quotes
+
     patches.set(owner, "device_type", property(device_type, doc=owner.device_type.__doc__))
+    patches.set(owner, "__repr__", text)
+
+
+def _group(patches: Patches, owner: Any) -> None:
+    own_name = owner.name
+
+    def name(self: Any) -> str:
+        r = _asked_by_program()
+        found: str = own_name(self)
+        # Of a group of several libraries CUDA names NCCL, too.
+        return "nccl" if r is not None and "nccl" in r.groups.get(self, "") else found
+
+    patches.set(owner, "name", name)
 
 
 def _parallel(patches: Patches, owner: Any) -> None:

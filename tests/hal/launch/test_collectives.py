@@ -110,3 +110,29 @@ def test_sharded_models_divide_their_gradients_by_what_the_program_says(program)
     model(torch.full((2, 4), 1.0 + rank, device="cuda")).sum().backward()
     assert model.weight.grad.to_local().tolist() == [[2.0] * 4] * 2  # (2 + 4) / 3
     """)  # fmt: skip
+
+
+def test_a_group_of_nccl_says_so_and_has_no_monitored_barrier(program):
+    run(program, """
+    from datetime import timedelta
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    gloo, both = dist.new_group(backend="gloo"), dist.new_group(backend="cpu:gloo,cuda:nccl")
+    names = dist.group.WORLD.name(), dist.new_group().name(), both.name(), gloo.name()
+    assert names == ("nccl", "nccl", "nccl", "gloo"), names
+    for group in None, dist.group.WORLD, both:
+        try:
+            dist.monitored_barrier(group)
+        except ValueError as error:
+            assert "only implemented for GLOO" in str(error)
+        else:
+            raise AssertionError("a barrier that NCCL has not")
+    dist.monitored_barrier(gloo, timeout=timedelta(seconds=60))
+    dist.monitored_barrier(dist.new_group([0], backend="gloo"))  # one of the two is no member
+    assert (dist.new_group([0], use_local_synchronization=True) is None) == (rank == 1)
+    mesh = init_device_mesh("cuda", (2,), mesh_dim_names=("cpu",))
+    assert "'cuda'" in str(mesh) and "'cpu'" not in str(mesh) and "cpu=2" in repr(mesh), str(mesh)
+    placed = distribute_tensor(torch.ones(2, device=device), mesh)
+    assert "'cpu'" not in str(placed), str(placed)
+    """)  # fmt: skip

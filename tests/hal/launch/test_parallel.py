@@ -325,6 +325,7 @@ def test_a_release_puts_the_classes_back():
         sharded,
         torch.cpu.Stream,
         torch.distributed.DeviceMesh,
+        torch.distributed.ProcessGroup,
     )
     before = [dict(vars(owner)) for owner in owners]
     with hal.adopt("cpu"):

@@ -2,7 +2,8 @@
 """Collectives of torch.distributed where gloo stands in for NCCL: what NCCL takes and gloo does not.
 
 NCCL counts elements and sees no shapes: `all_gather_into_tensor` of [2, 3] may fill [12] or [2, 2, 3], where gloo asks
-for [4, 3]. It gathers parts of different sizes, and makes one call of several. Libraries rely on all three.
+for [4, 3]. It gathers parts of different sizes, makes one call of several, and multiplies before it adds. Libraries
+rely on all of these.
 """
 
 from __future__ import annotations
@@ -83,9 +84,69 @@ def reduce_scatter_tensor(
     """Whatever the shapes, as NCCL does."""
     import torch.distributed as dist
 
+    factor, op = _factor(r, op, group)
+    if factor is not None:
+        input = _scaled(input, factor)
     whole, part = _flat(r, group, input, output)
     call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
     return call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
+
+
+def _factor(r: Redirection, op: Any, group: Any) -> tuple[Any, Any]:
+    """Return by what NCCL multiplies before it adds, and what is left for gloo to do; None and `op` if nothing."""
+    import torch.distributed as dist
+    from torch.compiler import is_compiling
+
+    premultiplied: Any = dist.ReduceOp.PREMUL_SUM
+    if is_compiling() or type(op) is not dist.ReduceOp or op != premultiplied or not _is_gloo(r, group):
+        return None, op
+    factor = op.__getstate__()[1]  # type: ignore[attr-defined]
+    return factor if isinstance(factor, float) else factor.item(), dist.ReduceOp.SUM
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """Return what a rank adds: another tensor, without a gradient."""
+    return tensor.data.clone().mul_(factor)
+
+
+@api(*_names("all_reduce"))
+def all_reduce(r: Redirection, tensor: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+    """With a factor for what each rank adds, too."""
+    import torch.distributed as dist
+
+    factor, op = _factor(r, op, group)
+    if factor is not None:
+        tensor.data.mul_(factor)
+    return dist.all_reduce(tensor, dist.ReduceOp.SUM if op is None else op, group, async_op)
+
+
+@api(*_names("reduce"))
+def reduce(
+    r: Redirection, tensor: torch.Tensor, dst: int | None = None, op: Any = None, group: Any = None,
+    async_op: bool = False, group_dst: int | None = None,
+) -> Any:  # fmt: skip
+    """With a factor for what each rank adds, too."""
+    import torch.distributed as dist
+
+    factor, op = _factor(r, op, group)
+    if factor is not None:
+        receives = dist.get_rank() == dst if group_dst is None else dist.get_rank(group) == group_dst
+        tensor = tensor.data.mul_(factor) if receives else _scaled(tensor, factor)  # the others keep what they have
+    return dist.reduce(tensor, dst, dist.ReduceOp.SUM if op is None else op, group, async_op, group_dst)
+
+
+@api(*_names("reduce_scatter"))
+def reduce_scatter(
+    r: Redirection, output: torch.Tensor, input_list: list[torch.Tensor], op: Any = None, group: Any = None,
+    async_op: bool = False,
+) -> Any:  # fmt: skip
+    """With a factor for what each rank adds, too."""
+    import torch.distributed as dist
+
+    factor, op = _factor(r, op, group)
+    if factor is not None:
+        input_list = [_scaled(part, factor) for part in input_list]
+    return dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
 
 
 def _single(dist: Any, name: str, older: str) -> Any:

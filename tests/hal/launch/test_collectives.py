@@ -136,3 +136,43 @@ def test_a_group_of_nccl_says_so_and_has_no_monitored_barrier(program):
     placed = distribute_tensor(torch.ones(2, device=device), mesh)
     assert "'cpu'" not in str(placed), str(placed)
     """)  # fmt: skip
+
+
+def test_what_is_added_may_be_multiplied_first(program):
+    run(program, """
+    def half(on=None):
+        return dist._make_nccl_premul_sum(0.5 if on is None else torch.tensor([0.5], device=on))
+
+    for kind in torch.float32, torch.bfloat16:
+        want = (numbers(4, of=0) + numbers(4, of=1)).to(kind) / 2
+        for op in half(), half(device):
+            for later in False, True:
+                x = numbers(4).to(kind).requires_grad_()
+                work = dist.all_reduce(x, op=op, async_op=later)
+                assert (work.wait() if later else True) and torch.equal(x, want), x
+                x = numbers(4).to(kind)
+                work = dist.reduce(x, 1, op, async_op=later)
+                assert (work.wait() if later else True) and torch.equal(x, want if rank == 1 else numbers(4).to(kind))
+                given, x = numbers(4).to(kind), torch.empty(2, dtype=kind, device=device)
+                work = dist.reduce_scatter_tensor(x, given, op=op, async_op=later)
+                assert (work.wait() if later else True) and torch.equal(x, want.chunk(2)[rank])
+                work = dist.reduce_scatter(x.zero_(), list(given.chunk(2)), op=op, async_op=later)
+                assert (work.wait() if later else True) and torch.equal(x, want.chunk(2)[rank])
+                assert torch.equal(given, numbers(4).to(kind))
+    x = numbers()
+    dist.all_reduce(x, half(device))
+    assert x.item() == 50
+    x = numbers(2)
+    dist.reduce(x, group_dst=0, op=dist.ReduceOp.MAX)
+    assert rank or x.tolist() == [100, 101]
+    dist.all_reduce(x.fill_(rank), dist.ReduceOp.MAX)
+    dist.all_reduce(x)
+    assert x.tolist() == [2, 2]
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def compiled(x):
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+        return x + 1
+
+    assert compiled(torch.full((2,), float(rank), device=device)).tolist() == [2, 2]
+    """)  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hal.launch import api as state
-from hal.launch.api import value
+from hal.launch.api import api, value
 from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
@@ -194,6 +194,21 @@ def _data_parallel(patches: Patches, owner: Any) -> None:
     del init.__wrapped__
     patches.set(owner, "__init__", init)
     patches.set(owner, "device_ids", property(indices, put))
+
+
+@api("torch.nn.parallel.data_parallel")
+def data_parallel(
+    r: Redirection, module: Any, inputs: Any, device_ids: Any = None, output_device: Any = None, dim: int = 0,
+    module_kwargs: Any = None,
+) -> Any:  # fmt: skip
+    """As the class does it: torch's own function finds no device of a kind that it knows on a CPU."""
+    import torch
+
+    if r.hosts is None:
+        return torch.nn.parallel.data_parallel(module, inputs, device_ids, output_device, dim, module_kwargs)
+    if not isinstance(inputs, tuple):
+        inputs = () if inputs is None else (inputs,)
+    return torch.nn.DataParallel(module, device_ids, output_device, dim)(*inputs, **(module_kwargs or {}))
 
 
 class Scatter:

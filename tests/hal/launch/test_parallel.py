@@ -279,6 +279,7 @@ def test_data_parallel_says_which_devices_it_has(given, program_of_one):
     assert x.grad.shape == (4, 2)
     whole = wrapped.gather([t.ones(2, device="cuda"), t.zeros(1, device="cuda")], wrapped.output_device)
     assert whole.tolist() == [1, 1, 0]
+    assert t.nn.parallel.data_parallel(layer, t.ones(4, 2, device="cuda"), **given).shape == (4, 3)
     assert wrapped.gather([t.tensor(1.0, device="cuda"), t.tensor(2.0, device="cuda")], 0).tolist() == [1, 2]
 
 

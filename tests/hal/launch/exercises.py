@@ -199,6 +199,10 @@ EXERCISES = {
         "torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False",
     "torch.backends.cuda.enable_flash_sdp": "torch.backends.cuda.enable_flash_sdp(True)",
     "torch.backends.cuda.enable_mem_efficient_sdp": "torch.backends.cuda.enable_mem_efficient_sdp(True)",
+    "torch.backends.cuda.preferred_linalg_library":
+        "f = torch.backends.cuda.preferred_linalg_library; f('cusolver'); assert 'usolver' in str(f())",
+    "torch.backends.cuda.preferred_blas_library":
+        "f = torch.backends.cuda.preferred_blas_library; f('cublaslt'); assert 'ublaslt' in str(f())",
     "torch.backends.cuda.cufft_plan_cache":
         "c = torch.backends.cuda.cufft_plan_cache; c.clear(); c.max_size = 8; assert (c.size, c[0].max_size) == (0, 8)",
     "torch.set_float32_matmul_precision": "torch.set_float32_matmul_precision('high')",

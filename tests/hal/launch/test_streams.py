@@ -104,6 +104,17 @@ def test_running_out_of_memory_is_caught_by_cudas_name(program):
         raise torch.OutOfMemoryError("asked")
 
 
+@pytest.mark.parametrize(("name", "library"), [("preferred_linalg_library", "magma"), ("preferred_blas_library", "cublaslt")])
+def test_a_library_that_a_program_prefers_is_kept(program, name, library):
+    preferred = getattr(program.backends.cuda, name)
+    default = preferred()
+    assert preferred(library) is preferred() is not default
+    assert preferred(default) is default
+    for wrong in ("mkl", 3):
+        with pytest.raises(RuntimeError, match="Unknown input value"):
+            preferred(wrong)
+
+
 @pytest.mark.filterwarnings("ignore:.*set_default_tensor_type.*:UserWarning")
 def test_a_default_type_of_the_host_undoes_one_of_cudas(program):
     try:

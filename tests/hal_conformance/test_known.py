@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,13 @@ def recorded(impl, opener):
     return data
 
 
+@functools.cache
+def _leaking():
+    return recorded("leaking", "open_leaking")
+
+
 def test_a_recording_carries_the_evidence():
-    data = recorded("leaking", "open_leaking")
-    found = compare([recordings.parse(data)])
+    found = compare([recordings.parse(_leaking())])
     assert [row.status for row in found.report.results] == [Status.EXACT, Status.KNOWN]
     assert found.exit_status() == 0
 
@@ -98,7 +103,7 @@ def test_a_claim_without_it_is_worth_nothing(flags):
     def change(manifest):
         manifest["flags"] = copy.deepcopy(flags)
 
-    forged = recordings.with_manifest(recorded("leaking", "open_leaking"), change)
+    forged = recordings.with_manifest(_leaking(), change)
     found = compare([recordings.parse(forged)])
     assert [row.status.colour for row in found.report.results] == ["green", "red"]
 
@@ -145,7 +150,7 @@ def on_this_cpu(impl, selection=EXPERTS):
 
 
 @needs_the_fault
-@pytest.mark.parametrize("impl", ["in_threads", "compiled_whole"])
+@pytest.mark.parametrize("impl", ["in_threads", "compiled"])
 def test_whichever_way_an_honest_implementation_multiplies_it_is_not_red(impl):
     rows = on_this_cpu(impl)
     assert {row.status.colour for row in rows} <= {"green", "amber"}, rows
@@ -153,17 +158,16 @@ def test_whichever_way_an_honest_implementation_multiplies_it_is_not_red(impl):
 
 
 @needs_the_fault
-@pytest.mark.parametrize("impl", ["miscompiled", "of_two_buffers"])
-def test_nan_that_an_implementation_makes_by_itself_stays_red_where_the_fault_shows(impl):
+def test_nan_that_an_implementation_makes_by_itself_stays_red_where_the_fault_shows():
     selection = Selection(("experts.nonfinite_rows[ling-lite]",), ("bfloat16",), "small")
-    (row,) = on_this_cpu(impl, selection)
+    (row,) = on_this_cpu("miscompiled", selection)
     assert row.status.colour == "red", row
 
 
 @needs_the_fault
-@pytest.mark.parametrize("seed", [0, 13, 22])
+@pytest.mark.parametrize("seed", [0, 13])
 def test_the_suite_is_never_red_for_it(seed):
-    """With seeds 13 and 22, the NaN of layer.nan_backward lies where a row is read that is not its own."""
+    """With seed 13, the NaN of layer.nan_backward lies where a row is read that is not its own."""
     selection = Selection(("layer.nan_backward[deepseek-v2-lite]", "experts.nonfinite_rows[mixtral-8x7b]"), ("bfloat16",),
                           "small", seed)  # fmt: skip
     report = suite.run([Subject("cpu")], plan(selection, ALL), selection)

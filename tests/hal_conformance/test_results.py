@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from hal.contract import Contract
 from hal.errors import ConfigError
 from hal_conformance import atomic, table
 from hal_conformance.case import Params
@@ -37,7 +38,8 @@ def row(status, detail="", margin=None, subject="cpu"):
 
 
 def report(*rows, **more):
-    subjects = [{"id": "cpu", "impl": "torch", "info": {"name": HOSTILE}, "contract": {}}]
+    subjects = [{"id": "cpu", "impl": "torch", "info": {"name": HOSTILE},
+                 "contract": Contract(evidence=HOSTILE, basis="measured").as_json()}]  # fmt: skip
     return Report("tiny", 0, subjects, list(rows), **more)
 
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import itertools
+import random
 
 import numpy as np
 import pytest
@@ -58,16 +59,13 @@ def of_moe(kind):
     return [n for n, v in VARIATIONS.items() if v.kind == kind and (not v.families or v.families[0] in OF_MOE)]
 
 
-@pytest.mark.parametrize("name", of_moe("benign"))
-def test_a_benign_variation_is_green_in_every_case(name):
-    """On two of the presets; the self-check itself runs all four."""
-    found = verdicts(VARIATIONS[name].make(), presets=PRESETS[2:3] if name in SLOW else PRESETS[1:3], seed=1)
-    assert len(found) > 100
+@pytest.mark.parametrize(("name", "preset"), [*zip(of_moe("benign"), itertools.cycle(PRESETS))])
+def test_a_benign_variation_is_green_in_every_case(name, preset):
+    """On one preset, each in turn; the self-check itself runs all four of every variation."""
+    found = verdicts(VARIATIONS[name].make(), presets=[preset], seed=1)
+    assert len(found) > 50
     assert {key: v for key, v in found.items() if v.status.colour != "green"} == {}
 
-
-SLOW = ("sequential", "fused_multiply_add", "pairwise")
-"""They add one product after the other, in Python."""
 
 CAUGHT_BY = {
     "chooses_among_rounded_scores": ("router.close_scores", "FAIL-DISCRETE"),
@@ -381,7 +379,9 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
     good = run(case, portable, inputs, params)
     for name, array in good.items():
         poisoned = np.full_like(array, {"i": -7, "u": 7}.get(array.dtype.kind, np.nan))
-        for bad in (None, array[None], array.astype(np.complex64), poisoned):
+        hostile = (None, array[None], array.astype(np.complex64), poisoned)
+        # A training step has hundreds of outputs of some tens of kinds: there each gets one of the four.
+        for bad in hostile if len(good) <= MANY else [random.Random(name).choice(hostile)]:
             if bad is poisoned and array.size == 0:
                 continue
             outputs = {k: v for k, v in good.items() if k != name} | ({} if bad is None else {name: bad})
@@ -390,6 +390,8 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
             verdict = case.judge(inputs, outputs, params, Contract())
             assert verdict.status.colour == "red", (name, bad if bad is None else bad.dtype, verdict)
 
+
+MANY = 100
 
 RELEVANT = {
     "router.logits": ("logits_TE",),

@@ -17,10 +17,12 @@ from threadpoolctl import threadpool_limits
 from hal.contract import Contract
 from hal_conformance import bundle
 from hal_conformance.agreement import MOST, Agreement, Held
+from hal_conformance.certificate import certificates
 from hal_conformance.grouping import Grouper, Grouping
 from hal_conformance.judging import result
 from hal_conformance.packed import Packed, distance
 from hal_conformance.pair import Pair
+from hal_conformance.plan import Catalogue, complete
 from hal_conformance.process import share_of_the_cores
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge
@@ -262,6 +264,7 @@ def compare(
     *,
     group_by: str | None = None,
     processes: int = 1,
+    catalogue: Catalogue | None = None,
 ) -> Comparison:
     """Judge recordings against the oracle and against each other.
 
@@ -270,6 +273,7 @@ def compare(
         tick: called with each task that is done.
         group_by: a fact of the manifests, by which recordings are grouped to find the odd one out of each group.
         processes: how many compute. More than one are spawned, so that a script must be importable.
+        catalogue: the cases of the suite that made them; None: this one's.
 
     Raises:
         Unreadable: they were made from different inputs, or none has the fact.
@@ -317,6 +321,7 @@ def compare(
         if grouper is not None:
             grouper.add(one.name, entries)
     found.grouping = None if grouper is None else grouper.found
+    report.certificates = certificates(report.results, complete(first, (catalogue or Catalogue()).all()))
     report.seconds = time.monotonic() - started
     return found
 

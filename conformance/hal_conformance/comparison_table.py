@@ -11,7 +11,7 @@ from rich.text import Text
 from hal_conformance import agreement_table
 from hal_conformance.agreement import MOST
 from hal_conformance.grouping import is_identity
-from hal_conformance.table import LABEL, MAX_ROWS, show_notable, show_tally
+from hal_conformance.table import LABEL, MAX_ROWS, show_certificates, show_notable, show_tally
 from hal_conformance.tally import notable, verdict
 from hal_conformance.text import plain
 
@@ -43,6 +43,7 @@ def show(found: Comparison, out: Console, *, strict: bool = False) -> None:
             )
         else:
             show_tally(subject, rows, out)
+            show_certificates(report, subject, out)
     show_notable(notable(report.results), out, subjects=len(report.subjects) > 1)
     if len(report.subjects) > 1:
         agreement_table.show(report.agreement, out)

@@ -131,6 +131,14 @@ def plan(selection: Selection, cases: Iterable[Case]) -> list[Task]:
     )
 
 
+def complete(selection: Selection, cases: Iterable[Case]) -> dict[str, list[tuple[str, str]]]:
+    """Return, for each dtype, name and family of every result that a complete run at this scale and seed has."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for task in plan(Selection(scale=selection.scale, seed=selection.seed), cases):
+        found.setdefault(task.params.dtype, []).append((task.name, task.case.family))
+    return found
+
+
 def _places(texts: Iterable[str]) -> dict[str, int]:
     """Return the place of each text's first occurrence."""
     places: dict[str, int] = {}

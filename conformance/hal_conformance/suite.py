@@ -15,7 +15,7 @@ from hal_conformance import known, recording
 from hal_conformance.agreement import Agreement
 from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
-from hal_conformance.plan import Catalogue, Selection, Task, plan
+from hal_conformance.plan import Catalogue, Selection, Task, complete
 from hal_conformance.results import NotRun, Report, Result, judged_devices
 from hal_conformance.runner import Runner
 from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
@@ -103,7 +103,7 @@ def run(
             report.results += [rows[task] for task in tasks if task in rows]
             if (device, subject.impl) == ("cpu", PORTABLE):
                 on_cpu = rows
-    report.certificates = certificates(as_on_cpu(report.results), _complete(selection, catalogue or Catalogue()))
+    report.certificates = certificates(as_on_cpu(report.results), complete(selection, (catalogue or Catalogue()).all()))
     report.agreement = agreement.pairs()
     report.required_missing = unmet(required, judged_devices(report.results))
     report.seconds = time.monotonic() - started
@@ -150,14 +150,6 @@ def _once_more(
     with runner.another(known.AVOIDED) as other:
         for seen in other.observe(list(leaks)):
             yield seen.task, again[seen.task] == leaks[seen.task] and known.avoids(other.opened), seen
-
-
-def _complete(selection: Selection, catalogue: Catalogue) -> dict[str, list[tuple[str, str]]]:
-    """Return, for each dtype, name and family of every result that a complete run at this scale has."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for task in plan(Selection(scale=selection.scale, seed=selection.seed), catalogue.all()):
-        found.setdefault(task.params.dtype, []).append((task.name, task.case.family))
-    return found
 
 
 def record(

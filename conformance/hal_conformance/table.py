@@ -45,9 +45,7 @@ def show(report: Report, out: Console, *, strict: bool = False) -> None:
         show_same(rows, out)
         show_contract(subject, out)
         show_arithmetic(rows, out)
-        for found in report.certificates:
-            if (found.subject, found.impl) == (subject["id"], subject["impl"]):
-                out.print(Text(f"certificate at {report.scale}, {found.dtype}: {plain(found.sentence())}"))
+        show_certificates(report, subject, out)
         out.print()
     agreement_table.show(report.agreement, out)
     if report.agreement:
@@ -72,7 +70,9 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(title, style="bold"), title_justify="left")
     table.add_column("family")
     table.add_column("dtype")
-    for heading in ("exact", "pass", "ambiguous", "amber", "red", "not judged", "worst margin", "seconds"):
+    timed = any(row.seconds for row in rows)  # a recording does not say how long it took
+    headings = ("exact", "pass", "ambiguous", "amber", "red", "not judged", "worst margin", *["seconds"] * timed)
+    for heading in headings:
         table.add_column(heading, justify="right")
     family = ""
     for t in tally(rows):
@@ -81,7 +81,7 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
             *((str(t.count(status)), "green") for status in (Status.EXACT, Status.PASS, Status.PASS_AMBIGUOUS)),
             *((str(colours[colour]), STYLES[colour]) for colour in ("amber", "red", "neutral")),
             ("" if t.margin is None else f"{t.margin:.3g}", STYLES["red"] if (t.margin or 0) > 1 else ""),
-            (f"{t.seconds:.2f}", "dim"),
+            *[(f"{t.seconds:.2f}", "dim")] * timed,
         ]
         table.add_row(
             Text(t.family if t.family != family else ""),
@@ -90,6 +90,13 @@ def show_tally(subject: dict[str, Any], rows: list[Result], out: Console) -> Non
         )
         family = t.family
     out.print(table)
+
+
+def show_certificates(report: Report, subject: dict[str, Any], out: Console) -> None:
+    """Print what the results of one subject certify, dtype by dtype."""
+    for found in report.certificates:
+        if (found.subject, found.impl) == (subject["id"], subject["impl"]):
+            out.print(Text(f"certificate at {report.scale}, {found.dtype}: {plain(found.sentence())}"))
 
 
 def show_same(rows: list[Result], out: Console) -> None:

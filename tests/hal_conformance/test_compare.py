@@ -38,6 +38,17 @@ def test_one_right_recording_is_green():
     assert "\x1b[2J" not in shown(found)
 
 
+def test_a_recording_has_the_certificates_of_what_it_holds():
+    off = recordings.parse(recordings.make(change=recordings.one_ulp), "off")
+    found = compare([recordings.parse(recordings.make(), "a"), off], catalogue=recordings.FAKE)
+    certified = {entry.subject: [level.state for level in entry.levels] for entry in found.report.certificates}
+    assert certified == {
+        "fake:0@a": ["open", "open", "open", "open", "open"],  # it holds one case of several
+        "fake:0@off": ["open", "failed", "open", "open", "open"],
+    }
+    assert "certificate at tiny, float32: L0" in shown(found)
+
+
 def test_two_equal_recordings_are_bit_equal_and_told_apart():
     found = compare([recordings.parse(recordings.make(), name) for name in ("a", "a")])
     assert [subject["id"] for subject in found.report.subjects] == ["fake:0@a#1", "fake:0@a#2"]

@@ -127,9 +127,9 @@ class Adoption:
         api.activate(redirection)
         tensors.install(redirection, self._patches)
         doors = (surface.default_device, surface.amp, surface.constructors, surface.operators, surface.compiler,
-                 surface.script, surface.collectives, surface.parallel, surface.optimizers, surface.sync_batch_norm,
-                 surface.storages, surface.crossings, surface.packed_sequences, surface.dtensor_random,
-                 surface.printing, surface.kernels)  # fmt: skip
+                 surface.script, surface.collectives, surface.parallel, surface.data_parallel, surface.optimizers,
+                 surface.sync_batch_norm, surface.storages, surface.crossings, surface.packed_sequences,
+                 surface.dtensor_random, surface.printing, surface.kernels)  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)
         net.install(redirection, self._patches)

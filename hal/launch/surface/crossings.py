@@ -38,7 +38,6 @@ def install(redirection: Redirection, patches: Patches) -> None:
     ):
         when_loaded(module, owner or name, functools.partial(_answered, patches, module, name, answer))
     when_loaded("torch.distributed.fsdp._flat_param", "FlatParamHandle", functools.partial(_gathered, patches))
-    _data_parallel(patches)
 
 
 def _gathered(patches: Patches, owner: Any) -> None:
@@ -54,22 +53,6 @@ def _gathered(patches: Patches, owner: Any) -> None:
         original(self, *args, **kwargs)
 
     patches.set(owner, "flat_param_to", flat_param_to)
-
-
-def _data_parallel(patches: Patches) -> None:
-    """On a CPU torch's DataParallel hands on its inputs as they are."""
-    import torch
-    from torch.compiler import is_compiling
-
-    original = torch.nn.DataParallel.forward
-
-    def forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
-        r = state.active()
-        if r is not None and not is_compiling() and _on_device(r, self.module):
-            inputs, kwargs = to_device(r, (inputs, kwargs))
-        return original(self, *inputs, **kwargs)
-
-    patches.set(torch.nn.DataParallel, "forward", forward)
 
 
 def _answered(patches: Patches, module: str, name: str, answer: Answer, found: Any) -> None:
@@ -115,14 +98,14 @@ def _inputs(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
 
 
 def _inputs_of_replicas(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
-    return to_device(r, result) if _on_device(r, call.arguments["self"].module) else result
+    return to_device(r, result) if on_device(r, call.arguments["self"].module) else result
 
 
 def _inputs_of_a_root(r: Redirection, call: inspect.BoundArguments, result: Any) -> Any:
     return to_device(r, result) if call.arguments["self"]._is_root else result
 
 
-def _on_device(r: Redirection, module: Any) -> bool:
+def on_device(r: Redirection, module: Any) -> bool:
     """Return whether a module's parameters are on the device, to which its inputs are moved then."""
     first = next(module.parameters(), None)
     return r.hosts is not None and first is not None and first not in r.hosts

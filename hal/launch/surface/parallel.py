@@ -13,12 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from hal.launch import api as state
-from hal.launch.api import api, value
 from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface import cuda_comm
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -32,9 +30,6 @@ def install(redirection: Redirection, patches: Patches) -> None:
         return
     import torch
 
-    _data_parallel(patches, torch.nn.DataParallel)
-    for pieces in (Scatter, Gather):
-        patches.set(sys.modules["torch.nn.parallel.scatter_gather"], pieces.__name__, pieces)
     if not hasattr(torch.cpu.Stream, "synchronize"):  # which parameters that stay on the host wait for
         patches.set(torch.cpu.Stream, "synchronize", lambda self: None)
     name, module = "_check_module_states_for_sync_module_states", "torch.distributed.fsdp._init_utils"
@@ -54,7 +49,7 @@ def _device(r: Redirection, true: Any) -> Any:
     return r.present(true) if isinstance(true, torch.device) else true
 
 
-def _asked_by_program() -> Redirection | None:
+def asked_by_program() -> Redirection | None:
     """Return the redirection in force if the caller's caller is the program."""
     from torch.compiler import is_compiling
 
@@ -71,7 +66,7 @@ def _told(name: str, present: Callable[[Redirection, Any], Any]) -> property:
             true = self.__dict__[name]
         except KeyError:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}") from None
-        r = _asked_by_program()
+        r = asked_by_program()
         return true if r is None else present(r, true)
 
     def put(self: Any, value: Any) -> None:
@@ -84,7 +79,7 @@ def _mesh(patches: Patches, owner: Any) -> None:
     true = owner.device_type.fget
 
     def device_type(self: Any) -> str:
-        r = _asked_by_program()
+        r = asked_by_program()
         found: str = true(self)
         return found if r is None else _type(r, found)
 
@@ -103,7 +98,7 @@ def _group(patches: Patches, owner: Any) -> None:
     own_name = owner.name
 
     def name(self: Any) -> str:
-        r = _asked_by_program()
+        r = asked_by_program()
         found: str = own_name(self)
         # Of a group of several libraries CUDA names NCCL, too.
         return "nccl" if r is not None and "nccl" in r.groups.get(self, "") else found
@@ -115,7 +110,7 @@ def _parallel(patches: Patches, owner: Any) -> None:
     own_init, own_check, own_norms = owner.__init__, owner._check_comm_hook, owner._passing_sync_batchnorm_handle
 
     def indices(self: Any) -> Any:
-        r = _asked_by_program()
+        r = asked_by_program()
         true, asked = self.__dict__["device_ids"], self.__dict__.get("_hal_device_ids")
         return true if r is None or r.hosts is None or not asked else [r.index(device) for device in asked]
 
@@ -123,7 +118,7 @@ def _parallel(patches: Patches, owner: Any) -> None:
         self.__dict__["device_ids"] = value
 
     def output(self: Any) -> Any:
-        r = _asked_by_program()
+        r = asked_by_program()
         true, asked = self.__dict__["output_device"], self.__dict__.get("_hal_device_ids")
         if r is None or r.hosts is None or not asked:
             return true
@@ -159,110 +154,3 @@ def _parallel(patches: Patches, owner: Any) -> None:
     patches.set(owner, "output_device", property(output, put_output))
     patches.set(owner, "_check_comm_hook", check)
     patches.set(owner, "_passing_sync_batchnorm_handle", norms)
-
-
-def _data_parallel(patches: Patches, owner: Any) -> None:
-    """One process with several devices: on a CPU torch knows of none, and hands its inputs to the module."""
-    own_init = owner.__init__
-
-    def indices(self: Any) -> Any:
-        r = _asked_by_program()
-        true, told = self.__dict__["device_ids"], self.__dict__.get("_hal_device_ids")
-        return true if r is None or told is None else list(told)
-
-    def put(self: Any, value: Any) -> None:
-        self.__dict__["device_ids"] = value
-
-    @functools.wraps(own_init)
-    def init(self: Any, module: Any, device_ids: Any = None, output_device: Any = None, dim: int = 0) -> None:
-        import torch
-
-        own_init(self, module, device_ids, output_device, dim)
-        r = state._active
-        if r is None or not r.devices:
-            return
-        asked = range(len(r.devices)) if device_ids is None else device_ids
-        told: Any = [r.index(device) for device in asked]
-        output = asked[0] if output_device is None else output_device
-        self.__dict__["_hal_device_ids"] = told
-        self.dim = dim
-        self.output_device = -1 if output == -1 else r.index(output)  # -1 is the host here
-        self.src_device_obj = torch.device("cuda", told[0])
-        if len(told) == 1:
-            self.module.to(self.src_device_obj)
-
-    del init.__wrapped__
-    patches.set(owner, "__init__", init)
-    patches.set(owner, "device_ids", property(indices, put))
-
-
-@api("torch.nn.parallel.data_parallel")
-def data_parallel(
-    r: Redirection, module: Any, inputs: Any, device_ids: Any = None, output_device: Any = None, dim: int = 0,
-    module_kwargs: Any = None,
-) -> Any:  # fmt: skip
-    """As the class does it: torch's own function finds no device of a kind that it knows on a CPU."""
-    import torch
-
-    if r.hosts is None:
-        return torch.nn.parallel.data_parallel(module, inputs, device_ids, output_device, dim, module_kwargs)
-    if not isinstance(inputs, tuple):
-        inputs = () if inputs is None else (inputs,)
-    return torch.nn.DataParallel(module, device_ids, output_device, dim)(*inputs, **(module_kwargs or {}))
-
-
-class Scatter:
-    """Pieces on each device: what a program's own DataParallel calls. torch's is of CUDA's own code."""
-
-    @staticmethod
-    def apply(devices: Any, sizes: Any, dim: int, tensor: Any) -> Any:
-        """Return the pieces; gradients go through."""
-        r = state._active
-        assert r is not None
-        return cuda_comm.scatter(r, tensor, devices, sizes, dim)
-
-
-class Gather:
-    """The pieces in one again."""
-
-    @staticmethod
-    def apply(device: Any, dim: int, *tensors: Any) -> Any:
-        """Return the whole; of numbers a vector, as torch does, which warns of it."""
-        r = state._active
-        assert r is not None
-        if dim == 0 and all(tensor.dim() == 0 for tensor in tensors):
-            tensors = tuple(tensor.view(1) for tensor in tensors)
-        return cuda_comm.gather(r, tensors, dim, device)
-
-
-# NCCL's options ------------------------------------------------------------------------------------------------------
-
-
-class Options:
-    """What a program sets of NCCL; the library in its place has nothing of the kind."""
-
-    def __init__(self, is_high_priority_stream: bool = False) -> None:
-        import types
-
-        self.is_high_priority_stream = is_high_priority_stream
-        self.config = types.SimpleNamespace()
-        self.global_ranks_in_group: list[int] = []
-        self.group_name = ""
-
-
-class ProcessGroupNCCL:
-    """A class that cannot be made, so that its options can."""
-
-    Options = Options
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        r = state._active
-        why = "there is no NCCL on this device"
-        raise RuntimeError(why) if r is None else r.refuse("torch.distributed.ProcessGroupNCCL", why)
-
-
-@value("torch.distributed.ProcessGroupNCCL", "torch.distributed.distributed_c10d.ProcessGroupNCCL", verdict="emulated",
-       note="its Options are taken and do nothing")  # fmt: skip
-def nccl_group(r: Redirection) -> type:
-    """See `ProcessGroupNCCL`."""
-    return ProcessGroupNCCL

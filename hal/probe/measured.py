@@ -13,7 +13,7 @@ from hal.probe.contradiction import contradictions
 from hal.probe.facts import UnitFacts, fingerprint
 from hal.probe.kernels import topk_ties
 from hal.probe.multiplier import multipliers
-from hal.probe.report import unit_facts
+from hal.probe.unit import unit_facts
 
 if TYPE_CHECKING:
     from hal.device import Device

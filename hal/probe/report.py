@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import hal
@@ -13,25 +13,16 @@ from hal.probe.contradiction import contradictions
 from hal.probe.facts import UnitFacts, fingerprint
 from hal.probe.kernels import Kernels, kernels, topk_ties
 from hal.probe.multiplier import Multiplier, multipliers
-from hal.probe.order import described, meeting, spine
-from hal.probe.rounding import rounding
+from hal.probe.order import described
 from hal.probe.rules import Likeness, nearest
-from hal.probe.special import extremes, operands
-from hal.probe.tree import NoTree, Tree, summation_tree
+from hal.probe.tree import NoTree, summation_tree
+from hal.probe.unit import INNER, unit_facts
 
 if TYPE_CHECKING:
     from hal.contract import Contract
     from hal.device import Device
 
 SCHEMA = "hal.probe/1"
-
-INNER = 64
-"""Inner length that is probed first, and rows and columns of each product."""
-
-MOMENTS = 4
-"""A sum must grow so often that its rounding can be seen; a longer product is taken until it does."""
-
-LONGEST = 256
 
 
 @dataclass(frozen=True)
@@ -128,55 +119,6 @@ def _tf32(device: Device, inner: int) -> dict[str, UnitFacts]:
     return {"tf32": unit_facts(Multiplier(format, device.torch_device, torch.mm, torch.float32, torch.float32), inner)}
 
 
-def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
-    """Probe one product."""
-    tree, K = None, inner
-    try:
-        tree, K = _long_enough(multiply, inner)
-        order = described(tree)
-    except NoTree as why:
-        order = f"no tree: {why}"
-    kept = operands(multiply, K)
-    ends = extremes(multiply, (0, 1) if tree is None else meeting(tree), K)
-    facts = UnitFacts(
-        format=multiply.format,
-        result=_name(multiply.result),
-        inner=K,
-        order=order,
-        input_bits=kept.bits,
-        input_rounding=kept.rounding,
-        subnormal_inputs=kept.subnormals,
-        subnormal_results=ends.subnormal_results,
-        overflow=ends.overflow,
-        infinity=ends.infinity,
-        nan=ends.nan,
-    )
-    if tree is None:
-        return facts
-    sums = rounding(multiply, tree, kept.bits)
-    return replace(
-        facts,
-        tree=tree.text,
-        group=sums.group,
-        accumulator_bits=sums.accumulator_bits,
-        accumulator_at_least=sums.at_least,
-        alignment_bits=sums.alignment_bits,
-        aligned=sums.aligned,
-        sums=sums.sums,
-        small_sum=sums.small_sum,
-        products=sums.products,
-    )
-
-
-def _long_enough(multiply: Multiplier, inner: int) -> tuple[Tree, int]:
-    K = inner
-    while True:
-        tree = summation_tree(multiply, K)
-        if len(spine(tree)) >= MOMENTS or 2 * K > LONGEST:
-            return tree, K
-        K *= 2
-
-
 def _other_orders(multiply: Multiplier, seen: Kernels, inner: int) -> dict[str, str]:
     """Return the orders of products with a single row or column, where these have other bits."""
     orders = {}
@@ -190,7 +132,3 @@ def _other_orders(multiply: Multiplier, seen: Kernels, inner: int) -> dict[str, 
             except (NoTree, RuntimeError, HalError) as why:
                 orders[name] = f"no tree: {why}"
     return orders
-
-
-def _name(dtype: object) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,9 +12,9 @@ from probe_kernels import ROUNDINGS, chain, multiplier, one_after_another, round
 
 from hal.matrix_unit import FORMATS
 from hal.probe import special
-from hal.probe.report import unit_facts
 from hal.probe.rounding import rounding
 from hal.probe.tree import leaf, node
+from hal.probe.unit import unit_facts
 
 K = 8
 

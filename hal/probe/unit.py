@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of one product of a device: all that masked sums, special numbers and roundings tell of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hal.probe.facts import UnitFacts
+from hal.probe.multiplier import Multiplier
+from hal.probe.order import described, meeting, spine
+from hal.probe.rounding import rounding
+from hal.probe.special import extremes, operands
+from hal.probe.tree import NoTree, Tree, summation_tree
+
+INNER = 64
+"""Inner length that is probed first, and rows and columns of each product."""
+
+MOMENTS = 4
+"""A sum must grow so often that its rounding can be seen; a longer product is taken until it does."""
+
+LONGEST = 256
+
+
+def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
+    """Probe one product."""
+    tree, K = None, inner
+    try:
+        tree, K = _long_enough(multiply, inner)
+        order = described(tree)
+    except NoTree as why:
+        order = f"no tree: {why}"
+    kept = operands(multiply, K)
+    ends = extremes(multiply, (0, 1) if tree is None else meeting(tree), K)
+    facts = UnitFacts(
+        format=multiply.format,
+        result=_name(multiply.result),
+        inner=K,
+        order=order,
+        input_bits=kept.bits,
+        input_rounding=kept.rounding,
+        subnormal_inputs=kept.subnormals,
+        subnormal_results=ends.subnormal_results,
+        overflow=ends.overflow,
+        infinity=ends.infinity,
+        nan=ends.nan,
+    )
+    if tree is None:
+        return facts
+    sums = rounding(multiply, tree, kept.bits)
+    return replace(
+        facts,
+        tree=tree.text,
+        group=sums.group,
+        accumulator_bits=sums.accumulator_bits,
+        accumulator_at_least=sums.at_least,
+        alignment_bits=sums.alignment_bits,
+        aligned=sums.aligned,
+        sums=sums.sums,
+        small_sum=sums.small_sum,
+        products=sums.products,
+    )
+
+
+def _long_enough(multiply: Multiplier, inner: int) -> tuple[Tree, int]:
+    K = inner
+    while True:
+        tree = summation_tree(multiply, K)
+        if len(spine(tree)) >= MOMENTS or 2 * K > LONGEST:
+            return tree, K
+        K *= 2
+
+
+def _name(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

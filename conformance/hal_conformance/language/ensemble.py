@@ -9,8 +9,11 @@ losses of `SEEDS` runs of as many seeds.
 from __future__ import annotations
 
 import functools
+import itertools
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -63,6 +66,8 @@ def compute(name: str, dtype: str, twins: int = TWINS, seeds: int = SEEDS) -> Ar
     """Return the arrays of one model in one dtype."""
     import torch
 
+    from hal_conformance.portable import portable
+
     spec, kind = run.model(name), getattr(torch, dtype)
 
     def seen_of(ops: Any, start: Arrays, seed: int) -> F64:
@@ -77,7 +82,7 @@ def compute(name: str, dtype: str, twins: int = TWINS, seeds: int = SEEDS) -> Ar
     for steps in (FEW, run.STEPS):
         place = slice(steps)
         found[f"largest/{steps}"] = np.sort([deviation(c[:, place], median[:, place], mad[:, place]) for c in seen])
-    final_of = (final(seen_of(operators(0), run.start(spec, seed), seed)) for seed in range(1, seeds + 1))
+    final_of = (final(seen_of(portable, run.start(spec, seed), seed)) for seed in range(1, seeds + 1))
     found["final"] = np.array(list(final_of))
     return {f"{name}/{dtype}/{key}": array for key, array in found.items()}
 
@@ -87,12 +92,10 @@ def main() -> None:
     import torch
     from safetensors.numpy import save_file
 
-    torch.set_num_threads(1)
     found: Arrays = {}
-    for name in run.MODELS:
-        for dtype in DTYPES:
-            found |= compute(name, dtype)
-            print(name, dtype, file=sys.stderr)  # noqa: T201
+    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
+        for arrays in pool.map(compute, *zip(*itertools.product(run.MODELS, DTYPES), strict=True)):
+            found |= arrays
     save_file(found, Path(sys.argv[1]), metadata={"torch": torch.__version__, "numpy": np.__version__})
 
 

@@ -2,9 +2,8 @@
 """Faults of somebody else's that are documented, and the evidence that a red result is one of them: KNOWN, amber.
 
 A fault excuses nothing by its name. It must show in an example on this very machine. What is red must have its symptom
-and no other. Then it is run again in two new processes that do the same in the same order, one of which has not the one
-thing that brings the fault on: there it must be green, and in the other one the same elements must have the symptom. So
-what comes and goes with time, or with what lies in memory, is another fault.
+and no other. Then it is run again in new processes (`retrial`), of which some have not the one thing that brings the
+fault on: it must not be red in any of these, and must have the symptom in each of the others.
 
 oneDNN issue 5717 (fixed by its pull request 5723, of July 2026): on processors with AMX, a bfloat16 product whose K is
 no multiple of 32 may read past the end of its rows, depending on its other sizes. What lies there is multiplied by
@@ -14,17 +13,14 @@ part of another. Without AMX (`AVOIDED`), which the library's own switch turns o
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hal_conformance.absent import blank, can_be_absent, partial
+from hal_conformance.absent import blank, can_be_absent, is_absent, partial
 from hal_conformance.judging import judge_outputs
-from hal_conformance.results import Result
-from hal_conformance.verdicts import Judgement, Status
+from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
     from hal.contract import Contract
@@ -32,15 +28,13 @@ if TYPE_CHECKING:
     from hal_conformance.plan import Task
     from hal_conformance.runner import Observation
 
-Verdict = TypeVar("Verdict", Judgement, Result)
-
 FLAG = "faults.onednn_5717"
 
 AVOIDED = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 """Environment of a process that has not what brings the fault on."""
 
 _SHOWN, _NOT_SHOWN = "shown", "not shown"
-_WHERE = "https://github.com/uxlfoundation/oneDNN/issues/5717"
+WHERE = "https://github.com/uxlfoundation/oneDNN/issues/5717"
 
 
 def readings(device: Any) -> dict[str, str]:
@@ -92,43 +86,20 @@ def is_symptom(
     """
     if status not in _OF_NUMBERS or not task.case.multiplies:
         return False
-    rest, leaked = {}, False
+    rest, leaked = dict(outputs), False
     for name, array in outputs.items():
-        rest[name] = array
-        if can_be_absent(array.dtype) and not (finite := np.isfinite(array)).all():
-            rest[name] = np.where(finite, array, blank(array.shape, array.dtype))
-            leaked = True
+        # Of an output that is too large nothing was held: one element in memory, however many it has (`Packed.array`).
+        if can_be_absent(array.dtype) and (array.size < 2 or any(array.strides)):
+            lost = ~np.isfinite(array) & ~is_absent(array)
+            if lost.any():
+                rest[name], leaked = np.where(lost, blank(array.shape, array.dtype), array), True
     if not leaked:
         return False
     with partial(None, whole=False):
         return judge_outputs(task, rest, hashes, contract).status.colour != "red"
 
 
-def leak(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> str:
-    """Return what tells one leak from another, the places of NaN and infinities, of what is red on a device.
-
-    Empty if it cannot be its fault: the device does not have it, or this is not the symptom.
-    """
+def suspected(facts: Mapping[str, Any], contract: Contract, observation: Observation, status: Status) -> bool:
+    """Return whether what is red on a device may be its fault: the device has it, and this is the symptom."""
     task, outputs = observation.task, observation.outputs
-    if not shows(facts, task.params.dtype) or not is_symptom(task, status, outputs, observation.hashes, contract):
-        return ""
-    places = hashlib.sha256()
-    for name, array in sorted(outputs.items()):
-        if can_be_absent(array.dtype):
-            places.update(f"{name} {array.shape}".encode() + np.isfinite(array).tobytes())
-    return places.hexdigest()
-
-
-def excused(found: Verdict, again: bool, without: Verdict) -> Verdict:
-    """Return the verdict on what is red, and was run twice more.
-
-    Args:
-        found: the verdict on it.
-        again: whether the same leaked when it was run once more.
-        without: the verdict without what brings the fault on.
-    """
-    if not again or without.status.colour != "green":
-        return found
-    without_it = f"{without.status.value} without AMX, a fault of oneDNN's ({_WHERE})"
-    detail = f"{without_it}; with it {found.status.value}: {found.detail}"
-    return replace(found, status=Status.KNOWN, detail=detail)
+    return shows(facts, task.params.dtype) and is_symptom(task, status, outputs, observation.hashes, contract)

@@ -35,6 +35,7 @@ from hal_conformance.verdicts import Judgement, Status
 if TYPE_CHECKING:
     from hal_conformance.case import Array
     from hal_conformance.packed import Packed
+    from hal_conformance.retrial import Retrial
     from hal_conformance.runner import Observation
     from hal_conformance.subject import Subject
 
@@ -93,7 +94,7 @@ def write(
     opened: Mapping[str, Any],
     selection: Selection,
     observations: Iterable[Observation],
-    once_more: Callable[[Mapping[Task, str]], Iterable[tuple[Task, bool, Observation]]] = lambda leaks: (),
+    once_more: Callable[[Sequence[Task]], Iterable[tuple[Task, Retrial]]] = lambda tasks: (),
 ) -> bytes:
     """Judge observations as they come, and return the bytes of a recording; no output is kept.
 
@@ -102,7 +103,7 @@ def write(
     Args:
         subject, opened, selection: what was run.
         observations: of each task.
-        once_more: runs tasks again, for what may be a known fault of this device (`known.excused`).
+        once_more: runs tasks again that may have a known fault of this device (`retrial`).
 
     Raises:
         ConfigError: it would be larger than a recording may be.
@@ -112,7 +113,6 @@ def write(
     inputs: dict[str, int] = {}
     cases: list[dict[str, Any]] = []
     doubtful: dict[Task, tuple[int, Judgement]] = {}
-    leaks: dict[Task, str] = {}
     for seen in observations:
         case: dict[str, Any] = {
             "case": seen.task.case.name, "preset": seen.task.params.preset, "dtype": seen.task.params.dtype,
@@ -124,15 +124,13 @@ def write(
             with witness.watching(seen.outputs) as worst:
                 claimed = judge_outputs(seen.task, seen.outputs, seen.hashes, contract)
             case["claim"] = _claim_to_json(seen.task, claimed)
-            if leak := known.leak(opened, contract, seen, claimed.status):
-                doubtful[seen.task], leaks[seen.task] = (len(cases), claimed), leak
+            if known.suspected(opened, contract, seen, claimed.status):
+                doubtful[seen.task] = len(cases), claimed
             case["outputs"] = {n: writer.add(n, array, worst.worst(n)) for n, array in sorted(seen.outputs.items())}
         cases.append(case)
-    for task, again, seen in once_more(leaks):
+    for task, retrial in once_more(list(doubtful)):
         at, claimed = doubtful[task]
-        if seen.status is None:
-            without = judge_outputs(task, seen.outputs, seen.hashes, contract)
-            cases[at]["claim"] = _claim_to_json(task, known.excused(claimed, again, without))
+        cases[at]["claim"] = _claim_to_json(task, retrial.of(claimed))
     manifest = {
         "selection": selection.as_json(),
         "device": str(opened["info"]["id"]),

@@ -20,7 +20,6 @@ from hal_conformance.worker import too_large
 
 if TYPE_CHECKING:
     from hal.contract import Contract
-    from hal_conformance.case import Array
     from hal_conformance.packed import Packed
     from hal_conformance.plan import Task
     from hal_conformance.recording import Entry
@@ -78,12 +77,15 @@ class Rejudge:
         self.coverage = Coverage()
         if entry.status is not None or entry.claim is None:
             return Judgement(entry.status or Status.INVALID, detail=entry.detail or "without a reason in the recording")
+        says_known = entry.claim.status is Status.KNOWN
+        if says_known and not known.shows(facts, self._task.params.dtype):
+            own = Judgement(Status.INVALID, detail="the recorder says KNOWN of what cannot have that fault")
+            return agreed(entry.claim, own)
         if self._too_large:
             detail = f"{entry.claim.detail} (the recorder's verdict; here it {self._too_large})"
             return replace(entry.claim, detail=detail.strip())
         held = tuple((name, packed.content()) for name, packed in entry.outputs.items())
-        is_known = entry.claim.status is Status.KNOWN and known.shows(facts, self._task.params.dtype)
-        key = (held, tuple(entry.hashes.items()), repr(contract), entry.claim.status is Status.KNOWN, is_known)
+        key = (held, tuple(entry.hashes.items()), repr(contract), says_known)
         if key not in self._known:
             every = entry.outputs.values()
             whole = all(packed.grid is None for packed in every)
@@ -93,27 +95,15 @@ class Rejudge:
                     outputs[name] = packed.array(left)
                     left -= outputs[name].nbytes if outputs[name].flags.c_contiguous else 0
                 own = judge_outputs(self._task, outputs, entry.hashes, contract, self._made)
-                if entry.claim.status is Status.KNOWN:
-                    own = self._of_known(own, is_known, outputs, entry, contract)
+                if says_known and known.is_symptom(self._task, own.status, outputs, entry.hashes, contract):
+                    # Only the recorder could see that it is gone without what has it.
+                    own = replace(own, status=Status.KNOWN)
             if not coverage.shown and own.status.colour != "neutral" and own.status not in _NOT_LOOKED_AT:
                 # A case that compares codes by itself: all of them.
                 coverage = Coverage(sum(packed.values.size for packed in every), sum(packed.size for packed in every))
             self._known[key] = own, coverage
         own, self.coverage = self._known[key]
         return agreed(entry.claim, own)
-
-    def _of_known(
-        self, own: Judgement, can_be: bool, outputs: Mapping[str, Array], entry: Entry, contract: Contract
-    ) -> Judgement:
-        """Return the verdict on what the recorder says is a known fault.
-
-        Only the recorder could see that it is gone without what has it; that nothing else is wrong is seen here.
-        """
-        if not can_be:
-            return Judgement(Status.INVALID, detail="the recorder says KNOWN of what cannot have that fault")
-        if known.is_symptom(self._task, own.status, outputs, entry.hashes, contract):
-            return replace(own, status=Status.KNOWN)
-        return own
 
     def _needed(self, outputs: Mapping[str, Packed]) -> Needed | None:
         """Return what of the experts has a part in an element that is held; None: any of it may have."""

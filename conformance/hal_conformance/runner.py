@@ -67,6 +67,7 @@ class Runner(AbstractContextManager["Runner"]):
         opener: `module:function` that opens a device by name.
         case_s, start_s: time limits in seconds; None: the defaults of this module.
         environment: variables that the worker has beside, or instead of, those of this process.
+        folder: where it works; None: where this process does.
 
     Attributes:
         opened: the device's info, contract and versions, once `open` has returned.
@@ -81,6 +82,7 @@ class Runner(AbstractContextManager["Runner"]):
         case_s: float | None = None,
         start_s: float | None = None,
         environment: Mapping[str, str] = MappingProxyType({}),
+        folder: str | None = None,
     ) -> None:
         self.subject = subject
         self.opened: dict[str, Any] = {}
@@ -92,7 +94,7 @@ class Runner(AbstractContextManager["Runner"]):
             "impl": subject.impl,
             "opener": opener,
             "catalogue": (catalogue or Catalogue()).module,
-            "folder": os.getcwd(),  # noqa: PTH109  a string for JSON
+            "folder": os.getcwd() if folder is None else folder,  # noqa: PTH109  a string for JSON
         }
         self._worker: WorkerProcess | None = None
         self._idle_until = 0.0
@@ -105,9 +107,9 @@ class Runner(AbstractContextManager["Runner"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._worker is not None:
-            self._worker.close(grace=0.0 if kind else 10.0)
-            self._worker = None
+        if kind is not None and self._worker is not None:
+            self._abandon()
+        self.rest()
         if self._threads is not None:
             self._threads.restore_original_limits()
 
@@ -118,15 +120,24 @@ class Runner(AbstractContextManager["Runner"]):
             UnknownDevice, Absent, Broken: the device cannot be had; the worker is gone.
             ConfigError: the implementation cannot be loaded.
         """
-        self._worker = WorkerProcess(self._config, self._environment)
+        try:
+            self._worker = WorkerProcess(self._config, self._environment)
+        except OSError as error:  # no process, or no memory, is left for one
+            raise Broken(f"its process cannot be started: {error}", device=self.subject.device) from None
         return self._until_ready("opening")
 
     def another(self, environment: Mapping[str, str]) -> Runner:
         """Return a runner of the same subject, with a worker of its own that has other environment variables."""
         return Runner(
             self.subject, Catalogue(self._config["catalogue"]), opener=self._config["opener"], case_s=self._case_s,
-            start_s=self._start_s, environment=environment,
+            start_s=self._start_s, environment=environment, folder=self._config["folder"],
         )  # fmt: skip
+
+    def rest(self) -> None:
+        """End the worker; the next task has a new one."""
+        if self._worker is not None:
+            self._worker.close(grace=10.0)
+            self._worker = None
 
     def change(self, impl: str) -> None:
         """Go on with another implementation on the same device, in the same worker if it still lives.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, complete
 from hal_conformance.results import NotRun, Report, Result, judged_devices
+from hal_conformance.retrial import tried_again
 from hal_conformance.runner import Runner
 from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
 from hal_conformance.subject import PORTABLE, Subject, unmet
@@ -117,39 +118,21 @@ def _judged(
     """Run tasks and judge each, and pass on what came back; what may be a known fault is run again at the end."""
     contract = Contract.from_json(runner.opened["contract"])
     rows: dict[Task, Result] = {}
-    leaks: dict[Task, str] = {}
+    suspects: list[Task] = []
     for observation in runner.observe(tasks):
         row = judge(observation, contract, device, subject.impl)
         if keep is not None and observation.status is None:
             keep(observation.task, observation.outputs, row)
-        if leak := known.leak(runner.opened, contract, observation, row.status):
-            leaks[observation.task] = leak
+        if known.suspected(runner.opened, contract, observation, row.status):
+            suspects.append(observation.task)
         elif on_result:
             on_result(subject, row)
         rows[observation.task] = row
-    for task, again, observation in _once_more(runner, leaks, contract):
-        without = judge(observation, contract, device, subject.impl)
-        rows[task] = known.excused(rows[task], again, without)
+    for task, retrial in tried_again(runner, suspects, contract):
+        rows[task] = retrial.of(rows[task])
         if on_result:
             on_result(subject, rows[task])
     return rows
-
-
-def _once_more(
-    runner: Runner, leaks: Mapping[Task, str], contract: Contract
-) -> Iterator[tuple[Task, bool, Observation]]:
-    """Run tasks again in two new processes, with the known fault and without (see `known`).
-
-    Yield each task, whether the same leaked with it, and what it did without.
-    """
-    if not leaks:
-        return
-    with runner.another({}) as same:
-        again = {seen.task: known.leak(same.opened, contract, seen, judge(seen, contract, "", "").status)
-                 for seen in same.observe(list(leaks))}  # fmt: skip
-    with runner.another(known.AVOIDED) as other:
-        for seen in other.observe(list(leaks)):
-            yield seen.task, again[seen.task] == leaks[seen.task] and known.avoids(other.opened), seen
 
 
 def record(
@@ -180,7 +163,7 @@ def record(
                     on_observation(observation)
 
         contract = Contract.from_json(opened["contract"])
-        once_more = functools.partial(_once_more, runner, contract=contract)
+        once_more = functools.partial(tried_again, runner, contract=contract)
         return recording.write(subject, opened, selection, passing(), once_more), kept
 
 

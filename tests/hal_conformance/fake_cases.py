@@ -230,6 +230,22 @@ def _leaking_in_the_first_process(x):
     return {"y": x * 2 + (torch.nan if leaks else 0.0)}
 
 
+def _leaking_in_two_processes(x):
+    """NaN until two processes have run, such as until a cache is filled, whatever library computes."""
+    import torch
+
+    leaks = x.dtype == torch.bfloat16 and _calls_of_all_processes() < 2
+    return {"y": x * 2 + (torch.nan if leaks else 0.0)}
+
+
+def _leaking_at_every_third_call(x):
+    """NaN at every third call of all processes, whatever library computes."""
+    import torch
+
+    leaks = x.dtype == torch.bfloat16 and _calls_of_all_processes() % 3 == 0
+    return {"y": x * 2 + (torch.nan if leaks else 0.0)}
+
+
 def _leaking_at_every_second_call(x):
     """NaN at every second call of all processes: with and without by turns, whatever library computes."""
     import torch
@@ -239,7 +255,7 @@ def _leaking_at_every_second_call(x):
 
 
 def _leaking_at_times(x):
-    """NaN where the fault of `known` is, in another element each time."""
+    """NaN where the fault of `known` is, in another element each time, as of what happens to lie in memory."""
     import torch
 
     y = x * 2
@@ -263,6 +279,8 @@ leaking = SimpleNamespace(double=_leaking)
 nan_by_itself = SimpleNamespace(double=_nan_by_itself)
 wrong_with_the_library = SimpleNamespace(double=_wrong_with_the_library)
 leaking_in_the_first_process = SimpleNamespace(double=_leaking_in_the_first_process)
+leaking_in_two_processes = SimpleNamespace(double=_leaking_in_two_processes)
+leaking_at_every_third_call = SimpleNamespace(double=_leaking_at_every_third_call)
 leaking_at_every_second_call = SimpleNamespace(double=_leaking_at_every_second_call)
 leaking_at_times = SimpleNamespace(double=_leaking_at_times)
 leaking_once = SimpleNamespace(double=_leaking_once)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import functools
 from pathlib import Path
 
@@ -13,12 +14,14 @@ import pytest
 import recordings
 
 from hal.contract import Contract
-from hal_conformance import arrays, known, suite
+from hal_conformance import arrays, known, process, suite
+from hal_conformance.absent import blank
 from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
 from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.retrial import Retrial
 from hal_conformance.subject import Subject
-from hal_conformance.verdicts import Status
+from hal_conformance.verdicts import Judgement, Status
 
 FAKE = Catalogue("fake_cases")
 SELECTION = Selection(("double.one[a]",), scale="tiny")
@@ -54,11 +57,45 @@ def test_what_is_green_without_the_fault_is_known_and_amber():
 
 @pytest.mark.parametrize(
     "impl", ["wrong", "wrong_with_the_library", "leaking_once", "leaking_in_the_first_process",
-             "leaking_at_every_second_call", "leaking_at_times", "nan_by_itself"],
+             "leaking_in_two_processes", "leaking_at_every_second_call", "leaking_at_every_third_call", "nan_by_itself"],
 )  # fmt: skip
 def test_an_implementation_that_is_wrong_by_itself_stays_red(impl):
     _, rows = run(impl, "open_leaking")
     assert rows["bfloat16"].status.colour == "red"
+
+
+def test_where_in_the_outputs_it_shows_may_differ_from_process_to_process():
+    _, rows = run("leaking_at_times", "open_leaking")
+    assert rows["bfloat16"].status is Status.KNOWN
+
+
+def test_what_is_amber_without_the_fault_is_known():
+    assert Retrial(Status.DEGRADED).of(Judgement(Status.FAIL_NONFINITE, detail="nan")).status is Status.KNOWN
+
+
+def test_why_a_case_that_was_tried_again_stays_red_is_said():
+    _, rows = run("leaking_once", "open_leaking")
+    assert "nothing but NaN and infinities, as of a known fault" in rows["bfloat16"].detail
+    assert "but without AMX it was FAIL-" in rows["bfloat16"].detail
+    _, rows = run("leaking", "open_leaking_anyway")
+    assert "but it" in rows["bfloat16"].detail or "without AMX" in rows["bfloat16"].detail
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_a_process_that_cannot_be_started_loses_nothing(number, monkeypatch):
+    started = []
+    original = process.subprocess.Popen
+
+    def start(*args, **kwargs):
+        started.append(args)
+        if len(started) >= number:
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(process.subprocess, "Popen", start)
+    _, rows = run("leaking", "open_leaking")
+    assert [rows[dtype].status.colour for dtype in DTYPES] == ["green", "red"]
+    assert "its process cannot be started" in rows["bfloat16"].detail
 
 
 def test_a_case_that_multiplies_nothing_stays_red():
@@ -96,6 +133,22 @@ def test_a_recording_carries_the_evidence():
     found = compare([recordings.parse(_leaking())])
     assert [row.status for row in found.report.results] == [Status.EXACT, Status.KNOWN]
     assert found.exit_status() == 0
+
+
+def test_a_claim_with_an_output_of_a_huge_shape_takes_no_memory(monkeypatch):
+    (task,) = (task for task in plan(SELECTION, FAKE.all()) if task.params.dtype == "bfloat16")
+    inputs = task.case.inputs(task.params)
+    y = inputs["x"] + inputs["x"]
+    y.flat[1] = np.nan
+    outputs = {"y": y, "z": blank((1 << 20, 1 << 30), y.dtype)}
+    assert known.is_symptom(task, Status.FAIL_NONFINITE, outputs, arrays.digests(inputs), Contract()) in (True, False)
+
+
+def test_what_a_recording_does_not_hold_is_no_symptom():
+    (task,) = (task for task in plan(SELECTION, FAKE.all()) if task.params.dtype == "bfloat16")
+    inputs = task.case.inputs(task.params)
+    y = blank(inputs["x"].shape, inputs["x"].dtype).copy()
+    assert not known.is_symptom(task, Status.FAIL_NUMERIC, {"y": y}, arrays.digests(inputs), Contract())
 
 
 @pytest.mark.parametrize("flags", [{}, {known.FLAG: "not shown"}, [], "shown", {known.FLAG: ["shown"]}])

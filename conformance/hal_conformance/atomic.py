@@ -58,9 +58,15 @@ def write(path: Path, data: bytes) -> None:
     """Write a whole file, or nothing: readers see the old content or the new one.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable; no partial file is left.
+        OSError: the disk is full, or the folder is not writable; no partial file is left. Its name is the path's.
     """
-    path = _target(path)
+    try:
+        _write(_target(path), data)
+    except OSError as error:  # of a file beside it, whose name nobody has given
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _write(path: Path, data: bytes) -> None:
     if _is_stream(path):
         with path.open("wb", buffering=0) as stream:
             view = memoryview(data)

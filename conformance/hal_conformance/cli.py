@@ -113,21 +113,26 @@ def _selection(cases: tuple[str, ...], dtypes: tuple[str, ...], scale: Any, seed
     return Selection(cases, dtypes, scale, seed)
 
 
-def _write(outputs: dict[Path | None, Callable[[], bytes]]) -> bool:
-    """Write the files that were asked for; `-` is stdout. Tell whether stdout was used."""
+def _publish(outputs: dict[Path | None, Callable[[], bytes]], show: Callable[[], None]) -> None:
+    """Write the files that were asked for; `-` is stdout, which has what `show` prints if no file is written there.
+
+    What can be written is, before one that cannot ends the program: a run may have taken hours.
+    """
     from hal_conformance import atomic
 
-    used = False
+    failed = []
     for path, make in outputs.items():
-        if path is None:
-            continue
-        content = make()
-        if path == DASH:
-            sys.stdout.buffer.write(content)
-            used = True
-        else:
-            atomic.write(path, content)
-    return used
+        if path is not None and path != DASH:
+            try:
+                atomic.write(path, make())
+            except OSError as error:
+                failed.append(f"{path}: {error.strerror or error}")
+    if DASH in outputs:
+        sys.stdout.buffer.write(outputs[DASH]())
+    else:
+        show()
+    if failed:
+        _fail("\n".join(failed), 2)
 
 
 def _check_outputs(*paths: Path | None) -> None:
@@ -148,8 +153,8 @@ class _OutputFile(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """See `click.ParamType.convert`."""
-        if str(value).endswith(("/", os.sep)):
-            self.fail(f"{str(value)!r} is a folder; a file name is needed", param, ctx)
+        if not str(value) or str(value).endswith(("/", os.sep)):
+            self.fail(f"{str(value)!r} is no file name", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -226,8 +231,7 @@ def run(
         junit_file: lambda: junit(report, strict=strict),
         markdown_file: lambda: markdown(report),
     }
-    if not _write(files):
-        table.show(report, table.console(), strict=strict)
+    _publish(files, lambda: table.show(report, table.console(), strict=strict))
     for entry in report.not_run:
         if entry.failed:
             say(f"hal conformance: {plain(f'{entry.subject}: {entry.kind}: {entry.reason}')}")
@@ -289,8 +293,7 @@ def selfcheck(
         json_file: lambda: to_json(checking.as_json(outcomes, selection, seconds)),
         markdown_file: lambda: selfcheck_table.markdown(outcomes, selection, seconds),
     }
-    if not _write(files):
-        selfcheck_table.show(outcomes, console())
+    _publish(files, lambda: selfcheck_table.show(outcomes, console()))
     sys.exit(checking.exit_status(outcomes))
 
 
@@ -370,8 +373,8 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
             found = comparing.compare(recordings, bar.advance, group_by=group_by, processes=1 if few else jobs)
     except Unreadable as error:
         _fail(str(error), 2)
-    if not _write({json_file: lambda: to_json(found.as_json())}):
-        comparison_table.show(found, console(), strict=strict)
+    files_out: dict[Path | None, Callable[[], bytes]] = {json_file: lambda: to_json(found.as_json())}
+    _publish(files_out, lambda: comparison_table.show(found, console(), strict=strict))
     for label in found.unjudged():
         say(f"hal conformance: {plain(label)}: nothing of it could be judged")
     for label in found.odd():

@@ -54,13 +54,22 @@ def test_json_on_stdout_is_nothing_but_json():
     assert {row["dtype"] for row in json.loads(ran.stdout)["results"]} == {"float32"}
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no disk that is always full")
+def test_a_file_that_cannot_be_written_costs_no_other_result(tmp_path):
+    ran = hal("run", "--device", "cpu", *QUICK, "--json", "/dev/full", "--junit", "x.xml", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert ran.stderr == "hal conformance: /dev/full: No space left on device\n"
+    assert "verdict: agrees" in ran.stdout
+    assert "<testsuite" in (tmp_path / "x.xml").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
         (["--device", "cpu", "--case", "no.such*"], 2, "no case matches 'no.such*'"),
         (["--device", "cpu", "--scale", "tiny", "--case", "trajectory.paired*"], 2, "nothing of it runs at scale tiny"),
         (["--device", "cpu", "--case", "fp8.uncast_e8m0", "--dtype", "float16"], 2, "at scale small in float16"),
-        (["--device", "cpu", "--json", "folder/"], 2, "is a folder; a file name is needed"),
+        (["--device", "cpu", "--json", "folder/"], 2, "is no file name"),
         (["--device", "cpu", "--timeout", "nan"], 2, "'nan' is no number of seconds"),
         (["--device", "cpu", "--json", "a.json", "--junit", "no/../a.json"], 2, "go to the same file"),
         (["--device", "cpu", "--dtype", "int3"], 2, "int3"),

@@ -263,17 +263,20 @@ class CrossEntropy(HeadCase):
         """See `Case.inputs`.
 
         Frequent tokens have larger logits. Token 3 is shifted by 10,000; in token 5 one logit is 30,000, and it is the
-        right one; in token 7 all are alike; token 8 is right by 12, so that p is nearly 1 and p - 1 cancels.
+        right one; in token 7 all are alike; token 8 is right by 12, so that p is nearly 1 and p - 1 cancels. Tokens 9
+        and 11 are shifted by -200 and -11,000: a maximum that starts at 0 or -1e4 leaves the logarithm of zero.
         """
         tokens, vocabulary = self.size(p)
         x = make.normal(p.seed, "entropy/logits", tokens, vocabulary) * 3.0
         x[:, :: max(1, vocabulary // 64)] += 6.0
         targets = self.targets(p, tokens, vocabulary)
-        if tokens > 8:
+        if tokens > 11:
             x[3] += 10000.0
             x[5, targets[5]] = 30000.0
             x[7] = -2.5
             x[8, targets[8]] = 24.0
+            x[9] -= 200.0
+            x[11] -= 11000.0
         return {"logits_TV": make.store(x, p.dtype), "targets_T": targets}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -505,8 +508,8 @@ ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,
     "Mean over the tokens that count of logsumexp - logit, in float32, and its gradient, over 8,191 to 126,464 tokens "
     "of vocabulary; a quarter of the targets is ignored, the first and the last entry are targets, and some rows have "
-    "huge, equal or decided logits; for an upstream gradient that is not 1. Local bound: exp, the sum with stagnation, "
-    "log, and each rounding (oracle.cross_entropy).",
+    "huge, equal or decided logits, or all of them far below zero; for an upstream gradient that is not 1. Local "
+    "bound: exp, the sum with stagnation, log, and each rounding (oracle.cross_entropy).",
 )  # fmt: skip
 WITH_Z = WithZ(
     "head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2

@@ -58,6 +58,25 @@ class NotShifted(OwnLoss):
         return wide_TV.exp().sum(1).log()
 
 
+@fault()
+class EntropyStartsAtZero(OwnLoss):
+    """The maximum that is subtracted from a token's logits starts at 0, so that of logits far below nothing is left."""
+
+    least = 0.0
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `OwnLoss.lse`."""
+        top_T1 = wide_TV.detach().amax(1, keepdim=True).clamp(min=self.least) if wide_TV.numel() else wide_TV[:, :1]
+        return (wide_TV - top_T1).exp().sum(1).log() + top_T1[:, 0]
+
+
+@fault()
+class EntropyStartsAtMinus10000(EntropyStartsAtZero):
+    """The maximum that is subtracted from a token's logits starts at -1e4."""
+
+    least = -1e4
+
+
 @fault("verl PR#5349")
 class PadsTheVocabularyWithZeros(OwnLoss):
     """The last block of 1,024 entries is padded with logits of zero, which are summed."""

@@ -320,6 +320,13 @@ CAUGHT_BY = {
     "reads_few_hidden_units": ("experts.deep", "FAIL-NUMERIC"),
     "routes_by_few_channels": ("router.wide", "FAIL-NUMERIC"),
     "writes_few_channels": ("experts.wide", "FAIL-NUMERIC"),
+    "balances_nothing_untrained": ("losses.aux_untrained", "FAIL-NUMERIC"),
+    "combines_coarsely_without_gradients": ("combine.untrained", "FAIL-NUMERIC"),
+    "dispatches_coarsely_without_gradients": ("dispatch.untrained", "FAIL-NUMERIC"),
+    "experts_of_low_weights_in_inference": ("experts.untrained", "FAIL-NUMERIC"),
+    "layer_without_losses_in_inference": ("layer.untrained", "FAIL-NUMERIC"),
+    "routes_without_scale_in_inference": ("router.untrained", "FAIL-NUMERIC"),
+    "z_of_low_logits_without_gradients": ("losses.z_untrained", "FAIL-NUMERIC"),
 }
 """The case that is meant for each fault, and its verdict."""
 

@@ -19,6 +19,7 @@ from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, ob
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
@@ -563,6 +564,8 @@ CASES = (
     Tails("attention.tails", CAUSAL), Tails("attention.full_tails", WHOLE),
     Tails("attention.latent_tails", LATENT_BACKWARD),
     KeptResults("attention.kept", CAUSAL), KeptResults("attention.latent_kept", LATENT_BACKWARD),
+    Untrained("attention.untrained", CAUSAL, ("y_THe",)),
+    Untrained("attention.latent_untrained", LATENT_BACKWARD, ("y_THe",)),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
 )  # fmt: skip

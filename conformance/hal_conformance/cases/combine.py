@@ -34,6 +34,7 @@ from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -374,4 +375,5 @@ CASES = (
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),
     KeptResults("combine.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("combine.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Untrained("combine.untrained", RANDOM, ("y_TD",), only=FEW_EXPERTS),
 )  # fmt: skip

@@ -30,6 +30,7 @@ from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -270,4 +271,5 @@ CASES = (
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),
     KeptResults("dispatch.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("dispatch.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Untrained("dispatch.untrained", PERMUTATION, ("x_RD", "slot_R", "counts_E"), only=FEW_EXPERTS),
 )  # fmt: skip

@@ -28,6 +28,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.sized import FEW_EXPERTS, Wide
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
 from hal_conformance.oracle.experts import each, experts, unknown
@@ -249,6 +250,7 @@ CASES = (
     BACKWARD,
     NoRows("experts.no_rows", "experts", _NEEDS, "Zero rows: an empty result, and gradients of exactly zero."),
     Strided("experts.strided", BACKWARD),
+    Untrained("experts.untrained", RANDOM, ("y_RD",), only=FEW_EXPERTS),
     Wide("experts.wide", BACKWARD, only=FEW_EXPERTS),
     Wide("experts.deep", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 40, 520)),
 )  # fmt: skip

@@ -31,6 +31,7 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
 from hal_conformance.cases.sized import Wide
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead
@@ -504,6 +505,7 @@ NORMALISED = Normalised(
     "lower limit. The upstream gradient pushes along the weights, as a z-loss does. "
     "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
+FEW_ROWS = FewRows("head.norm", "head", _HEAD, "V = 97.")
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,
     "Mean over the tokens that count of logsumexp - logit, in float32, and its gradient, over 8,191 to 126,464 tokens "
@@ -520,7 +522,7 @@ CASES = (
         "head.norm_constant", "head", _HEAD,
         "As head.norm, with the norm a constant in the backward pass, as in Ling's published code.", through_norm=False,
     ),
-    Wide("head.norm_wide", FewRows("head.norm", "head", _HEAD, "V = 97."), of=Shape(9, 1032, 8)),
+    Wide("head.norm_wide", FEW_ROWS, of=Shape(9, 1032, 8)),
     NanInput(
         "head.norm_nan", "head", _HEAD,
         "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of "
@@ -572,6 +574,9 @@ CASES = (
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
     KeptResults("head.cross_entropy_kept", WITH_Z),
+    Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
+    Untrained("head.cross_entropy_z_untrained", WITH_Z, ("loss",)),
+    Untrained("head.norm_untrained", FEW_ROWS, ("first_TV", "eval_TV", "again_TV", "last_TV")),
     Strided("head.norm_strided", NORMALISED),
     Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

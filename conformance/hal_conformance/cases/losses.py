@@ -33,6 +33,7 @@ from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Sliced, Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
@@ -295,6 +296,8 @@ CASES = (
     Tails("losses.z_tails", Z_LOSS, only=FEW_EXPERTS),
     KeptResults("losses.aux_kept", AUX, only=FEW_EXPERTS),
     KeptResults("losses.z_kept", Z_LOSS, only=FEW_EXPERTS),
+    Untrained("losses.aux_untrained", AUX, ("loss",), only=KINDS),
+    Untrained("losses.z_untrained", Z_LOSS, ("loss",), only=FEW_EXPERTS),
     KeptGraph("losses.aux_kept_graph", AUX, only=KINDS),
     KeptGraph("losses.z_kept_graph", Z_LOSS, only=FEW_EXPERTS),
     Int32("losses.aux_int32", AUX, only=FEW_EXPERTS),

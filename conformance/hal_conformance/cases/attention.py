@@ -7,7 +7,7 @@ width of the latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +118,14 @@ class Attention(Base):
         """Return a verdict on shapes and dtypes."""
         made = {"y_THe": "dy_THe", "dq_THd": "q_THd", "dk_SGd": "k_SGd", "dv_SGe": "v_SGe"}
         return structure(outputs, {name: (inputs[of].shape, p.dtype) for name, of in made.items()})
+
+
+class OneHead(Attention):
+    """One query head, and so one key head."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return replace(super().sizes(p), heads=1, groups=1)
 
 
 class Forward(Attention):
@@ -428,6 +436,14 @@ class LatentBackward(Latent):
         return merge(found)
 
 
+class OneLatentHead(LatentBackward):
+    """One query head."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return replace(super().sizes(p), heads=1, groups=1)
+
+
 class LatentFarBelow(LatentBackward):
     """As `FarBelow`: the rotated parts, which no projection multiplies, hold what all keys share."""
 
@@ -530,6 +546,11 @@ CASES = (
         "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
         share=4, queries=1, keys=193,
     ),
+    OneHead(
+        "attention.one_head", "attention", _NEEDS,
+        "As attention.prefix with one query head: code that drops axes of length one is wrong here. " + BOUND,
+        before=7, share=1,
+    ),
     FarBelow(
         "attention.far_below", "attention", _NEEDS,
         "As attention.prefix, with queries whose logits are all far below zero, by 200 to 60,000: an online softmax "
@@ -554,6 +575,10 @@ CASES = (
         "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts "
         "four times as large, whose share of the logits must not be rounded. " + BOUND,
         causal=False, before=11, share=1, steep=4.0,
+    ),
+    OneLatentHead(
+        "attention.latent_one_head", "attention", ("latent_attention",),
+        "As attention.latent_backward with one query head. " + BOUND, before=7, share=1,
     ),
     LatentFarBelow(
         "attention.latent_far_below", "attention", ("latent_attention",),

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.contract import Contract
 from hal.moe.presets import preset
+from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import Arrays, Params
@@ -111,13 +112,17 @@ class Loss(Base):
 class Aux(Loss):
     """The balance loss."""
 
+    def router(self, p: Params) -> RouterSpec:
+        """Return the router's equations."""
+        return preset(p.preset).router
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: scores that look like softmax or sigmoid outputs, made without a device.
 
         Of sigmoids, one token has scores of zero throughout, and another all but one.
         """
         # More than 1,024, of which the hot expert has half: its count has more bits than bfloat16.
-        spec, tokens = preset(p.preset).router, 1024 + tokens_of(p)
+        spec, tokens = self.router(p), 1024 + tokens_of(p)
         raw = make.normal(p.seed, "aux/scores", tokens, spec.num_experts)
         scores = 1.0 / (1.0 + raw**2 * 4.0)  # in (0, 1], skewed; rounded to float32 below, so exact bits are kept
         if spec.score == "softmax":
@@ -141,13 +146,25 @@ class Aux(Loss):
 
     def call(self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params) -> torch.Tensor:
         """See `Loss.call`."""
-        loss: torch.Tensor = ops.aux_loss(tensors["scores_TE"], tensors["experts_TK"], preset(p.preset).router)
+        loss: torch.Tensor = ops.aux_loss(tensors["scores_TE"], tensors["experts_TK"], self.router(p))
         return loss
 
     def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
         """See `Loss.expected`."""
-        value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], preset(p.preset).router)
+        value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], self.router(p))
         return value, dscores.scaled(UPSTREAM)
+
+
+class AuxOfOneChoice(Aux):
+    """The balance loss of one choice for each token: a division by K is none."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return KINDS
+
+    def router(self, p: Params) -> RouterSpec:
+        """See `Aux.router`."""
+        return replace(super().router(p), top_k=1)
 
 
 BEYOND_EXP = 200.0
@@ -284,6 +301,7 @@ Z_LOSS = Z(
 CASES = (
     AUX,
     Z_LOSS,
+    AuxOfOneChoice("losses.aux_one_choice", "losses", ("aux_loss",), "As losses.aux with K = 1."),
     NoTokens(
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",

@@ -227,6 +227,19 @@ class Few(RouterCase):
         return {**arrays, "x_TD": arrays["x_TD"][: self.tokens]}
 
 
+class AllChosen(RouterCase):
+    """As many choices as experts: there is nothing to leave out, and an order all the same."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts and a ragged number of them, neither in groups."""
+        return ("mixtral-8x7b", "qwen2-moe")
+
+    def router(self, p: Params) -> RouterSpec:
+        """See `RouterCase.router`."""
+        spec = super().router(p)
+        return replace(spec, top_k=spec.num_experts)
+
+
 CASES = (
     Logits(
         "router.logits", "router", ("route",),
@@ -269,6 +282,10 @@ CASES = (
         "router.one_choice", "router", ("route",),
         "As router.one_token, with all tokens and K = 1: weights are still normalised and scaled as the router says.",
         choices=1,
+    ),
+    AllChosen(
+        "router.all_chosen", "router", ("route",),
+        "As router.one_token, with all tokens and K = E: every expert is chosen, by descending score.",
     ),
     Untrained(
         "router.untrained", RouterCase("router.weights", "router", ("route",), "Every stage is judged."), ROUTING,

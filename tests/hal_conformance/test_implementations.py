@@ -320,6 +320,7 @@ CAUGHT_BY = {
     "reads_few_hidden_units": ("experts.deep", "FAIL-NUMERIC"),
     "routes_by_few_channels": ("router.wide", "FAIL-NUMERIC"),
     "writes_few_channels": ("experts.wide", "FAIL-NUMERIC"),
+    "combines_no_negative_weights": ("combine.random", "FAIL-NUMERIC"),
     "all_experts_in_order": ("router.all_chosen", "FAIL-DISCRETE"),
     "balances_no_one_choice": ("losses.aux_one_choice", "FAIL-NUMERIC"),
     "counts_nothing_of_the_only_expert": ("dispatch.only_expert", "FAIL-DISCRETE"),

@@ -55,11 +55,12 @@ class Random(ByCounts):
         return shape(p).tokens, preset(p.preset).router.top_k
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
+        """See `Case.inputs`: a quarter of the weights is negative, as with a negative scaling factor all are."""
         spec, (tokens, top_k) = preset(p.preset).router, self.sizes(p)
         experts = make.choices(p.seed, "combine", tokens, spec.num_experts, top_k)
         slot_R, _ = sent(experts, spec.num_experts, self.capacity(p))
         raw = make.words(p.seed, "combine/w", tokens, top_k) / 2.0**32 + 1.0 / 64
+        raw[make.integers(p.seed, "combine/negative", 0, 3, tokens, top_k) == 0] *= -1.0
         return {
             "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), shape(p).width), p.dtype),
             "weights_TK": make.store(raw / top_k * spec.scaling_factor, weight_storage(spec, p)),
@@ -314,7 +315,10 @@ class DroppedBackward(Backward, Dropped):
 
 
 _NEEDS = ("combine",)
-_SUMS = "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias."
+_SUMS = (
+    "Weighted sums of K rows with heavy tails, some weights negative. Bound: K u sum |w y| and half an ulp of storage; "
+    "also RMS and bias."
+)
 _GRADIENTS = (
     "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul). Some weights are zero; "
     "their gradients are not."

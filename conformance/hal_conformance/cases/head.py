@@ -67,7 +67,8 @@ class Normalised(HeadCase):
         """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.
 
         Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen. Every
-        seventh column has a norm of some 1e-7, to which the epsilon is added.
+        seventh column has a norm of some 1e-7, to which the epsilon is added, and one is zero: its weights stay zero,
+        and the gradient of its norm, which has none there, adds nothing.
         """
         s, rows = shape(p), self.ROWS[p.scale]
         size = make.normal(p.seed, "head/size", rows, 1)
@@ -77,6 +78,7 @@ class Normalised(HeadCase):
         weight[:, 1] *= 2.0**-6
         if p.dtype != "float16":  # which has no numbers so small
             weight[:, 2::7] *= 2.0**-24
+            weight[:, 3] = 0.0  # whose gradient, divided by the epsilon, float16 does not hold either
         sign = 1.0 - 2.0 * make.integers(p.seed, "head/sign", 0, 1, s.tokens, 1)
         x = make.activations(p.seed, "head/x", s.tokens, s.width) + sign * direction
         push = make.normal(p.seed, "head/dy", s.tokens, rows) + sign * size.T
@@ -502,7 +504,7 @@ NORMALISED = Normalised(
     "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
     "written into the weights, and both gradients, that of the weights through the norm; each of them, too, where the "
     "other is frozen. Every seventh column's norm is about the epsilon of 1e-7 (not in float16), which is added, not a "
-    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. "
+    "lower limit, and one column is zero. The upstream gradient pushes along the weights, as a z-loss does. "
     "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
 FEW_ROWS = FewRows("head.norm", "head", _HEAD, "V = 97.")

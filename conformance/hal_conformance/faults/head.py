@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
+from hal.moe.training_ops import NORM_HEAD_EPSILON
 from hal_conformance.faults.catalogue import fault
 
 
@@ -369,6 +370,18 @@ class HeadWithoutEpsilon(OwnNorm):
     def full(self, norm_D: Tensor) -> Tensor:
         """See `OwnNorm.full`."""
         return norm_D
+
+
+@fault()
+class HeadOfZerosDoesNotTrain(Head):
+    """The norm is the root of a sum of squares, whose slope is infinite for a column of zeros: its gradient is NaN."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = (wide_VD if through_norm else wide_VD.detach()).square().sum(0).sqrt()
+        logits = F.linear(x_TD, (wide_VD / (norm_D + NORM_HEAD_EPSILON)).to(x_TD.dtype))
+        return logits if train else logits.detach()
 
 
 @fault("vLLM's NormHead")

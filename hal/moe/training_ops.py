@@ -150,7 +150,7 @@ class TrainingOps(Protocol):
 
         Args:
             logits_TV: in any dtype.
-            targets_T: integers.
+            targets_T: int64 or int32. The portable implementation takes narrower integers, too; others need not.
             ignore_index: the target of tokens that do not count.
             z_coefficient: z of the z-loss of Chowdhery et al. 2022 (arXiv:2204.02311).
         """

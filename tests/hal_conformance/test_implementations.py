@@ -320,6 +320,7 @@ CAUGHT_BY = {
     "reads_few_hidden_units": ("experts.deep", "FAIL-NUMERIC"),
     "routes_by_few_channels": ("router.wide", "FAIL-NUMERIC"),
     "writes_few_channels": ("experts.wide", "FAIL-NUMERIC"),
+    "slots_in_the_dtype_of_experts": ("dispatch.small_integers", "FAIL-DISCRETE"),
     "combines_no_negative_weights": ("combine.random", "FAIL-NUMERIC"),
     "all_experts_in_order": ("router.all_chosen", "FAIL-DISCRETE"),
     "balances_no_one_choice": ("losses.aux_one_choice", "FAIL-NUMERIC"),
@@ -339,6 +340,7 @@ CAUGHT_BY = {
 THROUGH_THE_DOOR = (
     "fails_without_rows", "writes_its_weights", "route_without_gradient", "detached_scores", "needs_trained_weights",
     "refuses_odd_widths", "replays_long_only", "dispatches_long_only", "combines_long_only", "balances_long_only",
+    "dispatches_wide_only",
 )  # fmt: skip
 """What only a worker sees; see test_impl_door."""
 

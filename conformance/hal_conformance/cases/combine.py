@@ -29,7 +29,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
@@ -370,6 +370,7 @@ CASES = (
     Long("combine.long", EXACT, only=FEW_EXPERTS),
     Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("combine.int32", EXACT, only=FEW_EXPERTS),
+    SmallIntegers("combine.small_integers", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("combine.wide", EXACT, only=FEW_EXPERTS),

@@ -27,7 +27,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
@@ -293,6 +293,7 @@ CASES = (
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
+    SmallIntegers("dispatch.small_integers", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("dispatch.wide", PERMUTATION, only=FEW_EXPERTS),

@@ -29,6 +29,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.untrained import Untrained
@@ -576,6 +577,7 @@ CASES = (
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
     KeptResults("head.cross_entropy_kept", WITH_Z),
+    Int32("head.cross_entropy_int32", WITH_Z),
     Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
     Untrained("head.cross_entropy_z_untrained", WITH_Z, ("loss",)),
     Untrained("head.norm_untrained", FEW_ROWS, ("first_TV", "eval_TV", "again_TV", "last_TV")),

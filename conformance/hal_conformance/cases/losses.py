@@ -29,7 +29,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Sliced, Strided
@@ -319,6 +319,7 @@ CASES = (
     KeptGraph("losses.aux_kept_graph", AUX, only=KINDS),
     KeptGraph("losses.z_kept_graph", Z_LOSS, only=FEW_EXPERTS),
     Int32("losses.aux_int32", AUX, only=FEW_EXPERTS),
+    SmallIntegers("losses.aux_small_integers", AUX, only=FEW_EXPERTS),
     Nonfinite("losses.aux_nonfinite", AUX, only=KINDS),
     Nonfinite("losses.z_nonfinite", Z_LOSS, only=FEW_EXPERTS),
     Strided("losses.aux_strided", AUX, only=FEW_EXPERTS),

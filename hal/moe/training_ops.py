@@ -120,7 +120,9 @@ class TrainingOps(Protocol):
         split); W' is rounded to the dtype of `x_TD`, and so is the product. The gradient, summed in float32 and rounded
         once, is
 
-            dW_vd = dW'_vd / (n_d + 1e-7) - W_vd / n_d * sum_u(dW'_ud W_ud) / (n_d + 1e-7)^2;
+            dW_vd = dW'_vd / (n_d + 1e-7) - W_vd / n_d * sum_u(dW'_ud W_ud) / (n_d + 1e-7)^2,
+
+        whose second term is 0 for a column of zeros.
 
         Args:
             x_TD: the last hidden states.
@@ -148,7 +150,7 @@ class TrainingOps(Protocol):
 
         Args:
             logits_TV: in any dtype.
-            targets_T: integers.
+            targets_T: int64 or int32. The portable implementation takes narrower integers, too; others need not.
             ignore_index: the target of tokens that do not count.
             z_coefficient: z of the z-loss of Chowdhery et al. 2022 (arXiv:2204.02311).
         """

@@ -12,13 +12,14 @@ from hal.moe.torch_ops import TorchMoEOps
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance import arrays as codec
 from hal_conformance.case import Params
-from hal_conformance.cases import by_name, kept_results, tails
+from hal_conformance.cases import by_name, kept_results, tails, untrained
 from hal_conformance.cases.norm import RMS
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
 
 TAILS = tails.Tails("norm.tails", RMS)
 KEPT = kept_results.KeptResults("norm.kept", RMS)
+UNTRAINED = untrained.Untrained("norm.untrained", RMS, ("y_TD",))
 
 
 class OneRowOff(TorchTrainingOps):
@@ -51,6 +52,34 @@ def test_a_missing_output_of_one_number_of_tokens_is_named():
     found = TAILS.judge(inputs, arrays, p, Contract())
     assert found.status is Status.FAIL_STRUCTURE
     assert found.detail == "65 tokens: there is no output 'dx_TD'"
+
+
+class OffWhere(TorchTrainingOps):
+    """The result is off where a condition holds of x."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def rms_norm(self, x_TD, weight_D, eps):
+        y = super().rms_norm(x_TD, weight_D, eps)
+        return y * 1.01 if self.where(x_TD) else y
+
+
+@pytest.mark.parametrize(
+    ("where", "seen"),
+    [
+        (lambda x: not torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "no_grad"),
+        (lambda x: torch.is_inference_mode_enabled(), "inference_mode"),
+        (lambda x: torch.is_grad_enabled() and not x.requires_grad, "frozen"),
+    ],
+)
+def test_each_way_in_which_nothing_is_trained_is_seen_and_named(where, seen):
+    p = Params("ling-lite", "float32", "tiny")
+    found = judge(UNTRAINED, OffWhere(where), p)
+    assert found.status is Status.FAIL_NUMERIC
+    assert [mode for mode in untrained.MODES if f"{mode}: " in found.detail] == [seen]
+    assert judge(UNTRAINED, TorchTrainingOps(), p).status.colour == "green"
+    assert tuple(untrained.modes()) == untrained.MODES
 
 
 class OneBuffer(TorchTrainingOps):

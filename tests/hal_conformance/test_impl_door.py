@@ -77,6 +77,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
         ("refuses_odd_widths", "experts.unaligned", "CRASH", "misaligned address"),
         ("replays_long_only", "router.int32", "CRASH", "expected scalar type Long"),
         ("dispatches_long_only", "dispatch.int32", "CRASH", "expected scalar type Long"),
+        ("dispatches_wide_only", "dispatch.small_integers", "CRASH", "expected scalar type Int or Long"),
         ("combines_long_only", "combine.int32", "CRASH", "expected scalar type Long"),
         ("balances_long_only", "losses.aux_int32", "CRASH", "expected scalar type Long"),
     ],

@@ -320,12 +320,27 @@ CAUGHT_BY = {
     "reads_few_hidden_units": ("experts.deep", "FAIL-NUMERIC"),
     "routes_by_few_channels": ("router.wide", "FAIL-NUMERIC"),
     "writes_few_channels": ("experts.wide", "FAIL-NUMERIC"),
+    "slots_in_the_dtype_of_experts": ("dispatch.small_integers", "FAIL-DISCRETE"),
+    "combines_no_negative_weights": ("combine.random", "FAIL-NUMERIC"),
+    "all_experts_in_order": ("router.all_chosen", "FAIL-DISCRETE"),
+    "balances_no_one_choice": ("losses.aux_one_choice", "FAIL-NUMERIC"),
+    "counts_nothing_of_the_only_expert": ("dispatch.only_expert", "FAIL-DISCRETE"),
+    "equal_weights_of_all_experts": ("router.all_chosen", "FAIL-NUMERIC"),
+    "the_only_experts_gate_is_frozen": ("experts.only_expert", "FAIL-NUMERIC"),
+    "balances_nothing_untrained": ("losses.aux_untrained", "FAIL-NUMERIC"),
+    "combines_coarsely_without_gradients": ("combine.untrained", "FAIL-NUMERIC"),
+    "dispatches_coarsely_without_gradients": ("dispatch.untrained", "FAIL-NUMERIC"),
+    "experts_of_low_weights_in_inference": ("experts.untrained", "FAIL-NUMERIC"),
+    "layer_without_losses_in_inference": ("layer.untrained", "FAIL-NUMERIC"),
+    "routes_without_scale_in_inference": ("router.untrained", "FAIL-NUMERIC"),
+    "z_of_low_logits_without_gradients": ("losses.z_untrained", "FAIL-NUMERIC"),
 }
 """The case that is meant for each fault, and its verdict."""
 
 THROUGH_THE_DOOR = (
     "fails_without_rows", "writes_its_weights", "route_without_gradient", "detached_scores", "needs_trained_weights",
     "refuses_odd_widths", "replays_long_only", "dispatches_long_only", "combines_long_only", "balances_long_only",
+    "dispatches_wide_only",
 )  # fmt: skip
 """What only a worker sees; see test_impl_door."""
 

@@ -7,18 +7,19 @@ width of the latent.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.case import Arrays, Footprint, Params, arithmetic
+from hal_conformance.case import Array, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
@@ -117,6 +118,14 @@ class Attention(Base):
         """Return a verdict on shapes and dtypes."""
         made = {"y_THe": "dy_THe", "dq_THd": "q_THd", "dk_SGd": "k_SGd", "dv_SGe": "v_SGe"}
         return structure(outputs, {name: (inputs[of].shape, p.dtype) for name, of in made.items()})
+
+
+class OneHead(Attention):
+    """One query head, and so one key head."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return replace(super().sizes(p), heads=1, groups=1)
 
 
 class Forward(Attention):
@@ -267,6 +276,38 @@ class Even(Attention):
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
 
+def far_below(q_THd: Array, k_Sd: Array) -> None:
+    """Give every key the same large entry in channel 0, and three of four queries one that makes all logits negative.
+
+    Logits of a query move by one number, about -200, -2,000 or -20,000 at the smallest scale (scales differ by a factor
+    of three), and its probabilities stay what they are. A maximum that starts at 0 or at one of the usual finite
+    numbers, -1e3 or -1e4, leaves a sum of exponentials that are all zero.
+
+    Args:
+        q_THd: queries, which are changed.
+        k_Sd: keys, or [S, G, d], which are changed.
+    """
+    k_Sd[..., 0] = FAR
+    for first, size in enumerate((4.0, 32.0, 512.0)):
+        q_THd[first::4, :, 0] = -size
+
+
+FAR = 512.0
+"""A power of two, as the queries' entries are: their product is exact in every dtype."""
+
+
+class FarBelow(Attention):
+    """Queries whose logits are all far below zero."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        for name in ("q_THd", "k_SGd"):
+            arrays[name] = arrays[name].copy()
+        far_below(arrays["q_THd"], arrays["k_SGd"])
+        return arrays
+
+
 class NoTokens(Attention):
     """Zero queries."""
 
@@ -395,6 +436,26 @@ class LatentBackward(Latent):
         return merge(found)
 
 
+class OneLatentHead(LatentBackward):
+    """One query head."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Attention.sizes`."""
+        return replace(super().sizes(p), heads=1, groups=1)
+
+
+class LatentFarBelow(LatentBackward):
+    """As `FarBelow`: the rotated parts, which no projection multiplies, hold what all keys share."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        arrays = super().inputs(p)
+        for name in ("q_THR", "k_SR"):
+            arrays[name] = arrays[name].copy()
+        far_below(arrays["q_THR"], arrays["k_SR"])
+        return arrays
+
+
 def _judge(name: str, outputs: Arrays, want: Chained, p: Params, queries: int | None = None) -> Finding:
     """Judge an array [rows, heads, width]: as many errors are independent as there are rows of a head.
 
@@ -485,6 +546,17 @@ CASES = (
         "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
         share=4, queries=1, keys=193,
     ),
+    OneHead(
+        "attention.one_head", "attention", _NEEDS,
+        "As attention.prefix with one query head: code that drops axes of length one is wrong here. " + BOUND,
+        before=7, share=1,
+    ),
+    FarBelow(
+        "attention.far_below", "attention", _NEEDS,
+        "As attention.prefix, with queries whose logits are all far below zero, by 200 to 60,000: an online softmax "
+        "whose maximum starts at 0, or at a finite number such as -1e4, divides zero by zero. " + BOUND,
+        before=7,
+    ),
     Overflow(
         "attention.overflow", "attention", _NEEDS,
         "Values of zero and large upstream gradients in float16: the gradients of values that many queries see are "
@@ -504,9 +576,21 @@ CASES = (
         "four times as large, whose share of the logits must not be rounded. " + BOUND,
         causal=False, before=11, share=1, steep=4.0,
     ),
+    OneLatentHead(
+        "attention.latent_one_head", "attention", ("latent_attention",),
+        "As attention.latent_backward with one query head. " + BOUND, before=7, share=1,
+    ),
+    LatentFarBelow(
+        "attention.latent_far_below", "attention", ("latent_attention",),
+        "As attention.latent_backward, with queries whose logits are all far below zero, as in attention.far_below. "
+        + BOUND,
+        before=7, share=1,
+    ),
     Tails("attention.tails", CAUSAL), Tails("attention.full_tails", WHOLE),
     Tails("attention.latent_tails", LATENT_BACKWARD),
     KeptResults("attention.kept", CAUSAL), KeptResults("attention.latent_kept", LATENT_BACKWARD),
+    Untrained("attention.untrained", CAUSAL, ("y_THe",)),
+    Untrained("attention.latent_untrained", LATENT_BACKWARD, ("y_THe",)),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
 )  # fmt: skip

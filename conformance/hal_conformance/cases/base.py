@@ -91,9 +91,22 @@ def expert_bytes(p: Params) -> int:
     return 3 * preset(p.preset).router.num_experts * s.width * s.hidden * make.NUMPY_DTYPES[p.dtype].itemsize
 
 
+_TRAINED = ContextVar("trained", default=True)
+
+
+@contextmanager
+def nothing_trained() -> Iterator[None]:
+    """Leave inputs as they are meanwhile, and run nothing backward."""
+    token = _TRAINED.set(False)
+    try:
+        yield
+    finally:
+        _TRAINED.reset(token)
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
     """Return the same storage as a tensor that requires a gradient: what is written into it shows in the input."""
-    return tensor.detach().requires_grad_()
+    return tensor.detach().requires_grad_() if _TRAINED.get() else tensor
 
 
 def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -142,6 +155,8 @@ def run_backward(results: Sequence[torch.Tensor], upstream: Sequence[torch.Tenso
     """Run one backward pass from several tensors."""
     import torch
 
+    if not _TRAINED.get():
+        return
     torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
 
 

@@ -29,11 +29,12 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -54,11 +55,12 @@ class Random(ByCounts):
         return shape(p).tokens, preset(p.preset).router.top_k
 
     def inputs(self, p: Params) -> Arrays:
-        """See `Case.inputs`."""
+        """See `Case.inputs`: a quarter of the weights is negative, as with a negative scaling factor all are."""
         spec, (tokens, top_k) = preset(p.preset).router, self.sizes(p)
         experts = make.choices(p.seed, "combine", tokens, spec.num_experts, top_k)
         slot_R, _ = sent(experts, spec.num_experts, self.capacity(p))
         raw = make.words(p.seed, "combine/w", tokens, top_k) / 2.0**32 + 1.0 / 64
+        raw[make.integers(p.seed, "combine/negative", 0, 3, tokens, top_k) == 0] *= -1.0
         return {
             "y_RD": make.store(make.activations(p.seed, "combine/y", len(slot_R), shape(p).width), p.dtype),
             "weights_TK": make.store(raw / top_k * spec.scaling_factor, weight_storage(spec, p)),
@@ -313,7 +315,10 @@ class DroppedBackward(Backward, Dropped):
 
 
 _NEEDS = ("combine",)
-_SUMS = "Weighted sums of K rows with heavy tails. Bound: K u sum |w y| and half an ulp of storage; also RMS and bias."
+_SUMS = (
+    "Weighted sums of K rows with heavy tails, some weights negative. Bound: K u sum |w y| and half an ulp of storage; "
+    "also RMS and bias."
+)
 _GRADIENTS = (
     "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul). Some weights are zero; "
     "their gradients are not."
@@ -365,6 +370,7 @@ CASES = (
     Long("combine.long", EXACT, only=FEW_EXPERTS),
     Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("combine.int32", EXACT, only=FEW_EXPERTS),
+    SmallIntegers("combine.small_integers", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned", EXACT, only=FEW_EXPERTS),
     Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("combine.wide", EXACT, only=FEW_EXPERTS),
@@ -374,4 +380,5 @@ CASES = (
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),
     KeptResults("combine.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("combine.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Untrained("combine.untrained", RANDOM, ("y_TD",), only=FEW_EXPERTS),
 )  # fmt: skip

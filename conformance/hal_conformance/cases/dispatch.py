@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.contract import Contract
 from hal.moe.presets import preset
+from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.case import Array, Arrays, Params
 from hal_conformance.cases.base import (
@@ -26,11 +27,12 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
-from hal_conformance.detectors import discrete, exact, judge, merge, structure
+from hal_conformance.cases.untrained import Untrained
+from hal_conformance.detectors import discrete, exact, joined, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 
@@ -41,13 +43,17 @@ if TYPE_CHECKING:
 class DispatchCase(ByCounts):
     """Rows, slots and counts of one dispatch."""
 
+    def router(self, p: Params) -> RouterSpec:
+        """Return the router's equations, of which E and K matter."""
+        return preset(p.preset).router
+
     def capacity(self, p: Params) -> int | None:
         """Return the most rows of an expert."""
         return None
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        spec, s = preset(p.preset).router, shape(p)
+        spec, s = self.router(p), shape(p)
         return {
             "x_TD": make.store(make.activations(p.seed, "dispatch/x", s.tokens, s.width), p.dtype),
             "experts_TK": make.choices(p.seed, "dispatch", s.tokens, spec.num_experts, spec.top_k),
@@ -55,13 +61,13 @@ class DispatchCase(ByCounts):
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        spec = preset(p.preset).router
+        spec = self.router(p)
         out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], spec.num_experts, capacity=self.capacity(p))
         return fields_of(out, "Dispatch")
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        spec = preset(p.preset).router
+        spec = self.router(p)
         x = inputs["x_TD"]
         slot_R, counts_E = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
         wrong = structure(
@@ -116,7 +122,7 @@ class OneExpert(DispatchCase):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        spec = preset(p.preset).router
+        spec = self.router(p)
         arrays = super().inputs(p)
         last = np.arange(spec.num_experts - spec.top_k, spec.num_experts)
         arrays["experts_TK"] = np.tile(last[::-1], (len(arrays["x_TD"]), 1)).astype(np.int64)
@@ -159,7 +165,7 @@ class Backward(DispatchCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         arrays = super().inputs(p)
-        slot_R, _ = sent(arrays["experts_TK"], preset(p.preset).router.num_experts, self.capacity(p))
+        slot_R, _ = sent(arrays["experts_TK"], self.router(p).num_experts, self.capacity(p))
         dx = make.normal(p.seed, "dispatch/dx", len(slot_R), arrays["x_TD"].shape[1])
         return {**arrays, "dx_RD": make.store(dx, p.dtype)}
 
@@ -177,7 +183,7 @@ class Backward(DispatchCase):
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
         """See `frozen.Trainable`: there is the gradient only."""
-        experts = preset(p.preset).router.num_experts
+        experts = self.router(p).num_experts
         out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], experts, capacity=self.capacity(p))
         backward(fields_of(out, "Dispatch")["x_RD"], tensors["dx_RD"] if factor == 1.0 else factor * tensors["dx_RD"])
         return {}
@@ -188,7 +194,7 @@ class Backward(DispatchCase):
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        spec = preset(p.preset).router
+        spec = self.router(p)
         x: Array = inputs["x_TD"]
         wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
@@ -206,8 +212,8 @@ class NanBackward(Backward):
         arrays = super().inputs(p)
         dx = arrays["dx_RD"].copy()
         dx[len(dx) // 2] = np.nan
-        slot_R, _ = sent(arrays["experts_TK"], preset(p.preset).router.num_experts, self.capacity(p))
-        owner = slot_R // preset(p.preset).router.top_k
+        slot_R, _ = sent(arrays["experts_TK"], self.router(p).num_experts, self.capacity(p))
+        owner = slot_R // self.router(p).top_k
         dx[np.flatnonzero(owner != owner[len(dx) // 2])[0], 1] = -np.inf
         return {**arrays, "dx_RD": dx}
 
@@ -220,6 +226,31 @@ class NanBackward(Backward):
 
 class CapacityBackward(Backward, Capacity):
     """The same where the capacity drops some rows."""
+
+
+class OnlyExpert(Backward):
+    """One expert, which has all tokens: the rows are the tokens, and so are their gradients."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return FEW_EXPERTS
+
+    def router(self, p: Params) -> RouterSpec:
+        """See `DispatchCase.router`."""
+        return replace(super().router(p), num_experts=1, top_k=1)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        return {**DispatchCase.run(self, ops, tensors, p), **super().run(ops, tensors, p)}
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        gradient = {name: array for name, array in outputs.items() if name == "dx_TD"}
+        forward = {name: array for name, array in outputs.items() if name not in gradient}
+        return joined({
+            "forward": DispatchCase.judge(self, inputs, forward, p, contract),
+            "backward": super().judge(inputs, gradient, p, contract),
+        })  # fmt: skip
 
 
 _WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
@@ -255,12 +286,14 @@ CASES = (
         _SUM + " A row of NaN reaches its own token only, an infinity its own element: kept, for loss scaling to see, "
         "and not made the largest finite number.",
     ),
+    OnlyExpert("dispatch.only_expert", "dispatch", _NEEDS, _WHAT + "E = 1 and K = 1. " + _SUM),
     Strided("dispatch.strided", PERMUTATION),
     Aligned("dispatch.aligned", PERMUTATION),
     Aligned("dispatch.aligned_backward", BACKWARD),
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
+    SmallIntegers("dispatch.small_integers", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("dispatch.wide", PERMUTATION, only=FEW_EXPERTS),
@@ -270,4 +303,5 @@ CASES = (
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),
     KeptResults("dispatch.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("dispatch.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Untrained("dispatch.untrained", PERMUTATION, ("x_RD", "slot_R", "counts_E"), only=FEW_EXPERTS),
 )  # fmt: skip

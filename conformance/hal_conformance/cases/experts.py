@@ -28,6 +28,7 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.sized import FEW_EXPERTS, Wide
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
 from hal_conformance.oracle.experts import each, experts, unknown
@@ -163,6 +164,18 @@ class Backward(BackwardCase):
         return merge([*found, *weights.findings()])
 
 
+class OnlyExpert(Backward):
+    """One expert, which has all rows."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: the number of experts is the case's own."""
+        return FEW_EXPERTS
+
+    def size(self, p: Params) -> designs.Size:
+        """See `ExpertsCase.size`."""
+        return replace(super().size(p), counts_E=np.array([shape(p).tokens]))
+
+
 class Activation(BackwardCase):
     """silu and its slope, alone: every value of a 16-bit dtype, and as many of float32."""
 
@@ -247,8 +260,10 @@ CASES = (
     ),
     RANDOM,
     BACKWARD,
+    OnlyExpert("experts.only_expert", "experts", _NEEDS, "As experts.backward with E = 1, which has all rows."),
     NoRows("experts.no_rows", "experts", _NEEDS, "Zero rows: an empty result, and gradients of exactly zero."),
     Strided("experts.strided", BACKWARD),
+    Untrained("experts.untrained", RANDOM, ("y_RD",), only=FEW_EXPERTS),
     Wide("experts.wide", BACKWARD, only=FEW_EXPERTS),
     Wide("experts.deep", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 40, 520)),
 )  # fmt: skip

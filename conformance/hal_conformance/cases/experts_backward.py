@@ -17,7 +17,7 @@ from hal_conformance.cases.base import wide
 from hal_conformance.cases.experts import Backward, BackwardCase
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
 from hal_conformance.cases.strided import Sliced
@@ -215,5 +215,6 @@ CASES = (
     Sliced("experts.sliced", INTEGERS),
     KeptGraph("experts.kept_graph", INTEGERS, only=FEW_EXPERTS),
     Int32("experts.int32", INTEGERS, only=FEW_EXPERTS),
+    SmallIntegers("experts.small_integers", INTEGERS, only=FEW_EXPERTS),
     Unaligned("experts.unaligned", INTEGERS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -29,8 +29,10 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import UPSTREAM
+from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import Wide
 from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead
@@ -66,7 +68,8 @@ class Normalised(HeadCase):
         """See `Case.inputs`: weights that share a direction, along which the gradient pushes as a z-loss would.
 
         Of a random gradient the part along the weights is 1 / sqrt(V) of the whole, and would not be seen. Every
-        seventh column has a norm of some 1e-7, to which the epsilon is added.
+        seventh column has a norm of some 1e-7, to which the epsilon is added, and one is zero: its weights stay zero,
+        and the gradient of its norm, which has none there, adds nothing.
         """
         s, rows = shape(p), self.ROWS[p.scale]
         size = make.normal(p.seed, "head/size", rows, 1)
@@ -76,6 +79,7 @@ class Normalised(HeadCase):
         weight[:, 1] *= 2.0**-6
         if p.dtype != "float16":  # which has no numbers so small
             weight[:, 2::7] *= 2.0**-24
+            weight[:, 3] = 0.0  # whose gradient, divided by the epsilon, float16 does not hold either
         sign = 1.0 - 2.0 * make.integers(p.seed, "head/sign", 0, 1, s.tokens, 1)
         x = make.activations(p.seed, "head/x", s.tokens, s.width) + sign * direction
         push = make.normal(p.seed, "head/dy", s.tokens, rows) + sign * size.T
@@ -263,17 +267,20 @@ class CrossEntropy(HeadCase):
         """See `Case.inputs`.
 
         Frequent tokens have larger logits. Token 3 is shifted by 10,000; in token 5 one logit is 30,000, and it is the
-        right one; in token 7 all are alike; token 8 is right by 12, so that p is nearly 1 and p - 1 cancels.
+        right one; in token 7 all are alike; token 8 is right by 12, so that p is nearly 1 and p - 1 cancels. Tokens 9
+        and 11 are shifted by -200 and -11,000: a maximum that starts at 0 or -1e4 leaves the logarithm of zero.
         """
         tokens, vocabulary = self.size(p)
         x = make.normal(p.seed, "entropy/logits", tokens, vocabulary) * 3.0
         x[:, :: max(1, vocabulary // 64)] += 6.0
         targets = self.targets(p, tokens, vocabulary)
-        if tokens > 8:
+        if tokens > 11:
             x[3] += 10000.0
             x[5, targets[5]] = 30000.0
             x[7] = -2.5
             x[8, targets[8]] = 24.0
+            x[9] -= 200.0
+            x[11] -= 11000.0
         return {"logits_TV": make.store(x, p.dtype), "targets_T": targets}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -498,15 +505,16 @@ NORMALISED = Normalised(
     "Ling's NormHead in training, then in evaluation, then in training again: the same logits each time, nothing "
     "written into the weights, and both gradients, that of the weights through the norm; each of them, too, where the "
     "other is frozen. Every seventh column's norm is about the epsilon of 1e-7 (not in float16), which is added, not a "
-    "lower limit. The upstream gradient pushes along the weights, as a z-loss does. "
+    "lower limit, and one column is zero. The upstream gradient pushes along the weights, as a z-loss does. "
     "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
+FEW_ROWS = FewRows("head.norm", "head", _HEAD, "V = 97.")
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,
     "Mean over the tokens that count of logsumexp - logit, in float32, and its gradient, over 8,191 to 126,464 tokens "
     "of vocabulary; a quarter of the targets is ignored, the first and the last entry are targets, and some rows have "
-    "huge, equal or decided logits; for an upstream gradient that is not 1. Local bound: exp, the sum with stagnation, "
-    "log, and each rounding (oracle.cross_entropy).",
+    "huge, equal or decided logits, or all of them far below zero; for an upstream gradient that is not 1. Local "
+    "bound: exp, the sum with stagnation, log, and each rounding (oracle.cross_entropy).",
 )  # fmt: skip
 WITH_Z = WithZ(
     "head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2
@@ -517,7 +525,7 @@ CASES = (
         "head.norm_constant", "head", _HEAD,
         "As head.norm, with the norm a constant in the backward pass, as in Ling's published code.", through_norm=False,
     ),
-    Wide("head.norm_wide", FewRows("head.norm", "head", _HEAD, "V = 97."), of=Shape(9, 1032, 8)),
+    Wide("head.norm_wide", FEW_ROWS, of=Shape(9, 1032, 8)),
     NanInput(
         "head.norm_nan", "head", _HEAD,
         "NormHead with one NaN in one token, V = 257: NaN are the token's logits and the gradient of that column of "
@@ -569,6 +577,10 @@ CASES = (
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
     KeptResults("head.cross_entropy_kept", WITH_Z),
+    Int32("head.cross_entropy_int32", WITH_Z),
+    Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
+    Untrained("head.cross_entropy_z_untrained", WITH_Z, ("loss",)),
+    Untrained("head.norm_untrained", FEW_ROWS, ("first_TV", "eval_TV", "again_TV", "last_TV")),
     Strided("head.norm_strided", NORMALISED),
     Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

@@ -35,10 +35,11 @@ from hal_conformance.cases.experts import routed
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
-from hal_conformance.cases.router import expected_structure
+from hal_conformance.cases.router import ROUTING, expected_structure
 from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
@@ -288,6 +289,7 @@ CASES = (
         replayed=True, backward=True, only=("mixtral-8x7b",),
     ),
     KeptGraph("layer.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Untrained("layer.untrained", FREE_FORWARD, (*ROUTING, "y_TD", "aux_loss", "z_loss"), only=FEW_EXPERTS),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hal.contract import Contract
 from hal.moe.presets import preset
+from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import Arrays, Params
@@ -28,11 +29,12 @@ from hal_conformance.cases.base import (
 )
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
 from hal_conformance.cases.strided import Sliced, Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
@@ -110,13 +112,17 @@ class Loss(Base):
 class Aux(Loss):
     """The balance loss."""
 
+    def router(self, p: Params) -> RouterSpec:
+        """Return the router's equations."""
+        return preset(p.preset).router
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: scores that look like softmax or sigmoid outputs, made without a device.
 
         Of sigmoids, one token has scores of zero throughout, and another all but one.
         """
         # More than 1,024, of which the hot expert has half: its count has more bits than bfloat16.
-        spec, tokens = preset(p.preset).router, 1024 + tokens_of(p)
+        spec, tokens = self.router(p), 1024 + tokens_of(p)
         raw = make.normal(p.seed, "aux/scores", tokens, spec.num_experts)
         scores = 1.0 / (1.0 + raw**2 * 4.0)  # in (0, 1], skewed; rounded to float32 below, so exact bits are kept
         if spec.score == "softmax":
@@ -140,13 +146,25 @@ class Aux(Loss):
 
     def call(self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params) -> torch.Tensor:
         """See `Loss.call`."""
-        loss: torch.Tensor = ops.aux_loss(tensors["scores_TE"], tensors["experts_TK"], preset(p.preset).router)
+        loss: torch.Tensor = ops.aux_loss(tensors["scores_TE"], tensors["experts_TK"], self.router(p))
         return loss
 
     def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
         """See `Loss.expected`."""
-        value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], preset(p.preset).router)
+        value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], self.router(p))
         return value, dscores.scaled(UPSTREAM)
+
+
+class AuxOfOneChoice(Aux):
+    """The balance loss of one choice for each token: a division by K is none."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return KINDS
+
+    def router(self, p: Params) -> RouterSpec:
+        """See `Aux.router`."""
+        return replace(super().router(p), top_k=1)
 
 
 BEYOND_EXP = 200.0
@@ -283,6 +301,7 @@ Z_LOSS = Z(
 CASES = (
     AUX,
     Z_LOSS,
+    AuxOfOneChoice("losses.aux_one_choice", "losses", ("aux_loss",), "As losses.aux with K = 1."),
     NoTokens(
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",
@@ -295,9 +314,12 @@ CASES = (
     Tails("losses.z_tails", Z_LOSS, only=FEW_EXPERTS),
     KeptResults("losses.aux_kept", AUX, only=FEW_EXPERTS),
     KeptResults("losses.z_kept", Z_LOSS, only=FEW_EXPERTS),
+    Untrained("losses.aux_untrained", AUX, ("loss",), only=KINDS),
+    Untrained("losses.z_untrained", Z_LOSS, ("loss",), only=FEW_EXPERTS),
     KeptGraph("losses.aux_kept_graph", AUX, only=KINDS),
     KeptGraph("losses.z_kept_graph", Z_LOSS, only=FEW_EXPERTS),
     Int32("losses.aux_int32", AUX, only=FEW_EXPERTS),
+    SmallIntegers("losses.aux_small_integers", AUX, only=FEW_EXPERTS),
     Nonfinite("losses.aux_nonfinite", AUX, only=KINDS),
     Nonfinite("losses.z_nonfinite", Z_LOSS, only=FEW_EXPERTS),
     Strided("losses.aux_strided", AUX, only=FEW_EXPERTS),

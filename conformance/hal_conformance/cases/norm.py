@@ -21,6 +21,7 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.sized import Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
 from hal_conformance.verdicts import Judgement
@@ -328,6 +329,7 @@ CASES = (
     Unaligned("norm.rms_unaligned", RMS), Unaligned("norm.layer_unaligned", LAYER),
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
     KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
+    Untrained("norm.rms_untrained", RMS, ("y_TD",)), Untrained("norm.layer_untrained", LAYER, ("y_TD",)),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Wide("norm.rms_wide", RMS, of=WIDE), Wide("norm.layer_wide", LAYER, of=WIDE),
     Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),

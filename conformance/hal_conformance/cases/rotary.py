@@ -18,6 +18,7 @@ from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, ob
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.rotary import rotary
 from hal_conformance.verdicts import Judgement
@@ -210,5 +211,6 @@ CASES = (
     NoTokens("rotary.no_tokens", "rotary", _NEEDS, "Zero tokens."),
     Tails("rotary.tails", RANDOM),
     KeptResults("rotary.kept", RANDOM),
+    Untrained("rotary.untrained", RANDOM, ("y_THd",)),
     Strided("rotary.strided", RANDOM),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from hal_conformance.bounds import Bounded, matmul
 from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import KINDS, Base, fields_of, gate_storage, router_arrays, weight_storage, wide
+from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, discrete, judge, merge, structure
 from hal_conformance.margins import Certainty, certify, judge_choice
 from hal_conformance.oracle.routing import scores_between, scores_of, weights_of
@@ -22,6 +23,10 @@ from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
     import torch
+
+
+ROUTING = ("logits_TE", "scores_TE", "experts_TK", "weights_TK")
+"""The fields of a `Routing`."""
 
 
 def expected_structure(spec: RouterSpec, p: Params, tokens: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -222,6 +227,19 @@ class Few(RouterCase):
         return {**arrays, "x_TD": arrays["x_TD"][: self.tokens]}
 
 
+class AllChosen(RouterCase):
+    """As many choices as experts: there is nothing to leave out, and an order all the same."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: few experts and a ragged number of them, neither in groups."""
+        return ("mixtral-8x7b", "qwen2-moe")
+
+    def router(self, p: Params) -> RouterSpec:
+        """See `RouterCase.router`."""
+        spec = super().router(p)
+        return replace(spec, top_k=spec.num_experts)
+
+
 CASES = (
     Logits(
         "router.logits", "router", ("route",),
@@ -264,5 +282,13 @@ CASES = (
         "router.one_choice", "router", ("route",),
         "As router.one_token, with all tokens and K = 1: weights are still normalised and scaled as the router says.",
         choices=1,
+    ),
+    AllChosen(
+        "router.all_chosen", "router", ("route",),
+        "As router.one_token, with all tokens and K = E: every expert is chosen, by descending score.",
+    ),
+    Untrained(
+        "router.untrained", RouterCase("router.weights", "router", ("route",), "Every stage is judged."), ROUTING,
+        only=KINDS[:2],
     ),
 )  # fmt: skip

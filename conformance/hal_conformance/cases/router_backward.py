@@ -28,7 +28,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.narrow import Int32
+from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.router import RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
 from hal_conformance.cases.strided import Strided
@@ -260,5 +260,6 @@ CASES = (
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=FEW_EXPERTS),
     Int32("router.int32", REPLAYED, only=FEW_EXPERTS),
+    SmallIntegers("router.small_integers", REPLAYED, only=FEW_EXPERTS),
     KeptGraph("router.kept_graph", BACKWARD, only=KINDS[1:2]),
 )  # fmt: skip

@@ -175,6 +175,32 @@ class NothingIsRescaled(Composed):
 
 
 @fault()
+class StartsAtZero(Composed):
+    """The maximum that is subtracted in the softmax starts at 0, so that of logits far below nothing is left."""
+
+    least = 0.0
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        powers = (logits_HTS - logits_HTS.detach().amax(-1, keepdim=True).clamp(min=self.least)).exp()
+        return powers / powers.sum(-1, keepdim=True)
+
+
+@fault()
+class StartsAtMinus1000(StartsAtZero):
+    """The maximum that is subtracted in the softmax starts at -1e3."""
+
+    least = -1e3
+
+
+@fault()
+class StartsAtMinus10000(StartsAtZero):
+    """The maximum that is subtracted in the softmax starts at -1e4."""
+
+    least = -1e4
+
+
+@fault()
 class ResultsInStorage(Composed):
     """The result is rounded to the dtype of storage after every 16 keys."""
 
@@ -584,6 +610,19 @@ class LatentIsAlwaysCausal(OtherLatent):
     def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
         """See `OtherLatent.given`."""
         return arguments, True
+
+
+@fault()
+class LatentStartsAtMinus10000(Attention):
+    """In latent attention alone, the maximum that is subtracted in the softmax starts at -1e4."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        given = q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL
+        return StartsAtMinus10000().latent_attention(*given, scale, causal=causal)
 
 
 @fault()

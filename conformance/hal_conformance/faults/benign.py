@@ -207,6 +207,7 @@ class AddsByIndex(Parts):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
+        slot_R = slot_R.long()  # torch does not index by all dtypes of the protocol
         terms = y_RD.float() * weights_TK.reshape(-1)[slot_R, None].float()
         total = torch.zeros(num_tokens, y_RD.shape[1], device=y_RD.device)
         return total.index_add(0, slot_R // max(1, weights_TK.shape[1]), terms).to(y_RD.dtype)

@@ -31,6 +31,17 @@ class TrainsItsMaximum(Composed):
 
 
 @benign()
+class StartsAtTheLowest(Composed):
+    """The maximum that is subtracted in the softmax starts at the lowest float32, not at minus infinity."""
+
+    def softmax(self, logits_HTS: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Composed.softmax`."""
+        least = torch.finfo(torch.float32).min
+        powers = (logits_HTS - logits_HTS.detach().amax(-1, keepdim=True).clamp(min=least)).exp()
+        return powers / powers.sum(-1, keepdim=True)
+
+
+@benign()
 class StoresProbabilities(Composed):
     """Probabilities are normalised, and rounded to the dtype before they are multiplied by v."""
 

@@ -36,7 +36,8 @@ class NormInBlocks(Head):
     def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
         """See `TrainingOps.norm_head`."""
         wide = weight_VD.float()
-        square = total(wide * wide, 0, 7)
+        # A root has no slope at 0; a column of zeros must not be NaN.
+        square = total(wide * wide, 0, 7).clamp(min=torch.finfo(torch.float32).tiny)
         norm = (square if through_norm else square.detach()).sqrt()
         logits = x_TD @ (wide / (norm + 1e-7)).to(x_TD.dtype).t()
         return logits if train else logits.detach()

@@ -26,6 +26,16 @@ class WideNorms(Norm):
         return F.layer_norm(x_TD.double(), (x_TD.shape[1],), weight_D.double(), bias_D.double(), eps).to(x_TD.dtype)
 
 
+@benign()
+class WideNormsUntrained(WideNorms):
+    """Norms in float64 where nothing requires a gradient or gradients are disabled, in float32 otherwise."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        trained = torch.is_grad_enabled() and (x_TD.requires_grad or weight_D.requires_grad)
+        return (Norm if trained else WideNorms).rms_norm(self, x_TD, weight_D, eps)
+
+
 def total(terms: Tensor, dim: int, block: int) -> Tensor:
     """Return the sum along a dimension, which is kept: of blocks from the end, each summed backwards."""
     parts: list[Tensor] = [part.flip(dim).sum(dim, keepdim=True) for part in terms.split(block, dim)]

@@ -205,3 +205,12 @@ class WeighsWhatWasDropped(Alone):
         _, left = by_token(y_RD, weights_TK.detach(), slot_R)
         nothing = ((weights_TK.detach() - left) * 0).sum(1, keepdim=True)
         return super().combine(y_RD, weights_TK, slot_R, num_tokens) + nothing.to(y_RD.dtype)
+
+
+@fault()
+class CombinesNoNegativeWeights(Parts):
+    """Weights below zero are taken for zero, as if every router's were those of a softmax."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return super().combine(y_RD, weights_TK.clamp(min=0.0), slot_R, num_tokens)

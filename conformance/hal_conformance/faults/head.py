@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
+from hal.moe.training_ops import NORM_HEAD_EPSILON
 from hal_conformance.faults.catalogue import fault
 
 
@@ -56,6 +57,25 @@ class NotShifted(OwnLoss):
     def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
         """See `OwnLoss.lse`."""
         return wide_TV.exp().sum(1).log()
+
+
+@fault()
+class EntropyStartsAtZero(OwnLoss):
+    """The maximum that is subtracted from a token's logits starts at 0, so that of logits far below nothing is left."""
+
+    least = 0.0
+
+    def lse(self, wide_TV: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `OwnLoss.lse`."""
+        top_T1 = wide_TV.detach().amax(1, keepdim=True).clamp(min=self.least) if wide_TV.numel() else wide_TV[:, :1]
+        return (wide_TV - top_T1).exp().sum(1).log() + top_T1[:, 0]
+
+
+@fault()
+class EntropyStartsAtMinus10000(EntropyStartsAtZero):
+    """The maximum that is subtracted from a token's logits starts at -1e4."""
+
+    least = -1e4
 
 
 @fault("verl PR#5349")
@@ -350,6 +370,18 @@ class HeadWithoutEpsilon(OwnNorm):
     def full(self, norm_D: Tensor) -> Tensor:
         """See `OwnNorm.full`."""
         return norm_D
+
+
+@fault()
+class HeadOfZerosDoesNotTrain(Head):
+    """The norm is the root of a sum of squares, whose slope is infinite for a column of zeros: its gradient is NaN."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        wide_VD = weight_VD.float()
+        norm_D = (wide_VD if through_norm else wide_VD.detach()).square().sum(0).sqrt()
+        logits = F.linear(x_TD, (wide_VD / (norm_D + NORM_HEAD_EPSILON)).to(x_TD.dtype))
+        return logits if train else logits.detach()
 
 
 @fault("vLLM's NormHead")

@@ -9,7 +9,13 @@ from torch import Tensor
 from hal.moe.ops import Dispatch, ExpertWeights, Routing
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.head import Head
 from hal_conformance.faults.parts import Alone
+
+
+def _wide(indices: Tensor) -> None:
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise RuntimeError(f"expected scalar type Int or Long but found {indices.dtype}")
 
 
 def _long(indices: Tensor | None) -> None:
@@ -73,3 +79,39 @@ class BalancesLongOnly(Alone):
         """See `MoEOps.aux_loss`."""
         _long(experts_TK)
         return super().aux_loss(scores_TE, experts_TK, spec)
+
+
+@fault()
+class SlotsInTheDtypeOfExperts(Alone):
+    """Dispatch returns slots that were computed in the dtype of the experts, which may be too small for them."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`: the key that is sorted, expert times slots plus slot, loses its upper bits."""
+        out = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+        if capacity is not None or experts_TK.dtype == torch.int64:
+            return out
+        key = experts_TK.to(torch.int64).flatten() * experts_TK.numel()
+        slot_R = (key + torch.arange(len(key), device=key.device)).to(experts_TK.dtype).argsort(stable=True)
+        return out._replace(x_RD=x_TD[slot_R // experts_TK.shape[1]], slot_R=slot_R)
+
+
+@fault()
+class DispatchesWideOnly(Alone):
+    """Dispatch fails where experts are neither int32 nor int64."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        _wide(experts_TK)
+        return super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+
+
+@fault()
+class EntropyOfLongOnly(Head):
+    """Cross-entropy fails where targets are not int64, as torch's own does."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        _long(targets_T)
+        return super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)

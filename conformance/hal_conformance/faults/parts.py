@@ -112,6 +112,7 @@ class OwnProduct(Parts):
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
+        counts_E = counts_E.long()  # narrower ones overflow in sums, and torch does not index by all of them
         experts, longest = len(counts_E), max(1, int(counts_E.max()))
         owner = torch.repeat_interleave(torch.arange(experts, device=x_RD.device), counts_E)
         place = torch.arange(len(x_RD), device=x_RD.device) - (counts_E.cumsum(0) - counts_E)[owner]

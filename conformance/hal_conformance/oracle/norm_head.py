@@ -65,7 +65,7 @@ class NormHead:
         squares = (terms**2).sum(0)
         of_dot = matmul_variance(dot, squares, len(self._w), Arithmetic()) + U32**2 * squares
         of_dot = of_dot + (self._w**2 * dnormal.var).sum(0)
-        factor = self._w / self._norm / n**2
+        factor = self._w / np.where(self._norm == 0.0, 1.0, self._norm) / n**2  # of a column of zeros it is zero
         second = factor * dot
         var_second = factor**2 * of_dot + second**2 * (9.0 * self._relative**2 + 6.0 * U32**2)
         return dx, Chained(first - second, 2.0 * (var + var_second)).stored(self._dtype)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another case where nothing is trained: code has a way of its own there, which keeps nothing for a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hal.contract import Contract
+from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.cases.base import nothing_trained, observed, part
+from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.detectors import joined
+from hal_conformance.verdicts import Judgement
+
+if TYPE_CHECKING:
+    import torch
+
+
+def modes() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[torch.Tensor], torch.Tensor]]]:
+    """Return the ways in which nothing is trained: a context, and what is made of an input of floating point in it."""
+    import torch
+
+    return {
+        "no_grad": (torch.no_grad, lambda tensor: tensor.detach().requires_grad_()),
+        "inference_mode": (torch.inference_mode, torch.clone),
+        "frozen": (nullcontext, torch.Tensor.detach),
+    }
+
+
+MODES = ("no_grad", "inference_mode", "frozen")
+
+
+@dataclass(frozen=True)
+class Untrained(Wrapped):
+    """The case `inner`, for one preset, as it is, and in each mode without its backward pass.
+
+    Attributes:
+        results: the outputs that are no gradients. Those of each mode are judged by themselves, with the gradients of
+            the one run that had some: `inner` has none, or judges them by its inputs alone, not by the results.
+    """
+
+    results: tuple[str, ...]
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, whose results are judged where nothing is trained, too: under torch.no_grad() with "
+            "inputs that require a gradient, under torch.inference_mode(), and with gradients enabled where no input "
+            f"requires one. {self.inner.what}"
+        )
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        inner = super().footprint(p)
+        return Footprint(2 * inner.inputs, (1 + len(MODES)) * inner.outputs)
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`: all results are read after the last call."""
+        found = super().run(ops, tensors, p)
+        for mode, (context, given) in modes().items():
+            with ExitStack() as stack:
+                stack.enter_context(context())
+                stack.enter_context(nothing_trained())
+                inputs = {name: given(t) if t.is_floating_point() else t for name, t in tensors.items()}
+                outputs = observed(super().run(ops, inputs, p))
+            found |= {f"{mode}/{name}": outputs[name] for name in self.results if name in outputs}
+        return found
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        gradients = {name: array for name, array in outputs.items() if "/" not in name and name not in self.results}
+        trained = {name: outputs[name] for name in self.results if name in outputs}
+        found = {"trained": trained, **{mode: part(outputs, mode) for mode in MODES}}
+        return joined({
+            mode: super(Untrained, self).judge(inputs, {**gradients, **results}, p, contract)
+            for mode, results in found.items()
+        })  # fmt: skip

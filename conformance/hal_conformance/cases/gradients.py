@@ -15,7 +15,7 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.base import backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
@@ -236,7 +236,7 @@ class MicroBatches(GradientCase):
             weights = [leaf(tensors[name]) for name in ROUTED]
             counts = torch.bincount(tensors["expert_R"][rows].cpu(), minlength=experts).to(rows.device)
             y = ops.experts(tensors["x_RD"][rows], counts, ExpertWeights(*weights))
-            y.backward(tensors["dy_RD"][rows] / len(rows))
+            backward(y, tensors["dy_RD"][rows] / len(rows))
             return [w.grad for w in weights]
 
         micro = tensors["micro_R"]

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an implementation could leave changed in the process: switches of torch and numpy, under which later cases run.
+"""What an implementation could leave changed in the process: switches of torch and numpy, seeds, folder, environment.
 
 An operator may set what it likes while it computes. What it leaves set changes the results of whatever comes after it,
 in a training as in this suite, and there the fault would show in another operator's name.
 
-The random generators are no part of it: who draws moves them. Neither are replaced functions (`Tensor.softmax = mine`):
-there is no end to what would have to be compared.
+Who draws a random number moves its generator, which is no fault; generators are put back all the same, so that no case
+depends on those before it. A seed is another matter: who sets one decides what everybody else draws. That shows in
+torch, whose generators know their seed; Python's and numpy's do not. Replaced functions (`Tensor.softmax = mine`) are
+no part of it: there is no end to what would have to be compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +54,7 @@ class Kind:
         read: returns it; what it raises counts as a value.
         write: sets it to what `read` returned before. What it raises is ignored: the process is then not restored.
         told: whether leaving it changed is a fault. The number of threads changes no more than an order of sums, and an
-            implementation may want another one: it is put back without a word.
+            implementation may want another one; random numbers may be drawn: these are put back without a word.
     """
 
     name: str
@@ -148,12 +152,74 @@ def kinds(device_type: str) -> Iterator[Kind]:
         for operation, library in product(("all", "matmul", "conv", "rnn"), ("generic", "cuda", "mkldnn")):
             if (library, operation) == ("generic", "all") or library != "generic":
                 yield _fp32(library, operation)
+    yield Kind("the working directory", os.getcwd, os.chdir)
+    yield _environment()
+    yield from _generators(device_type)
     if device_type != "cpu" and hasattr(torch, "accelerator"):
         accelerator: Any = torch.accelerator
         for name, get, put in (("device", "current_device_index", "set_device_index"),
                                ("stream", "current_stream", "set_stream")):  # fmt: skip
             if not isinstance(_read(getattr(accelerator, get)), Unread):
                 yield Kind(f"the current {name}", getattr(accelerator, get), getattr(accelerator, put))
+
+
+@dataclass(frozen=True)
+class Variables:
+    """Environment variables, of which the names may be shown and the values, which may be secrets, may not.
+
+    Attributes:
+        held: name and value; None: it is not set.
+        first: what was held at first.
+    """
+
+    held: dict[Any, Any]
+    first: dict[Any, Any]
+
+    def __str__(self) -> str:
+        names = (os.fsdecode(name) for name, value in self.held.items() if value != self.first[name])
+        return f"other values of {', '.join(names)}"
+
+
+def _environment() -> Kind:
+    """Compare the variables that there are. What is added is left: compilers note the folder of their cache so."""
+    data: dict[Any, Any] = getattr(os.environ, "_data")  # noqa: B009  its items without decoding all of them
+    first = dict(data)
+
+    def write(then: Variables) -> None:
+        for name, value in then.held.items():
+            if data.get(name) != value:
+                os.environ[os.fsdecode(name)] = os.fsdecode(value)
+
+    return Kind("the environment", lambda: Variables({name: data.get(name) for name in first}, first), write)
+
+
+def _generators(device_type: str) -> Iterator[Kind]:
+    """Yield seeds before the states in which they are a part."""
+    ours = torch.default_generator
+    yield Kind("the seed of torch's random numbers", ours.initial_seed, ours.manual_seed)
+    if device_type != "cpu":
+        module = getattr(torch, device_type, None)
+        read, write = getattr(module, "initial_seed", None), getattr(module, "manual_seed", None)
+        if read is not None and write is not None and not isinstance(_read(read), Unread):
+            yield Kind(f"the seed of {device_type}'s random numbers", read, write)
+    yield Kind(
+        "the state of torch's random numbers",
+        lambda: ours.get_state().numpy().tobytes(),
+        lambda state: ours.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+        told=False,
+    )
+    yield Kind("the state of Python's random numbers", random.getstate, random.setstate, told=False)
+    yield Kind("the state of numpy's random numbers", _of_numpy, _to_numpy, told=False)
+
+
+def _of_numpy() -> tuple[Any, ...]:
+    name, key, *rest = np.random.get_state()
+    return (name, np.asarray(key).tobytes(), *rest)
+
+
+def _to_numpy(state: tuple[Any, ...]) -> None:
+    name, key, *rest = state
+    np.random.set_state((name, np.frombuffer(key, np.uint32), *rest))
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from hal_conformance import arguments, manifest, marked, soundness, wire
 from hal_conformance import arrays as codec
-from hal_conformance import manifest, marked, soundness, wire
 from hal_conformance.case import Malformed, Params
 from hal_conformance.plan import Catalogue
 from hal_conformance.text import plain
@@ -204,7 +204,8 @@ class _Worker:
         given = dict(tensors)
         assert self._state is not None
         try:
-            returned = case.run(self._ops, given, params)
+            with arguments.watched(self._ops, tensors.values()) as ops:
+                returned = case.run(ops, given, params)
             self._device.synchronize()
         finally:
             self._left, self._restored = self._state.put_back()
@@ -213,6 +214,7 @@ class _Worker:
             after, before = codec.to_buffer(codec.from_torch(tensor)), codec.to_buffer(inputs[name])
             if not np.array_equal(np.asarray(after), np.asarray(before)):
                 raise Malformed(f"the implementation wrote into its input {name}")
+        ops.check()
         return outputs
 
     def _excuse(self, error: BaseException) -> dict[str, Any]:
@@ -271,7 +273,7 @@ def _check(returned: Any, device: Any) -> Arrays:
             raise Malformed(
                 f"{name} has the layout {'nested' if tensor.is_nested else tensor.layout}, not torch.strided"
             )
-        if not _has_elements(tensor):
+        if not arguments.has_elements(tensor):
             raise Malformed(f"{name} is a {type(tensor).__name__}, which has no elements of its own")
     size = sum(tensor.numel() * tensor.element_size() for tensor in returned.values())
     if size > MAX_OUTPUT:
@@ -280,26 +282,6 @@ def _check(returned: Any, device: Any) -> Arrays:
         return {name: codec.from_torch(tensor) for name, tensor in returned.items()}
     except TypeError as error:
         raise Malformed(str(error)) from error
-
-
-def _has_elements(tensor: Any) -> bool:
-    """Tell whether a tensor lies in memory: a fake one, or one that stands for another while it is traced, does not.
-
-    An address of zero says so only where a device's tensors have addresses; a device that keeps its elements elsewhere
-    may give none to any.
-    """
-    import torch
-
-    if torch._is_functional_tensor(tensor):
-        return False
-    try:
-        if tensor.untyped_storage().device.type == "meta":
-            return False
-        if not tensor.numel() or tensor.data_ptr():
-            return True
-        return not torch.empty(1, device=tensor.device).data_ptr()
-    except RuntimeError:  # of tensors without a storage
-        return False
 
 
 def _last(error: BaseException) -> str:

@@ -4,6 +4,8 @@
 Nothing here writes into its arguments: every method returns new tensors, in the order of its arguments. A list has one
 tensor for each parameter, experts' and dense ones together. Losses in low precision come from what is stored between
 steps, so the dtype of every store is part of the equations: states and sums are float32, whatever the parameters are.
+A list may hold tensors of several dtypes, of any number of axes, none included, and it may be empty, as on a rank that
+holds no parameter: then lists come back empty.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ CLIP_EPSILON = 1e-6
 
 @dataclass(frozen=True)
 class AdamHyper:
-    """Hyperparameters of Adam and AdamW.
+    """Hyperparameters of Adam and AdamW. Zero is a number like any other: a rate, a beta, a decay of 0 is meant.
 
     Attributes:
         lr: learning rate.
@@ -39,7 +41,7 @@ class AdamHyper:
 
 @dataclass(frozen=True)
 class SGDHyper:
-    """Hyperparameters of SGD with momentum; the decay is part of the gradient."""
+    """Hyperparameters of SGD with momentum; the decay is part of the gradient. Zeros are meant, as in `AdamHyper`."""
 
     lr: float
     momentum: float = 0.0
@@ -73,7 +75,9 @@ class OptimizerOps(Protocol):
     """The operators. Elementwise but for the norm; an implementation under test may have only some of them.
 
     All arithmetic is in float32 or wider. A parameter in bfloat16 or float16 is widened, stepped, and rounded once.
-    A NaN in a gradient reaches its own element's parameter and state, and no other's.
+    A gradient may have another dtype than its parameter (Megatron-LM's main_grad is float32 beside bfloat16), and is
+    taken as it is. Hyperparameters may be others at every step. A NaN in a gradient reaches its own element's parameter
+    and state, and no other's.
     """
 
     def adamw_step(
@@ -123,6 +127,7 @@ class OptimizerOps(Protocol):
 
             d = g + decay p
             b' = d at step 1, momentum b + (1 - dampening) d later     stored in float32
+               = d at every step where momentum is 0: nothing is dampened then
             p' = p - lr b'
 
         Source: torch.optim.SGD, which differs from Sutskever et al. 2013 in that lr multiplies the momentum, too.
@@ -133,7 +138,8 @@ class OptimizerOps(Protocol):
         """Scale all gradients by min(1, max_norm / (norm + `CLIP_EPSILON`)).
 
         The norm is one for all gradients together, sqrt(sum g^2) in float32; each product is rounded once to the
-        gradient's dtype. Below the limit the factor is exactly 1. A NaN makes the norm and every gradient NaN. An
+        gradient's dtype. Below the limit the factor is exactly 1; a limit of infinity is none, and what is asked
+        for is the norm. That of an empty list is 0, on whatever device. A NaN makes the norm and every gradient NaN. An
         infinity makes the norm infinite and the factor 0: finite gradients become 0, the infinite ones NaN.
 
         Source: Pascanu et al. 2013 (arXiv:1211.5063); `torch.nn.utils.clip_grad_norm_` with error_if_nonfinite=False.

@@ -17,8 +17,8 @@ from hal.moe.torch_optimizer_ops import TorchOptimizerOps
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
-from hal_conformance.case import Params
-from hal_conformance.cases import gradients, optimizer
+from hal_conformance.case import Malformed, Params
+from hal_conformance.cases import gradients, optimizer, tensor_lists
 from hal_conformance.faults import VARIATIONS
 from hal_conformance.faults.benign_optimizer import (
     AdamInterpolates,
@@ -52,7 +52,7 @@ def judge(case, ops, dtype, seed=0, contract=None):
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_portable_implementation_is_green_in_every_case(seed):
     found = {(case.name, dtype): judge(case, Honest(), dtype, seed) for case in ALL for dtype in case.dtypes()}
-    assert len(found) == 2 * len(CASES)
+    assert len(found) == sum(len(case.dtypes()) for case in ALL)
     assert {key: verdict for key, verdict in found.items() if verdict.status.colour != "green"} == {}
 
 
@@ -225,6 +225,18 @@ def test_the_portable_implementation_is_torchs_own_optimiser():
         ("epsilon_is_lowered", "optimizer.adamw_late"),
         ("epsilon_is_lowered", "optimizer.adam_nonfinite"),
         ("large_epsilon_inside_the_root", "optimizer.adamw_late"),
+        ("takes_no_rate_for_the_default", "optimizer.adamw_schedule"),
+        ("takes_no_rate_for_the_default", "optimizer.adam_schedule"),
+        ("plain_takes_no_rate_for_the_default", "optimizer.sgd_schedule"),
+        ("rate_is_limited", "optimizer.adamw_schedule"),
+        ("takes_no_beta_for_the_default", "optimizer.adam_schedule"),
+        ("takes_no_second_beta_for_the_default", "optimizer.adamw_schedule"),
+        ("second_beta_is_raised", "optimizer.adamw_schedule"),
+        ("plain_sgd_forgets_decay", "optimizer.sgd_schedule"),
+        ("plain_sgd_dampens", "optimizer.sgd_schedule"),
+        ("clips_to_infinity", "gradients.clip_unlimited"),
+        ("counts_tokens_in15_bits", "gradients.accumulate_17"),
+        ("counts_tokens_in16_bits", "gradients.accumulate_17"),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -235,3 +247,39 @@ def test_a_fault_is_caught_by_the_case_that_is_meant_for_it(fault, case, dtype):
             judge(CASES[case], ops, dtype)
     else:
         assert judge(CASES[case], ops, dtype).status is Status.FAIL_NUMERIC
+
+
+@pytest.mark.parametrize(
+    ("fault", "case", "status"),
+    [
+        ("gradients_of_the_parameters_dtype", "optimizer.adamw_mixed", Status.FAIL_NUMERIC),
+        ("steps_in_the_first_dtype", "optimizer.adam_mixed", Status.FAIL_STRUCTURE),
+        ("steps_in_the_first_precision", "optimizer.sgd_mixed", Status.FAIL_NUMERIC),
+        ("steps_no_scalars", "optimizer.adamw_mixed", Status.FAIL_NUMERIC),
+        ("clips_no_scalars", "gradients.clip_mixed", Status.FAIL_NUMERIC),
+        ("clips_up_to_three_axes", "gradients.clip_mixed", Status.FAIL_NUMERIC),
+        ("clips_in_the_first_dtype", "gradients.clip_mixed", Status.FAIL_STRUCTURE),
+        ("accumulates_in_the_first_dtype", "gradients.accumulate_mixed", Status.FAIL_NUMERIC),
+        ("clips_no_empty_list", "gradients.clip_mixed", None),
+    ],
+)
+def test_a_fault_of_mixed_lists_is_caught_by_the_case_that_is_meant_for_it(fault, case, status):
+    ops = VARIATIONS[fault].make()
+    if status is None:
+        with pytest.raises(IndexError):
+            judge(CASES[case], ops, "bfloat16")
+    else:
+        assert judge(CASES[case], ops, "bfloat16").status is status
+
+
+@pytest.mark.parametrize(
+    ("operator", "returned"),
+    [
+        ("clip_grad_norm", ([], torch.ones(()))), ("clip_grad_norm", ([torch.zeros(1)], torch.zeros(()))),
+        ("accumulate_gradients", [torch.zeros(0)]), ("sgd_step", ([], [torch.zeros(0)])),
+    ],
+)  # fmt: skip
+def test_what_comes_back_of_no_tensors_is_no_tensor_and_a_norm_of_zero(operator, returned):
+    with pytest.raises(Malformed, match="of no tensors"):
+        tensor_lists.of_none(operator, lambda *_: returned)
+    tensor_lists.of_none(operator, getattr(TorchOptimizerOps(), operator))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import random
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal.fp32_switch import has_fp32_switches
-from hal_conformance.process_state import ProcessState, kinds
+from hal_conformance.process_state import ProcessState, _generators, kinds
 
 KEPT = []
 """What was entered and not left: some modes end when nobody has their object."""
@@ -33,6 +35,7 @@ LEAKS = {
     "torch's default device": lambda: torch.set_default_device("meta"),
     "torch's function modes": lambda: enter(TorchFunctionMode()),
     "torch's dispatch modes": lambda: enter(TorchDispatchMode()),
+    "the seed of torch's random numbers": lambda: torch.manual_seed(5),
     "torch's anomaly detection": lambda: torch.set_anomaly_enabled(True),
     "autograd's multithreading": lambda: torch.autograd.set_multithreading_enabled(False),
     "hooks of saved tensors": lambda: enter(torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)),
@@ -62,6 +65,7 @@ if has_fp32_switches():
 
 @pytest.fixture(autouse=True)
 def as_it_was():
+    os.environ.pop("PYTEST_CURRENT_TEST", None)  # which pytest changes before it runs a test's body
     state = ProcessState("cpu")
     yield
     assert state.put_back() == ("", True)
@@ -128,11 +132,57 @@ def test_what_cannot_be_put_back_is_said():
     assert state.put_back() == ("left torch's function modes at 0", False)
 
 
-def test_random_generators_may_move():
-    state = ProcessState("cpu")
-    torch.rand(3)
-    np.random.rand(3)
+def test_random_generators_may_move_and_are_put_back_without_a_word():
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+
+    state, first = ProcessState("cpu"), draw()
+    assert draw() != first
     assert state.put_back() == ("", True)
+    assert draw() == first
+
+
+def test_seeds_of_python_and_numpy_are_put_back():
+    state = ProcessState("cpu")
+    random.seed(5)
+    np.random.seed(5)
+    assert state.put_back() == ("", True)
+
+
+def test_a_seed_that_an_accelerator_is_given_is_said_and_put_back(monkeypatch):
+    held = {"seed": 3}
+    module = SimpleNamespace(initial_seed=lambda: held["seed"], manual_seed=lambda seed: held.update(seed=seed))
+    monkeypatch.setattr(torch, "cuda", module)
+    seed = next(kind for kind in _generators("cuda") if kind.name == "the seed of cuda's random numbers")
+    before = seed.read()
+    module.manual_seed(7)
+    assert seed.read() != before
+    seed.write(before)
+    assert held == {"seed": 3}
+
+
+def test_variables_that_were_there_are_put_back_and_their_values_are_not_shown(monkeypatch):
+    monkeypatch.setenv("HAL_TEST_SECRET", "s3cret")
+    state = ProcessState("cpu")
+    os.environ["HAL_TEST_SECRET"] = "another"
+    said, restored = state.put_back()
+    assert (said, restored) == ("left the environment at other values of HAL_TEST_SECRET", True)
+    assert os.environ["HAL_TEST_SECRET"] == "s3cret"
+    monkeypatch.setenv("HAL_TEST_CACHE_DIR", "added")
+    assert state.put_back() == ("", True)
+    os.environ.clear()
+    said, restored = state.put_back()
+    assert said.startswith("left the environment at other values of ")
+    assert restored
+    assert os.environ["HAL_TEST_SECRET"] == "s3cret"
+
+
+def test_the_working_directory_is_put_back(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = ProcessState("cpu")
+    os.chdir("/")
+    assert state.put_back() == ("left the working directory at /", True)
+    assert os.getcwd() == str(tmp_path)  # noqa: PTH109
 
 
 def test_the_current_stream_of_an_accelerator_is_put_back(monkeypatch):

@@ -19,6 +19,7 @@ from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
+from hal_conformance.arguments import backward_pass
 from hal_conformance.case import DTYPES, F64, SCALES, Array, Footprint, Malformed, Params, Scale, Unpromised
 
 if TYPE_CHECKING:
@@ -157,7 +158,8 @@ def run_backward(results: Sequence[torch.Tensor], upstream: Sequence[torch.Tenso
 
     if not _TRAINED.get():
         return
-    torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
+    with backward_pass(upstream, again=_KEPT.get()):
+        torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
 
 
 def backward(result: Any, upstream: torch.Tensor) -> None:

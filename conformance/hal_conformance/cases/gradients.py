@@ -15,10 +15,10 @@ from hal.moe.presets import preset
 from hal_conformance import inputs as make
 from hal_conformance.case import F64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import parameters
-from hal_conformance.cases.base import keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.base import backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tensor_lists import ManyTensors
+from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
@@ -61,7 +61,7 @@ class Clip(GradientCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         made = parameters.gradients(p, "clip")
-        arrays = parameters.stored("g", {name: g * self.scale for name, g in made.items()}, p.dtype)
+        arrays = parameters.stored("g", {name: g * self.scale for name, g in made.items()}, parameters.dtypes(p, "g"))
         if self.bad is not None:
             dense = arrays["g/dense"].copy()
             dense.reshape(-1)[make.integers(p.seed, "clip/bad", 0, dense.size - 1, 1)] = self.bad
@@ -78,13 +78,13 @@ class Clip(GradientCase):
         """See `Case.judge`."""
         if self.bad is not None:
             keeps_nonfinite(contract)
-        expected = {"norm": ((), "float32"), **parameters.expected_structure({"g": p.dtype}, p)}
+        expected = {"norm": ((), "float32"), **parameters.expected_structure("g", p)}
         wrong = structure(outputs, expected)
         if wrong is not None:
             return wrong
         names = list(parameters.shapes(p))
         norm, clipped = clip_grad_norm(
-            [wide(inputs[f"g/{name}"]) for name in names], self.limit(inputs), p.dtype,
+            [wide(inputs[f"g/{name}"]) for name in names], self.limit(inputs), list(parameters.dtypes(p, "g").values()),
             tensors=parameters.tensors(p),
         )  # fmt: skip
         found = [judge("norm", outputs["norm"], norm)]
@@ -141,7 +141,8 @@ class Accumulate(GradientCase):
         """See `Case.inputs`."""
         arrays: Arrays = {}
         for at in range(len(self.tokens)):
-            arrays |= parameters.stored(f"g{at}", parameters.gradients(p, f"accumulate/{at}"), p.dtype)
+            made = parameters.gradients(p, f"accumulate/{at}")
+            arrays |= parameters.stored(f"g{at}", made, parameters.dtypes(p, "g"))
         return arrays
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -153,7 +154,7 @@ class Accumulate(GradientCase):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        wrong = structure(outputs, parameters.expected_structure({"total": "float32"}, p))
+        wrong = structure(outputs, parameters.expected_structure(("total",), p))
         if wrong is not None:
             return wrong
         found = []
@@ -235,7 +236,7 @@ class MicroBatches(GradientCase):
             weights = [leaf(tensors[name]) for name in ROUTED]
             counts = torch.bincount(tensors["expert_R"][rows].cpu(), minlength=experts).to(rows.device)
             y = ops.experts(tensors["x_RD"][rows], counts, ExpertWeights(*weights))
-            y.backward(tensors["dy_RD"][rows] / len(rows))
+            backward(y, tensors["dy_RD"][rows] / len(rows))
             return [w.grad for w in weights]
 
         micro = tensors["micro_R"]
@@ -311,6 +312,12 @@ CASES = (
         max_norm=1e6,
     ),
     Clip(
+        "gradients.clip_unlimited", "gradients", _CLIP,
+        "A limit of infinity, as where only the norm is asked for: every gradient comes back bit by bit.",
+        max_norm=np.inf,
+    ),
+    MixedTensors("gradients.clip_mixed", CLIP),
+    Clip(
         "gradients.clip_zero", "gradients", _CLIP,
         "All gradients zero: the norm is 0, nothing is divided by it, and zeros come back.", scale=0.0,
     ),
@@ -346,9 +353,11 @@ CASES = (
     ),
     Accumulate(
         "gradients.accumulate_17", "gradients", ("accumulate_gradients",),
-        "As gradients.accumulate with 17 micro-batches, each of which has a share that shows.",
-        tuple(range(17, 0, -1)),
+        "As gradients.accumulate with 17 micro-batches, each of which has a share that shows; the larger ones have "
+        "more tokens than an integer of 15 or 16 bits counts.",
+        tuple(range(17 * 4099, 0, -4099)),
     ),
+    MixedTensors("gradients.accumulate_mixed", ACCUMULATE),
     ManyTensors("gradients.accumulate_many", ACCUMULATE),
     Strided("gradients.accumulate_strided", ACCUMULATE),
     AccumulateNonfinite(

@@ -18,7 +18,7 @@ from hal_conformance.cases import parameters
 from hal_conformance.cases.base import keeps_nonfinite, observed
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.tensor_lists import ManyTensors
+from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
 from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
 from hal_conformance.oracle import adam, sgd
 from hal_conformance.verdicts import Judgement
@@ -43,8 +43,8 @@ def initial(p: Params, steps: int = STEPS) -> Arrays:
     each = [parameters.gradients(p, f"optimizer/g{step}") for step in range(1, steps + 1)]
     stacked = {name: np.stack([g[name] for g in each]) for name in each[0]}
     return {
-        **parameters.stored("p", parameters.values(p, "optimizer/p"), p.dtype),
-        **parameters.stored("g", stacked, p.dtype),
+        **parameters.stored("p", parameters.values(p, "optimizer/p"), parameters.dtypes(p, "p")),
+        **parameters.stored("g", stacked, parameters.dtypes(p, "g")),
     }
 
 
@@ -60,6 +60,21 @@ def best(candidates: Iterable[list[Finding]]) -> list[Finding]:
             return findings
         found.append(findings)
     return min(found, key=distance)
+
+
+def by_dtype(of: Callable[[str], Bounded], p: Params) -> Bounded:
+    """Return [steps, elements] that are stored, each parameter's in its dtype.
+
+    Args:
+        of: returns everything as one dtype stores it.
+        p: the instance.
+    """
+    dtypes = parameters.dtypes(p, "p")
+    made = {dtype: of(dtype) for dtype in dict.fromkeys(dtypes.values())}
+    columns = [(made[dtypes[name]], at) for name, at in parameters.columns(p).items()]
+    return Bounded(
+        *(np.concatenate([getattr(b, part)[:, at] for b, at in columns], axis=1) for part in ("value", "bound", "var"))
+    )
 
 
 def by_parameter(what: str, expected: Bounded, outputs: Arrays, inputs: Arrays, kind: str, p: Params) -> list[Finding]:
@@ -86,24 +101,31 @@ class Adam(OptimizerCase):
         hyper: what is judged.
         before: steps that the given state has behind it.
         steps: how many are taken.
+        schedule: hyperparameters of each step, in place of one `hyper` for all.
     """
 
     hyper: AdamHyper
     before: int = 0
     steps: int = STEPS
+    schedule: tuple[AdamHyper, ...] = ()
 
     @property
     def decoupled(self) -> bool:
         """Whether the decay is taken from the parameter."""
         return self.needs == ("adamw_step",)
 
+    @property
+    def hypers(self) -> tuple[AdamHyper, ...]:
+        """Hyperparameters of each step."""
+        return self.schedule or (self.hyper,) * self.steps
+
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: with a state, if there are steps behind it."""
         arrays = initial(p, self.steps)
         if self.before:
             first, second = parameters.gradients(p, "optimizer/m"), parameters.gradients(p, "optimizer/v")
-            arrays |= parameters.stored("m", {name: 0.3 * g for name, g in first.items()}, "float32")
-            arrays |= parameters.stored("v", {name: g**2 for name, g in second.items()}, "float32")
+            arrays |= parameters.stored("m", {name: 0.3 * g for name, g in first.items()}, parameters.dtypes(p, "m"))
+            arrays |= parameters.stored("v", {name: g**2 for name, g in second.items()}, parameters.dtypes(p, "v"))
         return arrays
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -117,9 +139,9 @@ class Adam(OptimizerCase):
         else:
             first, second = ([torch.zeros_like(t, dtype=torch.float32) for t in current] for _ in "mv")
         kinds: dict[str, list[list[torch.Tensor]]] = {"p": [], "m": [], "v": []}
-        for at in range(self.steps):
+        for at, hyper in enumerate(self.hypers):
             gradients = [g[at] for g in parameters.listed(tensors, "g", p)]
-            current, first, second = take(current, gradients, first, second, self.before + at + 1, self.hyper)
+            current, first, second = take(current, gradients, first, second, self.before + at + 1, hyper)
             for kind, made in zip("pmv", (current, first, second), strict=True):
                 kinds[kind].append([t.clone() for t in made])
         return observed(parameters.returned(kinds, p))
@@ -127,8 +149,7 @@ class Adam(OptimizerCase):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        shapes = parameters.expected_structure({"p": p.dtype, "m": "float32", "v": "float32"}, p, self.steps)
-        wrong = structure(outputs, shapes)
+        wrong = structure(outputs, parameters.expected_structure("pmv", p, self.steps))
         if wrong is not None:
             return wrong
         start = {kind: parameters.flat(inputs, kind, p) for kind in ("pmv" if self.before else "p")}
@@ -138,18 +159,29 @@ class Adam(OptimizerCase):
             kind: np.concatenate([start.get(kind, np.zeros_like(start["p"])), rows[:-1]])
             for kind, rows in after.items()
         }
-        return merge(
-            [*self._local(g, before, after, outputs, inputs, p), *self._chained(start["p"], g, outputs, inputs, p)]
-        )
+        found: list[Finding] = []
+        alike = [slice(at, at + 1) for at in range(self.steps)] if self.schedule else [slice(None)]
+        for rows in alike:
+            was, now = ({kind: steps[rows] for kind, steps in some.items()} for some in (before, after))
+            found += self._local(rows, g[rows], was, now, {name: a[rows] for name, a in outputs.items()}, inputs, p)
+        return merge([*found, *self._chained(start["p"], g, outputs, inputs, p)])
 
     def _local(
-        self, g: F64, before: Mapping[str, F64], after: Mapping[str, F64], outputs: Arrays, inputs: Arrays, p: Params
+        self,
+        rows: slice,
+        g: F64,
+        before: Mapping[str, F64],
+        after: Mapping[str, F64],
+        outputs: Arrays,
+        inputs: Arrays,
+        p: Params,
     ) -> list[Finding]:
-        """Judge each step from the state that the device itself had before it."""
-        hyper, decay = self.hyper, 0.0 if self.decoupled else self.hyper.weight_decay
+        """Judge steps of the same hyperparameters from the state that the device itself had before each of them."""
+        hyper = self.hypers[rows][0]
+        decay = 0.0 if self.decoupled else hyper.weight_decay
         was = {kind: Bounded.exact(rows) for kind, rows in before.items()}
         effective = adam.gradient(g, was["p"], decay)
-        step = np.arange(self.before + 1.0, self.before + self.steps + 1.0)[:, None]
+        step = np.arange(self.before + 1.0, self.before + self.steps + 1.0)[rows, None]
         m, v = (adam.unstored(after[kind]) for kind in "mv")
 
         def moments(kind: str, moment: Callable[..., Bounded], at: int) -> list[Finding]:
@@ -161,7 +193,12 @@ class Adam(OptimizerCase):
             )
 
         def parameter(single: bool) -> list[Finding]:
-            expected = adam.parameter(was["p"], m, v, step, hyper, p.dtype, decoupled=self.decoupled, single=single)
+            expected = by_dtype(
+                lambda dtype: adam.parameter(
+                    was["p"], m, v, step, hyper, dtype, decoupled=self.decoupled, single=single
+                ),
+                p,
+            )
             return by_parameter("parameter", expected, outputs, inputs, "p", p)
 
         return [
@@ -177,7 +214,7 @@ class Adam(OptimizerCase):
         last = {name: array[-1:] for name, array in outputs.items()}
 
         def under(reading: adam.Reading) -> list[Finding]:
-            expected = adam.chained(start[0], g, self.hyper, reading, decoupled=self.decoupled)
+            expected = adam.chained(start[0], g, self.hypers, reading, decoupled=self.decoupled)
             found = []
             for kind, part in zip("pmv", expected, strict=True):
                 rows = Bounded(part.value[None], part.bound[None], part.var[None])
@@ -214,10 +251,17 @@ class SGD(OptimizerCase):
     Attributes:
         hyper: what is judged.
         steps: how many are taken.
+        schedule: hyperparameters of each step, in place of one `hyper` for all.
     """
 
     hyper: SGDHyper
     steps: int = STEPS
+    schedule: tuple[SGDHyper, ...] = ()
+
+    @property
+    def hypers(self) -> tuple[SGDHyper, ...]:
+        """Hyperparameters of each step."""
+        return self.schedule or (self.hyper,) * self.steps
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -230,9 +274,9 @@ class SGD(OptimizerCase):
         current = parameters.listed(tensors, "p", p)
         momentum = [torch.zeros_like(t, dtype=torch.float32) for t in current]
         kinds: dict[str, list[list[torch.Tensor]]] = {"p": [], "b": []}
-        for at in range(self.steps):
+        for at, hyper in enumerate(self.hypers):
             gradients = [g[at] for g in parameters.listed(tensors, "g", p)]
-            current, momentum = ops.sgd_step(current, gradients, momentum, at + 1, self.hyper)
+            current, momentum = ops.sgd_step(current, gradients, momentum, at + 1, hyper)
             for kind, made in zip("pb", (current, momentum), strict=True):
                 kinds[kind].append([t.clone() for t in made])
         return observed(parameters.returned(kinds, p))
@@ -240,7 +284,7 @@ class SGD(OptimizerCase):
     @nonfinite
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        wrong = structure(outputs, parameters.expected_structure({"p": p.dtype, "b": "float32"}, p, self.steps))
+        wrong = structure(outputs, parameters.expected_structure("pb", p, self.steps))
         if wrong is not None:
             return wrong
         start, g = parameters.flat(inputs, "p", p), parameters.flat(inputs, "g", p, self.steps)
@@ -263,20 +307,22 @@ class SGD(OptimizerCase):
     ) -> list[Finding]:
         """Judge each step from the state before it, and the last from the inputs alone, in float32."""
         was = {kind: Bounded.exact(rows) for kind, rows in before.items()}
-        first = sgd.momentum(_rows(was["b"], slice(1)), g[:1], _rows(was["p"], slice(1)), 1, self.hyper)
-        later = slice(1, None)
-        rest = sgd.momentum(_rows(was["b"], later), g[1:], _rows(was["p"], later), 2, self.hyper)
-        momentum = Bounded(
-            *(np.concatenate([getattr(b, part) for b in (first, rest)]) for part in ("value", "bound", "var"))
+        now, each = adam.unstored(after["b"]), [(at, slice(at, at + 1), hyper) for at, hyper in enumerate(self.hypers)]
+        momentum = _steps(
+            sgd.momentum(_rows(was["b"], row), g[row], _rows(was["p"], row), at + 1, hyper) for at, row, hyper in each
         )
-        expected = sgd.parameter(was["p"], adam.unstored(after["b"]), self.hyper, p.dtype)
+
+        def stepped(dtype: str) -> Bounded:
+            return _steps(sgd.parameter(_rows(was["p"], row), _rows(now, row), hyper, dtype) for _, row, hyper in each)
+
+        expected = by_dtype(stepped, p)
         found = [
             *by_parameter("momentum", momentum, outputs, inputs, "b", p),
             *by_parameter("parameter", expected, outputs, inputs, "p", p),
         ]
         if p.dtype == "float32":
             last = {name: array[-1:] for name, array in outputs.items()}
-            for kind, part in zip("pb", sgd.chained(start[0], g, self.hyper), strict=True):
+            for kind, part in zip("pb", sgd.chained(start[0], g, self.hypers), strict=True):
                 rows = Bounded(part.value[None], part.bound[None], part.var[None])
                 found += by_parameter(f"{kind} after {self.steps} steps", rows, last, inputs, kind, p)
         return found
@@ -284,6 +330,11 @@ class SGD(OptimizerCase):
 
 def _rows(b: Bounded, at: slice) -> Bounded:
     return Bounded(b.value[at], b.bound[at], b.var[at])
+
+
+def _steps(rows: Iterable[Bounded]) -> Bounded:
+    each = list(rows)
+    return Bounded(*(np.concatenate([getattr(b, part) for b in each]) for part in ("value", "bound", "var")))
 
 
 @dataclass(frozen=True)
@@ -361,6 +412,19 @@ ADAM = Adam(
     "Adam with coupled decay: an L2 penalty that passes through the moments; betas 0.95 and 0.999." + _LOCAL,
     AdamHyper(1e-2, 0.95, 0.999, 1e-8, 0.25),
 )  # fmt: skip
+ROUNDED_SGD = SGD(
+    "optimizer.sgd", "optimizer", ("sgd_step",),
+    "SGD with momentum 0.9, dampening 0.1 (not at the first step) and coupled decay; bounds of a constant, a "
+    "product and a sum for each term (oracle.sgd). Ten steps, each from the device's own state, and in float32 "
+    "all ten.",
+    SGDHyper(1e-2, 0.9, 0.1, 0.01),
+)  # fmt: skip
+SCHEDULE = (
+    AdamHyper(0.0, 0.9, 0.5, 1e-8, 0.1), AdamHyper(0.5, 0.9, 0.0, 1e-8, 0.1), AdamHyper(2.0**-6, 0.0, 0.95, 1e-8),
+)  # fmt: skip
+SGD_SCHEDULE = (
+    SGDHyper(0.0, 0.9, 0.1, 0.01), SGDHyper(0.5, 0.0, 0.5, 0.25), SGDHyper(2.0**-6, 0.0, 0.0, 0.1), SGDHyper(0.5, 0.5),
+)  # fmt: skip
 EXACT_SGD = ExactSGD(
     "optimizer.sgd_exact", "optimizer", ("sgd_step",),
     "SGD with momentum on integers, learning rate 1/8 and momentum 1/2: nothing is rounded in float32, and a "
@@ -389,7 +453,19 @@ CASES = (
         "optimizer.adamw_many",
         replace(ADAMW, hyper=AdamHyper(1e-2, 0.9, 0.95, 1e-12, 0.1), before=9, steps=1),
     ),
+    Adam(
+        "optimizer.adamw_schedule", "optimizer", ("adamw_step",),
+        "AdamW with other hyperparameters at each of three steps: learning rates of 0, as a warm-up begins, 1/2 and "
+        "1/64, beta1 and beta2 of 0 in turn, a beta2 of 1/2, a decay of 0 at last. A zero is a number, not the lack "
+        "of one." + _LOCAL, SCHEDULE[0], 0, len(SCHEDULE), SCHEDULE,
+    ),
+    MixedTensors("optimizer.adamw_mixed", replace(ADAMW, steps=2)),
     ADAM,
+    Adam(
+        "optimizer.adam_schedule", "optimizer", ("adam_step",),
+        "As optimizer.adamw_schedule, of Adam with coupled decay." + _LOCAL, SCHEDULE[0], 0, len(SCHEDULE), SCHEDULE,
+    ),
+    MixedTensors("optimizer.adam_mixed", replace(ADAM, steps=2)),
     ManyTensors(
         "optimizer.adam_many", replace(ADAM, hyper=AdamHyper(1e-2, 0.95, 0.999, 1e-5, 0.25), before=9, steps=1)
     ),
@@ -403,14 +479,15 @@ CASES = (
         "optimizer.adam_nonfinite", "optimizer", ("adam_step",),
         "As optimizer.nonfinite, of Adam with coupled decay; epsilon 1e-3.", AdamHyper(1e-2, 0.9, 0.95, 1e-3, 0.25),
     ),
-    SGD(
-        "optimizer.sgd", "optimizer", ("sgd_step",),
-        "SGD with momentum 0.9, dampening 0.1 (not at the first step) and coupled decay; bounds of a constant, a "
-        "product and a sum for each term (oracle.sgd). Ten steps, each from the device's own state, and in float32 "
-        "all ten.",
-        SGDHyper(1e-2, 0.9, 0.1, 0.01),
-    ),
+    ROUNDED_SGD,
     EXACT_SGD,
+    SGD(
+        "optimizer.sgd_schedule", "optimizer", ("sgd_step",),
+        "SGD with other hyperparameters at each of four steps: learning rates of 0, 1/2 and 1/64, no momentum at the "
+        "second and third, where decay counts and dampening does not; no decay at last. Bounds as of optimizer.sgd.",
+        SGD_SCHEDULE[0], len(SGD_SCHEDULE), SGD_SCHEDULE,
+    ),
+    MixedTensors("optimizer.sgd_mixed", replace(ROUNDED_SGD, steps=2)),
     ManyTensors("optimizer.sgd_many", replace(EXACT_SGD, steps=2)),
     ExactSGD(
         "optimizer.sgd_plain", "optimizer", ("sgd_step",),

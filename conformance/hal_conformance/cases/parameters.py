@@ -10,7 +10,7 @@ to 2^-60, where an optimiser's epsilon decides; some are zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,11 @@ class Grown(Params):
     """An instance whose dense parameter has a little more than `CHUNK` elements."""
 
 
+@dataclass(frozen=True)
+class Mixed(Params):
+    """An instance whose parameters and gradients have several dtypes, and axes from none to five."""
+
+
 class ParameterCase(Base):
     """One preset stands for all, since no router is involved; parameters or gradients in float32 or bfloat16."""
 
@@ -61,12 +66,34 @@ def elements(p: Params) -> int:
 
 def shapes(p: Params) -> dict[str, tuple[int, ...]]:
     """Return the parameters' shapes."""
+    if isinstance(p, Mixed):
+        return {"dense": (6, 5, 2, 11), "norm": (20,), **dict.fromkeys(EXPERTS, (17, 2, 1, 2, 3)), "scalar": ()}
     if isinstance(p, Grown):
         # The idle expert is not among the last: a norm without them must be another.
         experts = dict.fromkeys((IDLE, *EXPERTS), (31, 12))
         return {"dense": (13, 5051), "norm": (20,), **experts, "scalar": (1,)}
     rows = _ROWS[p.scale]
     return {"dense": (2 * rows - 1, 20), "norm": (20,), **dict.fromkeys(EXPERTS, (rows, 12)), "scalar": (1,)}
+
+
+PARAMETERS, GRADIENTS = "p", "g"
+"""What the names of arrays begin with that have the dtypes of parameters, or of gradients."""
+
+_MIXED = {
+    PARAMETERS: ("own", "float32", "own", "float32", "own", "float32"),
+    GRADIENTS: ("own", "own", "float32", "float32", "own", "float32"),
+}
+"""Dtypes in the order of `shapes`: each pair of them occurs; the first in either list is the narrower one."""
+
+
+def dtypes(p: Params, kind: str) -> dict[str, str]:
+    """Return the dtype of each parameter or gradient; "float32" of any other kind, which are states and sums."""
+    names = tuple(shapes(p))
+    if kind not in _MIXED:
+        return dict.fromkeys(names, "float32")
+    if not isinstance(p, Mixed):
+        return dict.fromkeys(names, p.dtype)
+    return {name: p.dtype if of == "own" else of for name, of in zip(names, _MIXED[kind], strict=True)}
 
 
 def tensors(p: Params) -> int:
@@ -119,9 +146,9 @@ def gradients(p: Params, stream: str) -> dict[str, F64]:
     return made
 
 
-def stored(prefix: str, tensors: Mapping[str, F64], dtype: str) -> Arrays:
+def stored(prefix: str, tensors: Mapping[str, F64], dtypes: Mapping[str, str]) -> Arrays:
     """Return tensors as inputs whose names begin with `prefix`."""
-    return {f"{prefix}/{name}": make.store(tensor, dtype) for name, tensor in tensors.items()}
+    return {f"{prefix}/{name}": make.store(tensor, dtypes[name]) for name, tensor in tensors.items()}
 
 
 def listed(tensors: Mapping[str, torch.Tensor], prefix: str, p: Params) -> list[torch.Tensor]:
@@ -155,10 +182,12 @@ def returned(kinds: Mapping[str, list[list[torch.Tensor]]], p: Params) -> dict[s
 
 
 def expected_structure(
-    kinds: Mapping[str, str], p: Params, steps: int | None = None
+    kinds: Iterable[str], p: Params, steps: int | None = None
 ) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Return shape and dtype of every output, from the dtype of each kind."""
+    """Return shape and dtype of every output of some kinds."""
     lead = () if steps is None else (steps,)
     return {
-        f"{kind}/{name}": ((*lead, *shape), dtype) for kind, dtype in kinds.items() for name, shape in shapes(p).items()
+        f"{kind}/{name}": ((*lead, *shapes(p)[name]), dtype)
+        for kind in kinds
+        for name, dtype in dtypes(p, kind).items()
     }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another case of optimisers or gradients, on many tensors: small ones, none, and one beyond what a block takes.
+"""Another case of optimisers or gradients, on other lists: many tensors, tensors of several dtypes, or none at all.
 
 Multi-tensor kernels take their tensors in launches of up to 110, 64, 48, 36 or 30 (by the number of lists), and each of
 them in chunks of 65,536 elements: what lies beyond is another launch's, or another block's.
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
+from hal.moe.optimizer_ops import AdamHyper, SGDHyper
 from hal_conformance.case import Arrays, Footprint, Malformed, Params
 from hal_conformance.cases import parameters
 from hal_conformance.cases.wrapped import Wrapped
@@ -56,6 +57,72 @@ class ManyTensors(Wrapped):
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
         return self.inner.judge(inputs, outputs, self.grown(p), contract)
+
+
+class MixedTensors(Wrapped):
+    """The case `inner` on tensors of several dtypes and numbers of axes; and, of its operator, on lists of none."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with tensors of four axes, of five, and of none, in bfloat16 and float32: "
+            "parameters have gradients of their own dtype and of the other, as where Megatron-LM keeps float32 "
+            "gradients of bfloat16 parameters, and nothing is rounded to another's dtype. Lists of no tensors come "
+            f"back empty, their norm 0. {self.inner.what}"
+        )
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: float32 is among them."""
+        return ("bfloat16",)
+
+    def mixed(self, p: Params) -> parameters.Mixed:
+        """Return the instance."""
+        return parameters.Mixed(p.preset, p.dtype, p.scale, p.seed)
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return self.inner.footprint(self.mixed(p))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return self.inner.inputs(self.mixed(p))
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        (name,) = self.needs
+        of_none(name, getattr(ops, name))
+        return self.inner.run(ops, tensors, self.mixed(p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        return self.inner.judge(inputs, outputs, self.mixed(p), contract)
+
+
+_OF_NONE: dict[str, tuple[Any, ...]] = {
+    "adamw_step": ([], [], [], [], 1, AdamHyper(0.125)),
+    "adam_step": ([], [], [], [], 1, AdamHyper(0.125)),
+    "sgd_step": ([], [], [], 1, SGDHyper(0.125)),
+    "clip_grad_norm": ([], 1.0),
+    "accumulate_gradients": ([[], []], [3, 4]),
+}
+"""What each operator is called with where a rank holds no parameter."""
+
+
+def of_none(name: str, operator: Any) -> None:
+    """Call an operator with lists of no tensors.
+
+    Raises:
+        Malformed: something else came back than as many such lists, and the norm 0.
+    """
+    made = operator(*_OF_NONE[name])
+    lists = [made] if name == "accumulate_gradients" else list(made)
+    if name == "clip_grad_norm":
+        norm = lists.pop()
+        if norm.shape != () or norm.item() != 0.0:
+            raise Malformed(f"{name} of no tensors: the norm is {norm}")
+    if any(len(some) for some in lists):
+        raise Malformed(f"{name} of no tensors: {made} came back")
 
 
 class InPieces:

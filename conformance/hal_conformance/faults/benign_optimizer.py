@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from hal.moe.optimizer_ops import AdamHyper, AdamStep, SGDHyper
+from hal.moe.optimizer_ops import AdamHyper, AdamStep, Clipped, SGDHyper
 from hal_conformance.faults.catalogue import benign
 from hal_conformance.faults.written import SGD, Adam, Clips, Gradients, Optimizer, Tensors
 
@@ -27,6 +27,18 @@ class ClipsLists(Gradients):
     """Clipping by torch's operators over lists."""
 
     foreach = True
+
+
+@benign()
+class ClipsByDtype(Clips):
+    """The norm of those of each dtype first, then the norm of these, as where a kernel takes lists of one dtype."""
+
+    def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
+        """See `OptimizerOps.clip_grad_norm`."""
+        groups = [[g.float() for g in gradients if g.dtype == of] for of in dict.fromkeys(g.dtype for g in gradients)]
+        norm = torch.linalg.vector_norm(torch.stack([*map(self.norm, groups), torch.zeros(())]))
+        factor = self.factor(norm, max_norm)
+        return Clipped([(g.float() * factor).to(g.dtype) for g in gradients], norm)
 
 
 @benign()
@@ -188,4 +200,4 @@ class FusedSgd(SGD):
 
     def momentum(self, b: Tensor, d: Tensor, step: int, h: SGDHyper) -> Tensor:
         """See `SGD.momentum`."""
-        return d if step == 1 else torch.addcmul(h.momentum * b, d, torch.tensor(1 - h.dampening))
+        return d if step == 1 or h.momentum == 0.0 else torch.addcmul(h.momentum * b, d, torch.tensor(1 - h.dampening))

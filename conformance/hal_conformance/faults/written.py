@@ -27,6 +27,8 @@ class Clips(Gradients):
 
     def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
         """See `OptimizerOps.clip_grad_norm`."""
+        if not gradients:
+            return Clipped([], torch.zeros(()))
         wide = [gradient.float() for gradient in gradients]
         norm = self.norm(wide)
         factor = self.factor(norm, max_norm)
@@ -124,8 +126,8 @@ class SGD(Optimizer):
         return made
 
     def momentum(self, b: Tensor, d: Tensor, step: int, h: SGDHyper) -> Tensor:
-        """Return the new momentum: the first is the gradient itself."""
-        return d if step == 1 else h.momentum * b + (1 - h.dampening) * d
+        """Return the new momentum: the first, and all where there is none, is the gradient itself."""
+        return d if step == 1 or h.momentum == 0.0 else h.momentum * b + (1 - h.dampening) * d
 
     def update(self, b: Tensor, d: Tensor, h: SGDHyper) -> Tensor:
         """Return what is subtracted from the parameter."""

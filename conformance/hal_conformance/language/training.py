@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.moe.optimizer_ops import AdamHyper
+from hal_conformance.arguments import backward_pass
 from hal_conformance.language.model import Losses, Tap, complete, losses, rotary_table, unseen
 from hal_conformance.language.spec import LanguageSpec
 from hal_conformance.language.text import batch
@@ -93,7 +94,8 @@ class Training:
         leaves = [p.detach().requires_grad_() for p in self.parameters]
         named = dict(zip(self.names, leaves, strict=True))
         found = losses(self._ops, named, self._spec, tokens_BL, targets_BL, self._table, self._dtype, tap)
-        found.total.backward()
+        with backward_pass():
+            found.total.backward()
         raw = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
         clipped, norm = self._ops.clip_grad_norm(raw, LIMIT)
         return Gradients(found, raw, clipped, norm)

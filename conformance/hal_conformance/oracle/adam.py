@@ -16,6 +16,7 @@ Legend: u unit roundoff of float32, t the step, g gradient, m and v the moments,
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,11 +155,11 @@ def unstored(stored: F64) -> Bounded:
     return Bounded.deterministic(stored, U32 * np.abs(stored))
 
 
-def chained(p: F64, gradients: F64, hyper: AdamHyper, reading: Reading, *, decoupled: bool) -> AdamOracle:
+def chained(p: F64, gradients: F64, hypers: Sequence[AdamHyper], reading: Reading, *, decoupled: bool) -> AdamOracle:
     """Return the results of as many steps as there are gradients, from zero moments, in float32."""
     parameter_, m, v = (Bounded.exact(a) for a in (p, np.zeros_like(p), np.zeros_like(p)))
-    beta1, beta2 = reading.betas(hyper)
-    for step, g in enumerate(gradients, 1):
+    for step, (g, hyper) in enumerate(zip(gradients, hypers, strict=True), 1):
+        beta1, beta2 = reading.betas(hyper)
         effective = gradient(g, parameter_, 0.0 if decoupled else hyper.weight_decay)
         m, v = first_moment(m, effective, beta1), second_moment(v, effective, beta2)
         parameter_ = parameter(

@@ -14,9 +14,9 @@ from hal_conformance.case import F64
 
 
 def clip_grad_norm(
-    gradients: Sequence[F64], max_norm: float, dtype: str, *, tensors: int | None = None
+    gradients: Sequence[F64], max_norm: float, dtypes: str | Sequence[str], *, tensors: int | None = None
 ) -> tuple[Bounded, list[Bounded]]:
-    """Return the norm, stored in float32, and the clipped gradients, stored in `dtype`.
+    """Return the norm, stored in float32, and the clipped gradients, stored in their dtypes.
 
     The sum of n squares: each is rounded once, or twice more where a norm divides by the largest element first, 3 u;
     the sum of positive terms in any order; for norms of norms a root, a square and a sum over T tensors, T + 2 u. The
@@ -24,12 +24,13 @@ def clip_grad_norm(
 
     The factor c = max / (norm + epsilon) inherits the norm's error and has two constants, a sum and a quotient, 4 u.
     It is cut at 1 and grows with its error, so it lies between min(1, c -) and min(1, c +); where both are 1 it is
-    exactly 1, and the gradients come back as they were. The product is rounded in float32, and stored.
+    exactly 1, and the gradients come back as they were, as they do under a limit of infinity. The product is rounded in
+    float32, and stored.
 
     Args:
         gradients: all of them.
         max_norm: the limit.
-        dtype: of the gradients.
+        dtypes: of the gradients: one for each, or one for all.
         tensors: T, where the device had the same numbers in more tensors.
     """
     flat = np.concatenate([g.reshape(-1) for g in gradients])
@@ -43,10 +44,11 @@ def clip_grad_norm(
     lost = len(flat) * TINY32 / total if total > 0 else 0.0
     relative = 0.5 * (summed + lost + (5 + (tensors or len(gradients))) * U32) + 2.0 * U32
     around = factor * (relative + 4.0 * U32)
-    value, low, high = (min(1.0, c) for c in (factor, factor - around, factor + around))
+    near = (factor, factor - around, factor + around) if np.isfinite(max_norm) else (1.0, 1.0, 1.0)
+    value, low, high = (min(1.0, c) for c in near)
     spread = max(high - value, value - low)
     clipped = []
-    for g in gradients:
+    for g, dtype in zip(gradients, [dtypes] * len(gradients) if isinstance(dtypes, str) else dtypes, strict=True):
         if low == 1.0:
             clipped.append(Bounded.exact(g))
             continue

@@ -127,8 +127,9 @@ class OptimizerOps(Protocol):
 
             d = g + decay p
             b' = d at step 1, momentum b + (1 - dampening) d later     stored in float32
-               = d at every step where momentum is 0: nothing is dampened then
             p' = p - lr b'
+
+        Where momentum is 0, b' = d at every step: nothing is dampened then.
 
         Source: torch.optim.SGD, which differs from Sutskever et al. 2013 in that lr multiplies the momentum, too.
         """

@@ -37,9 +37,7 @@ def test_the_portable_operators_are_among_the_honest_runs(case, dtype):
 
 
 OPERATORS = {*twins.CHOICES, "experts"}
-HONEST = [
-    name for name, v in VARIATIONS.items() if v.kind == "benign" and any(hasattr(v.make(), o) for o in OPERATORS)
-]
+HONEST = [name for name, v in VARIATIONS.items() if v.kind == "benign" and any(hasattr(v.make(), o) for o in OPERATORS)]
 
 
 @pytest.mark.parametrize("name", HONEST)

@@ -220,8 +220,9 @@ def _bytes(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
     import torch
 
     with torch.no_grad():
-        if whole:
-            return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+        if whole:  # by views alone, which every device has
+            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor.detach().as_strided((elements,), (1,), 0).view(torch.uint8)
         dense = torch.clone(tensor, memory_format=torch.contiguous_format)  # whose strides are 1 even for one element
         return dense.view(-1).view(torch.uint8)
 

@@ -70,6 +70,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
     ("name", "case", "status", "words"),
     [
         ("writes_its_weights", "experts.backward", "FAIL-STRUCTURE", "wrote into its input w2_EDF"),
+        ("writes_before_the_slice", "experts.sliced", "FAIL-STRUCTURE", "experts wrote into its argument"),
         ("fails_without_rows", "experts.no_rows", "CRASH", "invalid configuration argument"),
         ("route_without_gradient", "router.backward", "CRASH", "does not require grad"),
         ("detached_scores", "router.backward", "CRASH", "does not require grad"),

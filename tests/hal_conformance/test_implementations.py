@@ -338,9 +338,9 @@ CAUGHT_BY = {
 """The case that is meant for each fault, and its verdict."""
 
 THROUGH_THE_DOOR = (
-    "fails_without_rows", "writes_its_weights", "route_without_gradient", "detached_scores", "needs_trained_weights",
-    "refuses_odd_widths", "replays_long_only", "dispatches_long_only", "combines_long_only", "balances_long_only",
-    "dispatches_wide_only",
+    "fails_without_rows", "writes_its_weights", "writes_before_the_slice", "route_without_gradient", "detached_scores",
+    "needs_trained_weights", "refuses_odd_widths", "replays_long_only", "dispatches_long_only", "combines_long_only",
+    "balances_long_only", "dispatches_wide_only",
 )  # fmt: skip
 """What only a worker sees; see test_impl_door."""
 

@@ -78,7 +78,7 @@ def test_why_a_case_that_was_tried_again_stays_red_is_said():
     assert "nothing but NaN and infinities, as of a known fault" in rows["bfloat16"].detail
     assert "but without AMX it was FAIL-" in rows["bfloat16"].detail
     _, rows = run("leaking", "open_leaking_anyway")
-    assert "but it" in rows["bfloat16"].detail or "without AMX" in rows["bfloat16"].detail
+    assert "but it shows in a process without AMX, too" in rows["bfloat16"].detail
 
 
 @pytest.mark.parametrize("number", [2, 4])
@@ -135,13 +135,13 @@ def test_a_recording_carries_the_evidence():
     assert found.exit_status() == 0
 
 
-def test_a_claim_with_an_output_of_a_huge_shape_takes_no_memory(monkeypatch):
+def test_a_claim_with_an_output_of_a_huge_shape_takes_no_memory():
     (task,) = (task for task in plan(SELECTION, FAKE.all()) if task.params.dtype == "bfloat16")
     inputs = task.case.inputs(task.params)
     y = inputs["x"] + inputs["x"]
     y.flat[1] = np.nan
     outputs = {"y": y, "z": blank((1 << 20, 1 << 30), y.dtype)}
-    assert known.is_symptom(task, Status.FAIL_NONFINITE, outputs, arrays.digests(inputs), Contract()) in (True, False)
+    assert known.is_symptom(task, Status.FAIL_NONFINITE, outputs, arrays.digests(inputs), Contract())
 
 
 def test_what_a_recording_does_not_hold_is_no_symptom():

@@ -14,7 +14,7 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.case import Array, Arrays, Footprint, Params, arithmetic
+from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.strided import Strided
@@ -276,7 +276,7 @@ class Even(Attention):
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
 
-def far_below(q_THd: Array, k_Sd: Array) -> None:
+def far_below(arrays: Arrays, queries: str, keys: str) -> Arrays:
     """Give every key the same large entry in channel 0, and three of four queries one that makes all logits negative.
 
     Logits of a query move by one number, about -200, -2,000 or -20,000 at the smallest scale (scales differ by a factor
@@ -284,12 +284,15 @@ def far_below(q_THd: Array, k_Sd: Array) -> None:
     numbers, -1e3 or -1e4, leaves a sum of exponentials that are all zero.
 
     Args:
-        q_THd: queries, which are changed.
-        k_Sd: keys, or [S, G, d], which are changed.
+        arrays: inputs; those that are changed are copied.
+        queries: name of an array [T, H, d].
+        keys: name of an array [S, d] or [S, G, d].
     """
+    q_THd, k_Sd = arrays[queries].copy(), arrays[keys].copy()
     k_Sd[..., 0] = FAR
     for first, size in enumerate((4.0, 32.0, 512.0)):
         q_THd[first::4, :, 0] = -size
+    return {**arrays, queries: q_THd, keys: k_Sd}
 
 
 FAR = 512.0
@@ -301,11 +304,7 @@ class FarBelow(Attention):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        arrays = super().inputs(p)
-        for name in ("q_THd", "k_SGd"):
-            arrays[name] = arrays[name].copy()
-        far_below(arrays["q_THd"], arrays["k_SGd"])
-        return arrays
+        return far_below(super().inputs(p), "q_THd", "k_SGd")
 
 
 class NoTokens(Attention):
@@ -449,11 +448,7 @@ class LatentFarBelow(LatentBackward):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        arrays = super().inputs(p)
-        for name in ("q_THR", "k_SR"):
-            arrays[name] = arrays[name].copy()
-        far_below(arrays["q_THR"], arrays["k_SR"])
-        return arrays
+        return far_below(super().inputs(p), "q_THR", "k_SR")
 
 
 def _judge(name: str, outputs: Arrays, want: Chained, p: Params, queries: int | None = None) -> Finding:

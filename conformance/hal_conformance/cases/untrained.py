@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
+from hal_conformance import arrays as codec
 from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import nothing_trained, observed, part
 from hal_conformance.cases.wrapped import Wrapped
@@ -74,8 +75,24 @@ class Untrained(Wrapped):
         """See `Case.judge`."""
         gradients = {name: array for name, array in outputs.items() if "/" not in name and name not in self.results}
         trained = {name: outputs[name] for name in self.results if name in outputs}
-        found = {"trained": trained, **{mode: part(outputs, mode) for mode in MODES}}
+        found = {"trained": trained}
+        for mode in MODES:
+            results = part(outputs, mode)
+            if not _same(results, trained):  # honest code mostly returns the same bits, which need no second verdict
+                found[mode] = results
         return joined({
             mode: super(Untrained, self).judge(inputs, {**gradients, **results}, p, contract)
             for mode, results in found.items()
         })  # fmt: skip
+
+
+def _same(results: Arrays, trained: Arrays) -> bool:
+    """Tell whether all results have the same bits.
+
+    Of what stands in for an array that a recording does not hold (a single element, repeated) that is not asked: it may
+    have any size.
+    """
+    return results.keys() == trained.keys() and all(
+        array.flags.c_contiguous and trained[name].flags.c_contiguous and codec.same_bits(array, trained[name])
+        for name, array in results.items()
+    )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from hal_conformance.margins import Certainty
     from hal_conformance.packed import Packed
     from hal_conformance.plan import Task
-    from hal_conformance.results import Result
+    from hal_conformance.result import Result
 
 MOST = 14
 """Subjects whose pairs are shown together: as many as fit beside each other."""

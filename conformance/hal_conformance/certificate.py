@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hal_conformance.results import Result
+    from hal_conformance.result import Result
 
 LEVELS: Mapping[str, str] = {
     "L0": "bit by bit",

@@ -204,10 +204,10 @@ def run(
     from hal.cli.output import stdout_for_results
     from hal.errors import ConfigError
     from hal_conformance import suite, table
+    from hal_conformance.document import to_json
     from hal_conformance.junit import junit
     from hal_conformance.markdown import markdown
     from hal_conformance.progress import Bar
-    from hal_conformance.results import to_json
     from hal_conformance.subject import choose
     from hal_conformance.text import plain
 
@@ -267,10 +267,10 @@ def selfcheck(
     from hal.errors import ConfigError
     from hal_conformance import selfcheck as checking
     from hal_conformance import selfcheck_table
+    from hal_conformance.document import to_json
     from hal_conformance.faults import VARIATIONS
     from hal_conformance.plan import Catalogue
     from hal_conformance.progress import Bar
-    from hal_conformance.results import to_json
     from hal_conformance.table import console
     from hal_conformance.text import plain
 
@@ -357,9 +357,9 @@ def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file:
     from hal_conformance import compare as comparing
     from hal_conformance import comparison_table, recording
     from hal_conformance.bundle import Unreadable
+    from hal_conformance.document import to_json
     from hal_conformance.plan import Catalogue
     from hal_conformance.progress import Bar
-    from hal_conformance.results import to_json
     from hal_conformance.table import console
     from hal_conformance.text import plain
 

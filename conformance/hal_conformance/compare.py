@@ -26,8 +26,10 @@ from hal_conformance.plan import Catalogue, complete
 from hal_conformance.process import share_of_the_cores
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge
-from hal_conformance.results import Report, Result, judged_devices, suite_version, verdict_status
+from hal_conformance.report import Report
+from hal_conformance.result import Result, judged_devices, verdict_status
 from hal_conformance.text import plain
+from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
     from hal_conformance.plan import Task

@@ -12,15 +12,15 @@ import numpy as np
 
 from hal_conformance import arrays as codec
 from hal_conformance.case import Unpromised
-from hal_conformance.results import DETECTORS, Result
+from hal_conformance.result import DETECTORS, Result
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
     from hal.contract import Contract
     from hal_conformance.case import Arrays
+    from hal_conformance.observation import Observation
     from hal_conformance.plan import Task
-    from hal_conformance.runner import Observation
 
 
 def judge(observation: Observation, contract: Contract, subject: str, impl: str) -> Result:

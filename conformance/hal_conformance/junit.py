@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from hal_conformance.text import plain, xml_attribute, xml_text
 
 if TYPE_CHECKING:
-    from hal_conformance.results import Report, Result
+    from hal_conformance.report import Report
+    from hal_conformance.result import Result
 
 
 def junit(report: Report, *, strict: bool = False) -> bytes:

@@ -25,8 +25,8 @@ from hal_conformance.verdicts import Status
 if TYPE_CHECKING:
     from hal.contract import Contract
     from hal_conformance.case import Array
+    from hal_conformance.observation import Observation
     from hal_conformance.plan import Task
-    from hal_conformance.runner import Observation
 
 FLAG = "faults.onednn_5717"
 

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from hal.errors import ConfigError
 from hal_conformance.case import SCALES
+from hal_conformance.document import to_json
 from hal_conformance.plan import Catalogue, Selection, closest, plan
-from hal_conformance.results import suite_version, to_json
 from hal_conformance.table import WIDTH, console
 from hal_conformance.text import plain
+from hal_conformance.version import suite_version
 
 
 def show_cases(*, as_json: bool) -> None:

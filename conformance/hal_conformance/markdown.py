@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from hal_conformance import agreement_table
-from hal_conformance.results import suite_version
 from hal_conformance.tally import missing_devices, notable, tally, verdict
 from hal_conformance.text import markdown as cell
 from hal_conformance.verdicts import Status
+from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
-    from hal_conformance.results import Report, Result
+    from hal_conformance.report import Report
+    from hal_conformance.result import Result
 
 MAX_ROWS = 200
 """Rows of the list of what is not green; a comment on a pull request has a size limit."""

@@ -28,15 +28,16 @@ from hal_conformance.case import DTYPES, SCALES
 from hal_conformance.cases.trajectory import Statistical
 from hal_conformance.judging import judge_outputs, result
 from hal_conformance.plan import Catalogue, Selection, Task, plan
-from hal_conformance.results import DETECTORS, suite_version
+from hal_conformance.result import DETECTORS
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement, Status
+from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
     from hal_conformance.case import Array
+    from hal_conformance.observation import Observation
     from hal_conformance.packed import Packed
     from hal_conformance.retrial import Retrial
-    from hal_conformance.runner import Observation
     from hal_conformance.subject import Subject
 
 SCHEMA = "hal.recording/2"

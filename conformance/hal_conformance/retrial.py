@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 from hal_conformance import known
 from hal_conformance.judging import judge
-from hal_conformance.results import Result
+from hal_conformance.result import Result
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
     from hal.contract import Contract
+    from hal_conformance.observation import Observation
     from hal_conformance.plan import Task
-    from hal_conformance.runner import Observation, Runner
+    from hal_conformance.runner import Runner
 
 Verdict = TypeVar("Verdict", Judgement, Result)
 

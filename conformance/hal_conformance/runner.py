@@ -9,21 +9,18 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
 from hal.errors import Absent, Broken, ConfigError, UnknownDevice
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Task
 from hal_conformance.process import Died, TimedOut, WorkerProcess, share_of_the_cores
 from hal_conformance.subject import Subject
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Status
-
-if TYPE_CHECKING:
-    from hal_conformance.case import Arrays
 
 START_S = 300.0
 """Seconds for a worker to import torch and open its device: cold network disks and first driver starts are slow."""
@@ -36,24 +33,6 @@ AHEAD = {"tiny": 200, "small": 6, "full": 3}
 
 HANGS = 3
 """After this many hangs of one case (its presets and dtypes), the rest of it is not tried again."""
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What a subject did with one task.
-
-    Attributes:
-        status: a verdict that needs no judge, or None: then the outputs are to be judged.
-        hashes: SHA-256 of each input, as the worker had it.
-        seconds: that the case ran.
-    """
-
-    task: Task
-    status: Status | None
-    detail: str = ""
-    outputs: Arrays = field(default_factory=dict)
-    hashes: dict[str, str] = field(default_factory=dict)
-    seconds: float = 0.0
 
 
 class Runner(AbstractContextManager["Runner"]):

@@ -16,18 +16,18 @@ from hal_conformance import known
 from hal_conformance.case import FAMILIES
 from hal_conformance.judging import judge, judge_outputs, result
 from hal_conformance.plan import Catalogue, Task, plan
-from hal_conformance.results import suite_version
 from hal_conformance.retrial import tried_again
 from hal_conformance.runner import Runner
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
+from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
     from hal_conformance.case import Case
     from hal_conformance.faults.catalogue import Variation
+    from hal_conformance.observation import Observation
     from hal_conformance.plan import Selection
-    from hal_conformance.results import Result
-    from hal_conformance.runner import Observation
+    from hal_conformance.result import Result
     from hal_conformance.verdicts import Judgement
 
 SCHEMA = "hal.selfcheck/1"

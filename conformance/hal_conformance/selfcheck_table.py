@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hal_conformance.case import FAMILIES
-from hal_conformance.results import suite_version
 from hal_conformance.selfcheck import DETECTORS, exit_status
 from hal_conformance.text import markdown as cell
+from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
     from hal_conformance.plan import Selection

@@ -11,13 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hal_conformance.judging import result
-from hal_conformance.results import DETECTORS
+from hal_conformance.result import DETECTORS
 from hal_conformance.subject import PORTABLE
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
     from hal_conformance.plan import Task
-    from hal_conformance.results import Result
+    from hal_conformance.result import Result
     from hal_conformance.subject import Subject
 
 

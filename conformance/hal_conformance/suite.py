@@ -16,7 +16,8 @@ from hal_conformance.agreement import Agreement
 from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, complete
-from hal_conformance.results import NotRun, Report, Result, judged_devices
+from hal_conformance.report import NotRun, Report
+from hal_conformance.result import Result, judged_devices
 from hal_conformance.retrial import tried_again
 from hal_conformance.runner import Runner
 from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
@@ -25,7 +26,7 @@ from hal_conformance.subject import PORTABLE, Subject, unmet
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
     from hal_conformance.case import Arrays
-    from hal_conformance.runner import Observation
+    from hal_conformance.observation import Observation
 
 OnResult = Callable[[Subject, Result], None]
 

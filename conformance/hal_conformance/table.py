@@ -19,7 +19,8 @@ from hal_conformance.verdicts import Status
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from hal_conformance.results import NotRun, Report, Result
+    from hal_conformance.report import NotRun, Report
+    from hal_conformance.result import Result
 
 WIDTH = 100
 STYLES = {"green": "green", "amber": "yellow", "red": "bold red", "neutral": "dim"}

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from hal_conformance.verdicts import Status
 
 if TYPE_CHECKING:
-    from hal_conformance.results import Report, Result
+    from hal_conformance.report import Report
+    from hal_conformance.result import Result
 
 
 @dataclass(frozen=True)

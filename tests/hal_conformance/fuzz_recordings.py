@@ -35,9 +35,9 @@ from hal_conformance.bundle import Unreadable
 from hal_conformance.case import Footprint
 from hal_conformance.compare import compare
 from hal_conformance.detectors import discrete, exact, merge, structure
+from hal_conformance.document import to_json
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.results import to_json
-from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.text import MAX_DETAIL
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import arrays, bundle, recording
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
 

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal_conformance.certificate import LEVELS, certificates
-from hal_conformance.results import Result
+from hal_conformance.result import Result
 from hal_conformance.verdicts import Status
 
 PLANNED = {"float32": [("experts.integers[a]", "experts"), ("router.logits[a]", "router"), ("layer.forward[a]", "layer"),

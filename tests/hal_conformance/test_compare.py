@@ -19,9 +19,10 @@ from rich.console import Console
 from hal_conformance import comparison_table
 from hal_conformance.bundle import Unreadable
 from hal_conformance.compare import compare, labels
+from hal_conformance.document import to_json
 from hal_conformance.packed import distance, pack
 from hal_conformance.plan import Selection
-from hal_conformance.results import to_json, verdict_status
+from hal_conformance.result import verdict_status
 from hal_conformance.verdicts import Status
 
 

@@ -23,9 +23,9 @@ from hal_conformance.bundle import Unreadable
 from hal_conformance.cases import ALL
 from hal_conformance.cli import conformance
 from hal_conformance.compare import compare
+from hal_conformance.document import to_json
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.results import to_json
-from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Judgement, Status
 

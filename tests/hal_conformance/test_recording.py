@@ -17,10 +17,10 @@ from hal_conformance.bundle import Unreadable
 from hal_conformance.case import Footprint, Params
 from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Selection, Task, plan
 from hal_conformance.portable import portable
 from hal_conformance.rejudging import Rejudge
-from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Judgement, Status
 

@@ -15,9 +15,9 @@ from hal_conformance.bundle import Unreadable
 from hal_conformance.cases import ALL
 from hal_conformance.compare import compare
 from hal_conformance.judging import Made
+from hal_conformance.observation import Observation
 from hal_conformance.plan import Catalogue, Selection, plan
 from hal_conformance.rejudging import Rejudge, agreed
-from hal_conformance.runner import Observation
 from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Judgement, Status
 

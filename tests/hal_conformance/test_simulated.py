@@ -10,7 +10,8 @@ from hal_conformance.judging import result
 from hal_conformance.junit import junit
 from hal_conformance.markdown import markdown
 from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.results import Report, summary
+from hal_conformance.report import Report
+from hal_conformance.result import summary
 from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
 from hal_conformance.subject import Subject
 from hal_conformance.tally import notable, verdict

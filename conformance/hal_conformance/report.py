@@ -1,57 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run found: result rows, subjects, what was not run; its JSON form and its exit status."""
+"""Everything that a run found: subjects, results, what was not run; its JSON form and its exit status."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hal_conformance.certificate import Certificate
 from hal_conformance.pair import Pair
-from hal_conformance.verdicts import Status
+from hal_conformance.result import Result, summary, verdict_status
+from hal_conformance.version import suite_version
 
 SCHEMA = "hal.conformance/1"
-
-SUITE_REVISION = 6
-"""Counts changes of cases, inputs or recorded outputs; recordings of different suites cannot be compared."""
-
-DETECTORS = ("bound", "rms", "bias", "exact")
-
-
-def suite_version() -> str:
-    """Return the version of this suite: the package's, and the revision of its cases."""
-    import hal
-
-    return f"{hal.__version__}+suite.{SUITE_REVISION}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """The verdict on one case, on one subject, in one dtype; the fields are those of the JSON row.
-
-    Attributes:
-        case: name with preset, such as `router.topk_set[mixtral-8x7b]`.
-        margin: largest error over its bound; None where there is none, or where it is not finite.
-        seconds: that the case ran on the subject.
-    """
-
-    case: str
-    family: str
-    subject: str
-    impl: str
-    dtype: str
-    status: Status
-    margin: float | None
-    detectors: Mapping[str, float | None]
-    detail: str
-    seconds: float
-
-    def as_json(self) -> dict[str, object]:
-        """Return the row as plain JSON values."""
-        return {**vars(self), "status": self.status.value, "detectors": dict(self.detectors)}
 
 
 @dataclass(frozen=True)
@@ -123,31 +83,3 @@ class Report:
         if self.required_missing or any(entry.failed for entry in self.not_run):
             return 3
         return verdict_status(self.results, strict=strict)
-
-
-def verdict_status(results: Iterable[Result], *, strict: bool = False) -> int:
-    """Return 0 if something was judged and nothing is red (nor amber, if strict), otherwise 1."""
-    colours = Counter(row.status.colour for row in results)
-    failed = colours["red"] or (strict and colours["amber"])
-    judged = colours["green"] + colours["amber"] + colours["red"]
-    return 0 if judged and not failed else 1
-
-
-def summary(results: Iterable[Result]) -> dict[str, int]:
-    """Return the number of results of each status that occurs, mildest first."""
-    counts = Counter(row.status for row in results)
-    return {status.value: counts[status] for status in Status if counts[status]}
-
-
-def judged_devices(results: Sequence[Result]) -> list[str]:
-    """Return the devices of which at least one result says something, green, amber or red."""
-    return list(dict.fromkeys(row.subject for row in results if row.status.colour != "neutral"))
-
-
-def to_json(document: object) -> bytes:
-    """Return JSON text that every parser accepts: ASCII, and no NaN or infinity.
-
-    Raises:
-        ValueError: a number is not finite.
-    """
-    return (json.dumps(document, indent=1, allow_nan=False) + "\n").encode()

@@ -8,9 +8,10 @@ when it is first used: every process of `hal run` imports this package before it
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hal.allocator_plan import AllocatorPlan
     from hal.backend import PLUGIN_API, Backend, Claim, DeviceInfo, Discovery, Specificity
     from hal.contract import Contract
-    from hal.device import Device, Facets
+    from hal.device import Device
     from hal.errors import (
         Absent,
         Broken,
@@ -33,8 +34,9 @@ if TYPE_CHECKING:
         UnsupportedPrecision,
     )
     from hal.explanation import Explanation, explain
+    from hal.facets import Facets
     from hal.launch.adoption import Adoption, adopt, release
-    from hal.memory import AllocatorPlan, MemoryStats
+    from hal.memory_stats import MemoryStats
     from hal.registry import list_devices, open_device, plan_environment
     from hal.support import Support
 
@@ -83,12 +85,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "hal.allocator_plan": "AllocatorPlan",
     "hal.backend": "PLUGIN_API Backend Claim DeviceInfo Discovery Specificity",
     "hal.contract": "Contract",
-    "hal.device": "Device Facets",
+    "hal.device": "Device",
     "hal.explanation": "Explanation explain",
+    "hal.facets": "Facets",
     "hal.launch.adoption": "Adoption adopt release",
-    "hal.memory": "AllocatorPlan MemoryStats",
+    "hal.memory_stats": "MemoryStats",
     "hal.registry": "list_devices open_device plan_environment",
     "hal.support": "Support",
 }

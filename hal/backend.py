@@ -14,9 +14,9 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
+    from hal.allocator_plan import AllocatorPlan
     from hal.changes import Changes
-    from hal.device import Facets
-    from hal.memory import AllocatorPlan
+    from hal.facets import Facets
 
 PLUGIN_API = (1, 0)
 """Version of this interface. Another major number is refused; minor numbers only add."""

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -16,33 +14,9 @@ if TYPE_CHECKING:
 
     from hal.backend import Backend, DeviceInfo
     from hal.changes import Changes
-    from hal.collectives import Collectives
-    from hal.contract import Contract
-    from hal.memory import Memory
-    from hal.precision import Precision
-    from hal.random import Random
-    from hal.streams import Event, Stream, Streams
+    from hal.facets import Facets
+    from hal.streams import Event, Stream
     from hal.support import Support
-    from hal.support_table import SupportTable
-
-
-@dataclass(frozen=True)
-class Facets:
-    """What a backend returns from `open`: one object for each facet of the device.
-
-    Attributes:
-        not_simulated: of a simulated device, see `Device.not_simulated`.
-    """
-
-    torch_device: torch.device
-    memory: Memory
-    precision: Precision
-    collectives: Collectives
-    random: Random
-    streams: Streams
-    support: SupportTable
-    contract: Contract
-    not_simulated: Mapping[str, int] = field(default_factory=dict)
 
 
 @final

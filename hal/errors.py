@@ -34,7 +34,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hal.memory import MemoryStats
+    from hal.memory_stats import MemoryStats
 
 
 class HalError(Exception):

@@ -1,140 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of one device: statistics with their sources, limits, one out-of-memory error, allocator settings.
-
-A number that a device cannot give is None, never 0.
-"""
+"""Memory of one device: statistics with their sources, limits, and one out-of-memory error."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import functools
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from types import MappingProxyType
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, final
 
 from hal.arguments import integer
 from hal.changes import Switch
 from hal.errors import ConfigError, HalError, OutOfMemoryError, UnsupportedOperation
 from hal.facet import Facet
+from hal.memory_stats import MemoryStats
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class MemoryStats:
-    """Bytes, or None where the device does not tell.
-
-    Attributes:
-        allocated: in live tensors of this process, on this device.
-        reserved: held by this process's allocator, live tensors included.
-        peak_allocated, peak_reserved: the largest since `reset_peak()` or the process's start.
-        free, total: of the whole device, as its driver tells.
-        process, peak_process: everything that this process holds on the device (on a CPU: its resident set),
-            and the largest since `reset_peak()`.
-        sources: for each number that is not None, the call that it came from.
-    """
-
-    allocated: int | None = None
-    reserved: int | None = None
-    peak_allocated: int | None = None
-    peak_reserved: int | None = None
-    free: int | None = None
-    total: int | None = None
-    process: int | None = None
-    peak_process: int | None = None
-    sources: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        # Frozen to the bottom: a caller's change must not reach the statistics that come after these.
-        object.__setattr__(self, "sources", MappingProxyType(dict(self.sources)))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain types for JSON."""
-        return {f.name: getattr(self, f.name) for f in fields(self)} | {"sources": dict(self.sources)}
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A mapping proxy cannot be pickled, and statistics travel inside errors between processes.
-        return functools.partial(MemoryStats, **self.as_json()), ()
-
-
-@dataclass(frozen=True)
-class AllocatorPlan:
-    """Allocator settings in vendor-neutral terms; None leaves the vendor's default or the user's own setting.
-
-    Attributes:
-        expandable_segments: map memory in growing segments, against fragmentation.
-        max_split_size_mb: blocks above this are not split.
-        garbage_collection_threshold: share of the memory at which cached blocks are freed, in (0, 1).
-    """
-
-    expandable_segments: bool | None = None
-    max_split_size_mb: int | None = None
-    garbage_collection_threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (self.expandable_segments is None or isinstance(self.expandable_segments, bool)):
-            raise ConfigError(f"expandable_segments is {self.expandable_segments!r}", expected="True, False or None")
-        if self.max_split_size_mb is not None:
-            integer("max_split_size_mb", self.max_split_size_mb, least=1)
-        threshold = self.garbage_collection_threshold
-        if threshold is not None and not (isinstance(threshold, float) and 0 < threshold < 1):
-            raise ConfigError(
-                f"garbage_collection_threshold is {threshold!r}", expected="a share between 0 and 1, or None"
-            )
-
-    def settings(self) -> dict[str, str]:
-        """Return the settings that are given, in the `key: value` grammar that torch's allocators share."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {key: str(value) for key, value in given.items() if value is not None}
-
-
-# A value may be a bracketed list with commas of its own: roundup_power2_divisions:[256:1,512:2].
-_SETTING = re.compile(r"\s*([^\s:,\[\]]+)\s*:\s*(\[[^\[\]]*\]|[^:,\[\]]*[^\s:,\[\]])\s*(?:,|$)")
-
-
-def parse_allocator_settings(variable: str, text: str) -> dict[str, str]:
-    """Return the settings in the text of a variable, `key:value,key:value`; a comma at the end is allowed.
-
-    Raises:
-        ConfigError: some part of the text is nothing of the kind.
-    """
-    found: dict[str, str] = {}
-    at = 0
-    while text[at:].strip():
-        setting = _SETTING.match(text, at)
-        if setting is None:
-            raise ConfigError(f"{variable}={text!r} cannot be read at {text[at:]!r}", expected="key:value,key:value")
-        found[setting[1]] = setting[2]
-        at = setting.end()
-    return found
-
-
-def merge_allocator_settings(variable: str, current: str | None, wanted: Mapping[str, str]) -> str:
-    """Merge wanted settings into a `key:value,key:value` variable without losing what the user set.
-
-    Raises:
-        ConfigError: the user set the same key to another value, or the variable cannot be read.
-    """
-    merged = parse_allocator_settings(variable, current or "")
-    for key, value in wanted.items():
-        if not _same_value(merged.setdefault(key, value), value):
-            raise ConfigError(
-                f"{variable} already sets {key}:{merged[key]}, and the plan asks for {key}:{value}",
-                hint=f"remove {key} from {variable}, or from the plan",
-            )
-    return ",".join(f"{key}:{value}" for key, value in merged.items())
-
-
-def _same_value(one: str, other: str) -> bool:
-    """Tell whether two values mean the same: 0.80 is 0.8, and True is true."""
-    try:
-        return float(one) == float(other)
-    except ValueError:
-        return one.replace(" ", "").lower() == other.replace(" ", "").lower()
 
 
 class Memory(Facet, abc.ABC):

@@ -15,13 +15,14 @@ import threading
 from collections.abc import Mapping
 
 from hal import plugins
+from hal.allocator_plan import AllocatorPlan
 from hal.autoload import AUTOLOAD
 from hal.backend import Backend, DeviceInfo
 from hal.changes import Changes
-from hal.device import Device, Facets
+from hal.device import Device
 from hal.entry_points import Plugin
 from hal.errors import Absent, Broken, ConfigError, DeviceError, HalError, UnknownDevice, described
-from hal.memory import AllocatorPlan
+from hal.facets import Facets
 from hal.surveys import on_host, settle, survey, take_surveys, undecided
 
 log = logging.getLogger("hal")

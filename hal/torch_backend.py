@@ -16,8 +16,8 @@ from hal.backend import Backend, Claim, DeviceInfo, Discovery, Specificity
 from hal.changes import Changes, Switch
 from hal.collectives import Collectives
 from hal.contract import TRUNCATING_MATRIX_UNITS, Contract
-from hal.device import Facets
 from hal.errors import Absent, Broken, UnsupportedPrecision
+from hal.facets import Facets
 from hal.memory import Memory
 from hal.precision import Fp32Mode, Precision
 from hal.random import Random

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from hal.changes import Switch
 from hal.errors import UnsupportedOperation
-from hal.memory import Memory, MemoryStats
+from hal.memory import Memory
+from hal.memory_stats import MemoryStats
 from hal.torch_module import module_function
 
 if TYPE_CHECKING:

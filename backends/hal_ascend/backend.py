@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from hal.allocator_plan import AllocatorPlan, merge_allocator_settings
 from hal.backend import DeviceInfo
 from hal.changes import Changes
 from hal.contract import Arithmetic, Contract
 from hal.errors import Absent, Broken, ConfigError
-from hal.memory import AllocatorPlan, Memory, merge_allocator_settings
+from hal.memory import Memory
 from hal.precision import Precision
 from hal.support_table import SupportTable
 from hal.torch_backend import TorchBackend

@@ -11,7 +11,7 @@ from hal.backend import Backend, Claim, DeviceInfo, Discovery
 from hal.changes import Changes
 from hal.collectives import Collectives
 from hal.contract import Contract
-from hal.device import Facets
+from hal.facets import Facets
 from hal.streams import HostStreams
 from hal.support_table import SupportTable
 from hal_cpu.memory import CpuMemory, total_memory

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 from hal.changes import Switch
 from hal.errors import ConfigError, UnsupportedOperation
-from hal.memory import Memory, MemoryStats, requested_bytes
+from hal.memory import Memory, requested_bytes
+from hal.memory_stats import MemoryStats
 from hal_cpu.control_group import limited_groups
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from hal.allocator_plan import AllocatorPlan, merge_allocator_settings, parse_allocator_settings
 from hal.errors import ConfigError
-from hal.memory import AllocatorPlan, merge_allocator_settings, parse_allocator_settings
 from hal_cuda.build import TorchBuild
 
 UNIFIED, CUDA, HIP = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hal.allocator_plan import AllocatorPlan
 from hal.backend import DeviceInfo
 from hal.changes import Changes, Switch
 from hal.errors import Absent
-from hal.memory import AllocatorPlan, Memory
+from hal.memory import Memory
 from hal.precision import Precision, attribute_switch
 from hal.support_table import SupportTable
 from hal.torch_backend import TorchBackend

@@ -13,7 +13,7 @@ from hal.backend import Backend, Claim, DeviceInfo, Discovery, Specificity
 from hal.changes import Changes, Switch
 from hal.collectives import Collectives
 from hal.contract import Contract, arithmetic
-from hal.device import Facets
+from hal.facets import Facets
 from hal.matrix_unit import FORMATS
 from hal.streams import HostStreams
 from hal.support_table import SupportTable

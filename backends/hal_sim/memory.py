@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import final
 
 from hal.changes import Switch
-from hal.memory import MemoryStats
+from hal.memory_stats import MemoryStats
 from hal_cpu.memory import CpuMemory, mapped_bytes
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import hal
 from hal import errors
-from hal.memory import MemoryStats
+from hal.memory_stats import MemoryStats
 
 STATS = MemoryStats(allocated=7, sources={"allocated": "somewhere"})
 

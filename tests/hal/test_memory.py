@@ -11,15 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import hal
+from hal.allocator_plan import AllocatorPlan, merge_allocator_settings, parse_allocator_settings
 from hal.changes import Changes
 from hal.errors import CollectiveError, ConfigError, DeviceConflict, OutOfMemoryError, UnsupportedOperation
-from hal.memory import (
-    AllocatorPlan,
-    MemoryStats,
-    merge_allocator_settings,
-    parse_allocator_settings,
-    requested_bytes,
-)
+from hal.memory import requested_bytes
+from hal.memory_stats import MemoryStats
 from hal.torch_memory import TorchMemory
 
 words = st.text("abcdefghij_", min_size=1, max_size=8)

@@ -8,10 +8,10 @@ import os
 import sys
 from collections.abc import Mapping
 
+from hal.allocator_plan import AllocatorPlan
 from hal.backend import Backend, advice_of
 from hal.check.checks.expect import Failed, expect
 from hal.errors import ConfigError, UnsupportedOperation
-from hal.memory import AllocatorPlan
 
 
 def facts(backend: Backend) -> str:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _WATCHED: ContextVar[Watched | None] = ContextVar("watched", default=None)
 
 
+NEW = frozenset({"accumulate_gradients", "clip_grad_norm", "adamw_step", "adam_step", "sgd_step"})
+"""Operators whose results lie in memory of their own (`hal.moe.optimizer_ops`): the caller overwrites what it gave."""
+
+
 class Watched:
     """Operators whose arguments are compared before and after each call.
 
@@ -61,7 +65,10 @@ class Watched:
         if any(tensor.requires_grad for _, tensor in results):
             alive = [one for one in self._for_backward if one.of() is not None]
             self._for_backward = alive + [one for one in given if one.whole and one.copy is not None]
-        ours = {_storage_of(one.tensor) for one in given} | self._compared
+        taken = {_storage_of(one.tensor) for one in given}
+        if name in NEW and any(tensor.numel() and _storage_of(tensor) in taken for _, tensor in results):
+            self._written.append((f"{name} returned the memory of an argument, and promises new tensors", True))
+        ours = taken | self._compared
         for _, tensor in results:
             if (at := _storage_of(tensor)) not in ours:
                 self._returned[at] = _weak_reference(tensor)
@@ -88,7 +95,11 @@ class Watched:
             again: whether another pass over the same graph follows.
         """
         given = self._taken("the backward pass wrote into its upstream gradient", list(upstream))
-        yield
+        try:
+            yield
+        except RuntimeError:
+            self.check()  # autograd refuses what was written into meanwhile, without a word on who did it
+            raise
         for one in (*given, *self._for_backward):
             self._written += one.written("in the backward pass, " if one not in given else "")
         if not again:
@@ -98,7 +109,7 @@ class Watched:
         """Raise what was found.
 
         Raises:
-            Malformed: an operator wrote into an argument.
+            Malformed: an operator wrote into an argument, or returned its memory.
         """
         for what, written in self._written:
             if bool(written):

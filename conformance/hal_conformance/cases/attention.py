@@ -7,6 +7,7 @@ width of the latent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,12 @@ import numpy as np
 from hal.contract import Contract
 from hal_conformance import inputs as make
 from hal_conformance.case import Arrays, Footprint, Params, arithmetic
-from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
+from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
-from hal_conformance.cases.untrained import Untrained
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
@@ -95,12 +97,23 @@ class Attention(Base):
         arrays = {"q_THd": q, "k_SGd": k, "v_SGe": v, "dy_THe": dy}
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        return ("q_THd", "k_SGd", "v_SGe")
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`."""
+        y = ops.attention(*(tensors[name] for name in self.names(tensors)), self.scale(p), causal=self.causal)
+        backward(y, tensors["dy_THe"] if factor == 1.0 else tensors["dy_THe"] * factor)
+        return {"y_THe": y}
+
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        q, k, v = (leaf(tensors[name]) for name in ("q_THd", "k_SGd", "v_SGe"))
-        y = ops.attention(q, k, v, self.scale(p), causal=self.causal)
-        backward(y, tensors["dy_THe"])
-        return observed({"y_THe": y, "dq_THd": q.grad, "dk_SGd": k.grad, "dv_SGe": v.grad})
+        leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
+        found = self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: a query's errors are correlated, and those of a key."""
@@ -150,6 +163,31 @@ class Forward(Attention):
         """See `Attention.structure`."""
         shape = (*inputs["q_THd"].shape[:2], inputs["v_SGe"].shape[2])
         return structure(outputs, {"y_THe": (shape, p.dtype)})
+
+
+class NanQuery(Forward):
+    """One head of one query is not a number."""
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: the third query, in its last head."""
+        arrays = {name: array.copy() for name, array in super().inputs(p).items() if name != "dy_THe"}
+        arrays["q_THd"][2, -1] = np.nan
+        return arrays
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`: that result is NaN, and the others as they are where nothing is."""
+        keeps_nonfinite(contract)
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        q = inputs["q_THd"].copy()
+        q[2, -1] = 0
+        got = outputs["y_THe"].copy()
+        nan = np.full_like(got[2, -1], np.nan)
+        spread = exact("the NaN query's result", wide(got[2, -1]), wide(nan))
+        want = self.result({**inputs, "q_THd": q}, p, contract)
+        got[2, -1] = want.value[2, -1].astype(got.dtype)
+        return merge([spread, _judge("y_THe", {"y_THe": got}, want, p)])
 
 
 class Pick(Forward):
@@ -483,18 +521,23 @@ WHOLE = Attention(
     "attention.whole", "attention", _NEEDS, "Without a mask, as many keys as queries. " + BOUND, causal=False
 )  # fmt: skip
 """Of which only the tails are a case: `attention.full` has more keys than queries."""
+PREFIX = Attention(
+    "attention.prefix", "attention", _NEEDS,
+    "As attention.causal, the queries being the last of S positions, all of four heads on one key head. " + BOUND,
+    before=7, share=4,
+)  # fmt: skip
+FULL = Attention(
+    "attention.full", "attention", _NEEDS,
+    "Without a mask, 11 keys more than queries, as many key heads as query heads. " + BOUND,
+    causal=False, before=11, share=1,
+)  # fmt: skip
+ONE_QUERY = Even(
+    "attention.one_query", "attention", _NEEDS,
+    "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
+    share=4, queries=1, keys=193,
+)  # fmt: skip
 CASES = (
-    CAUSAL,
-    Attention(
-        "attention.prefix", "attention", _NEEDS,
-        "As attention.causal, the queries being the last of S positions, all of four heads on one key head. " + BOUND,
-        before=7, share=4,
-    ),
-    Attention(
-        "attention.full", "attention", _NEEDS,
-        "Without a mask, 11 keys more than queries, as many key heads as query heads. " + BOUND,
-        causal=False, before=11, share=1,
-    ),
+    CAUSAL, PREFIX, FULL,
     Attention(
         "attention.many_heads", "attention", _NEEDS,
         "As attention.causal with sixteen query heads, eight to a key head. " + BOUND, share=8,
@@ -536,11 +579,7 @@ CASES = (
         "values narrower than keys. Gradients of keys and values are sums of 128 numbers of one sign.",
         share=1, queries=128, keys=256, value=8,
     ),
-    Even(
-        "attention.one_query", "attention", _NEEDS,
-        "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
-        share=4, queries=1, keys=193,
-    ),
+    ONE_QUERY,
     OneHead(
         "attention.one_head", "attention", _NEEDS,
         "As attention.prefix with one query head: code that drops axes of length one is wrong here. " + BOUND,
@@ -556,6 +595,10 @@ CASES = (
         "attention.overflow", "attention", _NEEDS,
         "Values of zero and large upstream gradients in float16: the gradients of values that many queries see are "
         "infinite, not the largest number; those of queries and keys are zero.",
+    ),
+    NanQuery(
+        "attention.nan_query", "attention", _NEEDS,
+        "As attention.causal, forward, where one head of one query is NaN: its own result is, and no other.",
     ),
     NoTokens("attention.no_tokens", "attention", _NEEDS, "Zero queries: gradients of keys and values are 0."),
     Latent(
@@ -586,6 +629,13 @@ CASES = (
     KeptResults("attention.kept", CAUSAL), KeptResults("attention.latent_kept", LATENT_BACKWARD),
     Untrained("attention.untrained", CAUSAL, ("y_THe",)),
     Untrained("attention.latent_untrained", LATENT_BACKWARD, ("y_THe",)),
+    Untrained("attention.prefix_untrained", PREFIX, ("y_THe",), modes=IN_SERVICE),
+    Untrained("attention.full_untrained", FULL, ("y_THe",), modes=IN_SERVICE),
+    Untrained("attention.one_query_untrained", ONE_QUERY, ("y_THe",), modes=IN_SERVICE),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
+    Shifted("attention.shifted", CAUSAL),
+    Shifted("attention.latent_shifted", LATENT_BACKWARD),
+    Frozen("attention.frozen", CAUSAL, ("q_THd",), twice=False),
+    Frozen("attention.frozen_keys", CAUSAL, ("k_SGd",), twice=False),
 )  # fmt: skip

@@ -111,7 +111,16 @@ def leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
-    """Return the tensors that there are, without their history."""
+    """Return the tensors that there are, without their history.
+
+    Raises:
+        Malformed: one of them is something else.
+    """
+    import torch
+
+    for name, tensor in tensors.items():
+        if not (tensor is None or isinstance(tensor, torch.Tensor)):
+            raise Malformed(f"{name} is a {type(tensor).__name__}, not a tensor")
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -32,7 +32,7 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -380,5 +380,6 @@ CASES = (
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),
     KeptResults("combine.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("combine.kept_graph", BACKWARD, only=FEW_EXPERTS),
+    Shifted("combine.shifted", BACKWARD, only=FEW_EXPERTS),
     Untrained("combine.untrained", RANDOM, ("y_TD",), only=FEW_EXPERTS),
 )  # fmt: skip

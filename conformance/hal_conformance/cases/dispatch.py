@@ -29,9 +29,9 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
-from hal_conformance.cases.untrained import Untrained
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import discrete, exact, joined, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
@@ -256,15 +256,17 @@ class OnlyExpert(Backward):
 _WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
 _SUM = "The gradient of a token: the sum over its rows, in float32. Bound: K u sum |dx| and half an ulp."
 _NEEDS = ("dispatch",)
+SENT = ("x_RD", "slot_R", "counts_E")
 PERMUTATION = DispatchCase(
     "dispatch.permutation", "dispatch", _NEEDS, _WHAT + "One hot, one empty and one single expert."
 )  # fmt: skip
 BACKWARD = Backward("dispatch.backward", "dispatch", _NEEDS, _SUM)
+CAPACITY = Capacity(
+    "dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."
+)  # fmt: skip
 CASES = (
     PERMUTATION,
-    Capacity(
-        "dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."
-    ),
+    CAPACITY,
     CapacityAmple(
         "dispatch.capacity_ample", "dispatch", _NEEDS, _WHAT + "With a capacity of twice the tokens nothing is dropped."
     ),
@@ -303,5 +305,7 @@ CASES = (
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),
     KeptResults("dispatch.kept_backward", BACKWARD, only=FEW_EXPERTS),
     KeptGraph("dispatch.kept_graph", BACKWARD, only=FEW_EXPERTS),
-    Untrained("dispatch.untrained", PERMUTATION, ("x_RD", "slot_R", "counts_E"), only=FEW_EXPERTS),
+    Untrained("dispatch.untrained", PERMUTATION, SENT, only=FEW_EXPERTS),
+    Untrained("dispatch.capacity_untrained", CAPACITY, SENT, modes=IN_SERVICE, only=FEW_EXPERTS),
+    Shifted("dispatch.shifted", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

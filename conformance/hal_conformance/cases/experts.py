@@ -27,7 +27,7 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.sized import FEW_EXPERTS, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.chained import Chained
 from hal_conformance.detectors import Finding, judge, merge, structure
@@ -263,6 +263,7 @@ CASES = (
     OnlyExpert("experts.only_expert", "experts", _NEEDS, "As experts.backward with E = 1, which has all rows."),
     NoRows("experts.no_rows", "experts", _NEEDS, "Zero rows: an empty result, and gradients of exactly zero."),
     Strided("experts.strided", BACKWARD),
+    Shifted("experts.shifted", BACKWARD, only=FEW_EXPERTS),
     Untrained("experts.untrained", RANDOM, ("y_RD",), only=FEW_EXPERTS),
     Wide("experts.wide", BACKWARD, only=FEW_EXPERTS),
     Wide("experts.deep", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 40, 520)),

@@ -212,6 +212,7 @@ CASES = (
         "experts.one_row", "experts", _NEEDS, "As experts.one_expert with a single row, as in decoding.", rows=1
     ),
     Frozen("experts.frozen", INTEGERS, ("x_RD",)),
+    Frozen("experts.frozen_gate", INTEGERS, ("w1_EFD",), only=FEW_EXPERTS),
     Sliced("experts.sliced", INTEGERS),
     KeptGraph("experts.kept_graph", INTEGERS, only=FEW_EXPERTS),
     Int32("experts.int32", INTEGERS, only=FEW_EXPERTS),

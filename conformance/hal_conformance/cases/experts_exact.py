@@ -14,6 +14,8 @@ from hal_conformance.cases import designs
 from hal_conformance.cases.base import expert_bytes, wide
 from hal_conformance.cases.experts import RANDOM, ExpertsCase, routed
 from hal_conformance.cases.nonfinite import admitted
+from hal_conformance.cases.sized import FEW_EXPERTS
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, exact, merge, structure
 from hal_conformance.oracle.dispatching import spans
 from hal_conformance.oracle.layer import ROUTED
@@ -130,6 +132,20 @@ class TwoCalls(Integers):
 
 
 _NEEDS = ("experts",)
+NONFINITE_ROWS = NonfiniteRows(
+    "experts.nonfinite_rows", "experts", _NEEDS,
+    "As experts.integers with three other rows: one of NaN, whose result is NaN; one with an infinity, and one of "
+    "large numbers whose product overflows, both among weights that make every element of the result infinite in "
+    "every order of summation (NaN is right, too: units that split a float32 into parts take inf - inf). A kernel "
+    "that returns the largest finite number, or zero, hides an overflow from the training loop. Every other row "
+    "is exact.",
+)  # fmt: skip
+TWO_CALLS = TwoCalls(
+    "experts.two_calls", "experts", _NEEDS,
+    "As experts.integers, twice: the second call has the same shapes, other rows, other counts, and other weights "
+    "in the memory of the first; both results are read after it. Counts or converted weights kept from the first "
+    "call show, and a result that the second call overwrites.",
+)  # fmt: skip
 CASES = (
     Integers(
         "experts.integers", "experts", _NEEDS,
@@ -146,18 +162,7 @@ CASES = (
         "One-hot rows: the output is one weight of the gate, up or down projection, every bit of it. Weights of the "
         "wrong expert, flipped bits, inputs cut to TF32 and truncated stores of the gate show.",
     ),
-    NonfiniteRows(
-        "experts.nonfinite_rows", "experts", _NEEDS,
-        "As experts.integers with three other rows: one of NaN, whose result is NaN; one with an infinity, and one of "
-        "large numbers whose product overflows, both among weights that make every element of the result infinite in "
-        "every order of summation (NaN is right, too: units that split a float32 into parts take inf - inf). A kernel "
-        "that returns the largest finite number, or zero, hides an overflow from the training loop. Every other row "
-        "is exact.",
-    ),
-    TwoCalls(
-        "experts.two_calls", "experts", _NEEDS,
-        "As experts.integers, twice: the second call has the same shapes, other rows, other counts, and other weights "
-        "in the memory of the first; both results are read after it. Counts or converted weights kept from the first "
-        "call show, and a result that the second call overwrites.",
-    ),
+    NONFINITE_ROWS, TWO_CALLS,
+    Untrained("experts.nonfinite_untrained", NONFINITE_ROWS, ("y_RD",), modes=IN_SERVICE, only=FEW_EXPERTS),
+    Untrained("experts.two_calls_untrained", TWO_CALLS, ("y_RD", "again_RD"), modes=IN_SERVICE, only=FEW_EXPERTS),
 )  # fmt: skip

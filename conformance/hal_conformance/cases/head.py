@@ -28,11 +28,11 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.losses import UPSTREAM
+from hal_conformance.cases.losses import SMALL, UPSTREAM
 from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import Wide
-from hal_conformance.cases.strided import Strided
-from hal_conformance.cases.untrained import Untrained
+from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead
@@ -238,10 +238,12 @@ class CrossEntropy(HeadCase):
     Attributes:
         z: coefficient of the z-loss.
         ignored: the target that does not count.
+        upstream: gradient of the loss.
     """
 
     z: float = 0.0
     ignored: int = IGNORED
+    upstream: float = UPSTREAM
 
     SIZES = {"tiny": (17, 8191), "small": (33, 65521), "full": (129, 126464)}  # noqa: RUF012  Ling-Lite's at full
 
@@ -292,13 +294,13 @@ class CrossEntropy(HeadCase):
         """Return the loss and the gradient."""
         x = leaf(logits)
         loss = ops.cross_entropy(x, targets, ignore_index=self.ignored, z_coefficient=self.z)
-        loss_backward(loss, UPSTREAM, x)
+        loss_backward(loss, self.upstream, x)
         return loss, x.grad
 
     def expected(self, logits: Array, targets: I64) -> tuple[Bounded, Bounded]:
         """Return the loss, and the gradient before it is stored."""
         loss, gradient = cross_entropy(logits, targets, self.ignored, self.z)
-        return loss, gradient.scaled(UPSTREAM)
+        return loss, gradient.scaled(self.upstream)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -519,6 +521,11 @@ ENTROPY = CrossEntropy(
 WITH_Z = WithZ(
     "head.cross_entropy_z", "head", _LOSS, "As head.cross_entropy with a z-loss of 1e-2, V = 1,021.", 1e-2
 )  # fmt: skip
+MASKED = Masked(
+    "head.masked_vocabulary", "head", _LOSS,
+    "As head.cross_entropy, V = 509, where a fifth of the logits is -inf, as of padding of the vocabulary: they "
+    "add nothing to the sum and their gradient is 0; no 0 times inf.",
+)  # fmt: skip
 CASES = (
     NORMALISED,
     Normalised(
@@ -555,11 +562,7 @@ CASES = (
         "As head.cross_entropy, 1,031 tokens and V = 61: more than a block of 256 or 1,024 threads has. The ignored "
         "target is 0.", ignored=PADDING, at=(1031, 61),
     ),
-    Masked(
-        "head.masked_vocabulary", "head", _LOSS,
-        "As head.cross_entropy, V = 509, where a fifth of the logits is -inf, as of padding of the vocabulary: they "
-        "add nothing to the sum and their gradient is 0; no 0 times inf.",
-    ),
+    MASKED,
     Uniform(
         "head.uniform", "head", _LOSS,
         "Equal logits, V = 64, 16 of 21 tokens count: the gradients are (1/64 - [target]) / 4, bit by bit in 16 "
@@ -581,6 +584,12 @@ CASES = (
     Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
     Untrained("head.cross_entropy_z_untrained", WITH_Z, ("loss",)),
     Untrained("head.norm_untrained", FEW_ROWS, ("first_TV", "eval_TV", "again_TV", "last_TV")),
+    Untrained("head.masked_untrained", MASKED, ("loss",), modes=IN_SERVICE),
+    WithZ(
+        "head.cross_entropy_small_upstream", "head", _LOSS,
+        "As head.cross_entropy_z, for an upstream gradient of 5e-5.", 1e-2, upstream=SMALL,
+    ),
+    Shifted("head.norm_shifted", NORMALISED), Shifted("head.cross_entropy_shifted", WITH_Z),
     Strided("head.norm_strided", NORMALISED),
     Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

@@ -37,9 +37,9 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import ROUTING, expected_structure
 from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
-from hal_conformance.cases.untrained import Untrained
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
@@ -232,6 +232,7 @@ class NoTokens(Layer):
 
 
 _NEEDS = ("layer",)
+RESULTS = (*ROUTING, "y_TD", "aux_loss", "z_loss")
 _GIVEN = "a replayed routing"
 FREE = "the device's own routing, certified by margin and then taken as given"
 _GRADIENTS = "y, and the gradients of x, the gate, the experts and the shared experts from those of y and both losses"
@@ -250,24 +251,26 @@ BACKWARD = Layer(
 )  # fmt: skip
 FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS)
 FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
+CAPACITY = Layer(
+    "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
+    replayed=True, backward=True, capacity=1, only=KINDS,
+)  # fmt: skip
+ONE_TOKEN = Layer(
+    "layer.one_token", "layer", _NEEDS, what(f"{FREE} and one token, as in decoding", _GRADIENTS),
+    backward=True, tokens=1, only=KINDS,
+)  # fmt: skip
 CASES = (
     Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
     FREE_FORWARD,
     BACKWARD,
     FREE_BACKWARD,
-    Layer(
-        "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
-        replayed=True, backward=True, capacity=1, only=KINDS,
-    ),
+    CAPACITY,
     Layer(
         "layer.capacity_zero", "layer", _NEEDS,
         what(f"{FREE}, where every expert has room for no row, which is not the same as no limit", _GRADIENTS),
         backward=True, capacity=0, only=("ling-lite", "mixtral-8x7b"),
     ),
-    Layer(
-        "layer.one_token", "layer", _NEEDS, what(f"{FREE} and one token, as in decoding", _GRADIENTS),
-        backward=True, tokens=1, only=KINDS,
-    ),
+    ONE_TOKEN,
     Layer(
         "layer.few_tokens", "layer", _NEEDS, what(f"{FREE} and five tokens, as in decoding for a few", _GRADIENTS),
         backward=True, tokens=5, only=("qwen2-moe",),
@@ -289,7 +292,15 @@ CASES = (
         replayed=True, backward=True, only=("mixtral-8x7b",),
     ),
     KeptGraph("layer.kept_graph", BACKWARD, only=FEW_EXPERTS),
-    Untrained("layer.untrained", FREE_FORWARD, (*ROUTING, "y_TD", "aux_loss", "z_loss"), only=FEW_EXPERTS),
+    Untrained("layer.untrained", FREE_FORWARD, RESULTS, only=FEW_EXPERTS),
+    Untrained(
+        "layer.capacity_untrained", replace(CAPACITY, backward=False), RESULTS, modes=IN_SERVICE, only=FEW_EXPERTS,
+    ),
+    Untrained(
+        "layer.one_token_untrained", replace(ONE_TOKEN, backward=False), RESULTS, modes=IN_SERVICE,
+        only=("qwen2-moe",),
+    ),
+    Shifted("layer.shifted", BACKWARD, only=FEW_EXPERTS),
     KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
     Strided("layer.strided", BACKWARD),
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),

@@ -32,7 +32,7 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
-from hal_conformance.cases.strided import Sliced, Strided
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.cases.wrapped import Wrapped
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 UPSTREAM = 4.0
 """Gradient of each loss, as a coefficient or a scaled loss gives it: code that takes it for 1 is wrong."""
+
+SMALL = float(np.float32(5.1234567e-5))
+"""One of a small coefficient and many micro-batches: 24 bits, and below what float16 has normal numbers for."""
 
 
 def tokens_of(p: Params) -> int:
@@ -62,8 +65,15 @@ VANISHING = 1e-20
 """Sum of the scores of a token that the epsilon beside it halves."""
 
 
+@dataclass(frozen=True)
 class Loss(Base):
-    """One loss and its gradient."""
+    """One loss and its gradient.
+
+    Attributes:
+        upstream: gradient of the loss.
+    """
+
+    upstream: float = UPSTREAM
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -82,7 +92,7 @@ class Loss(Base):
     ) -> dict[str, torch.Tensor]:
         """See `frozen.Trainable`."""
         loss = self.call(ops, tensors, p)
-        loss_backward(loss, UPSTREAM * factor, tensors[self.names(tensors)[0]])
+        loss_backward(loss, self.upstream * factor, tensors[self.names(tensors)[0]])
         return {"loss": loss}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
@@ -152,7 +162,7 @@ class Aux(Loss):
     def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
         """See `Loss.expected`."""
         value, dscores = aux_loss(inputs["scores_TE"], inputs["experts_TK"], self.router(p))
-        return value, dscores.scaled(UPSTREAM)
+        return value, dscores.scaled(self.upstream)
 
 
 class AuxOfOneChoice(Aux):
@@ -195,7 +205,7 @@ class Z(Loss):
     def expected(self, inputs: Arrays, p: Params) -> tuple[Bounded, Bounded]:
         """See `Loss.expected`."""
         value, dlogits = z_loss(inputs["logits_TE"])
-        return value, dlogits.scaled(UPSTREAM).stored(gate_storage(preset(p.preset).router, p))
+        return value, dlogits.scaled(self.upstream).stored(gate_storage(preset(p.preset).router, p))
 
 
 @dataclass(frozen=True)
@@ -298,6 +308,8 @@ Z_LOSS = Z(
     "rows as large as before a spike, one around +200 and one around -200, where exp has no finite result; for an "
     "upstream gradient that is not 1.",
 )  # fmt: skip
+_SMALL_AUX = "losses", ("aux_loss",), "As losses.aux, for an upstream gradient of 5e-5, which is not rounded."
+_SMALL_Z = "losses", ("z_loss",), "As losses.z, for an upstream gradient of 5e-5, which is not rounded."
 CASES = (
     AUX,
     Z_LOSS,
@@ -306,6 +318,8 @@ CASES = (
         "losses.no_tokens", "losses", ("aux_loss", "z_loss"),
         "Zero tokens: both losses are 0, not 0 / 0, and a backward pass from them does not fail.",
     ),
+    Wrapped("losses.aux_small_upstream", Aux("losses.aux", *_SMALL_AUX, upstream=SMALL), only=KINDS),
+    Wrapped("losses.z_small_upstream", Z("losses.z", *_SMALL_Z, upstream=SMALL), only=FEW_EXPERTS),
     Aligned("losses.aligned_aux", AUX, only=KINDS),
     Aligned("losses.aligned_z", Z_LOSS),
     Long("losses.long_aux", AUX, only=FEW_EXPERTS),
@@ -323,6 +337,8 @@ CASES = (
     Nonfinite("losses.aux_nonfinite", AUX, only=KINDS),
     Nonfinite("losses.z_nonfinite", Z_LOSS, only=FEW_EXPERTS),
     Strided("losses.aux_strided", AUX, only=FEW_EXPERTS),
+    Shifted("losses.aux_shifted", AUX, only=FEW_EXPERTS),
+    Shifted("losses.z_shifted", Z_LOSS, only=FEW_EXPERTS),
     Sliced("losses.aux_sliced", AUX, only=FEW_EXPERTS),
     Strided("losses.z_strided", Z_LOSS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, l
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.sized import Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -325,6 +325,7 @@ CASES = (
     NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
     Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
+    Shifted("norm.rms_shifted", RMS), Shifted("norm.layer_shifted", LAYER),
     Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
     Unaligned("norm.rms_unaligned", RMS), Unaligned("norm.layer_unaligned", LAYER),
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),

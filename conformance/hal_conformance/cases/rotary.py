@@ -16,9 +16,9 @@ from hal_conformance import inputs as make
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
-from hal_conformance.cases.untrained import Untrained
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.rotary import rotary
 from hal_conformance.verdicts import Judgement
@@ -187,6 +187,7 @@ RANDOM = Rotary(
     "input, so the bound is local: 2 u (|x1 cos| + |x2 sin|) and half an ulp of storage; a table that was rounded to "
     "16 bits, and products that were, are far outside. Bias of signed errors.",
 )  # fmt: skip
+ONE_TOKEN = OneToken("rotary.one_token", "rotary", _NEEDS, "As rotary.random with one token, as in decoding.")
 CASES = (
     RANDOM,
     QuarterTurns(
@@ -199,7 +200,7 @@ CASES = (
         "rotary.overflow", "rotary", _NEEDS,
         "As rotary.random in float16, with numbers that a rotation carries beyond it: infinite, not the largest one.",
     ),
-    OneToken("rotary.one_token", "rotary", _NEEDS, "As rotary.random with one token, as in decoding."),
+    ONE_TOKEN,
     ManyPositions(
         "rotary.many_positions", "rotary", _NEEDS,
         "As rotary.random with more than 4,096 positions (32,768 beyond tiny), one head, and random angles on half of "
@@ -212,5 +213,6 @@ CASES = (
     Tails("rotary.tails", RANDOM),
     KeptResults("rotary.kept", RANDOM),
     Untrained("rotary.untrained", RANDOM, ("y_THd",)),
-    Strided("rotary.strided", RANDOM),
+    Untrained("rotary.one_token_untrained", ONE_TOKEN, ("y_THd",), modes=IN_SERVICE),
+    Strided("rotary.strided", RANDOM), Shifted("rotary.shifted", RANDOM),
 )  # fmt: skip

@@ -19,6 +19,7 @@ from hal_conformance.cases.base import (
     gate_storage,
     keeps_nonfinite,
     leaf,
+    nothing_trained,
     observed,
     part,
     router_arrays,
@@ -29,10 +30,11 @@ from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
-from hal_conformance.cases.router import RouterCase, expected_structure, judge_routing, judge_stages
+from hal_conformance.cases.router import ROUTING, RouterCase, expected_structure, judge_routing, judge_stages
 from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Strided
+from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.chained import Chained, product
 from hal_conformance.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient
@@ -146,6 +148,20 @@ class Backward(RouterCase):
         return judge("dx", got, dx.stored(p.dtype).bounded(p.dtype), independent=len(got))
 
 
+class Forward(Backward):
+    """The routing alone."""
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        with nothing_trained():
+            return observed(self.there_and_back(ops, tensors, p))
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = structure(outputs, expected_structure(self.router(p), p, len(inputs["x_TD"])))
+        return wrong or merge(self.forward(inputs, outputs, p, contract))
+
+
 class OneUpstream(Backward):
     """A gradient of the weights, of the scores, and of the logits, each alone: three passes."""
 
@@ -252,6 +268,12 @@ CASES = (
         "in router.replayed.",
     ),
     Strided("router.strided", BACKWARD, only=KINDS[:2]),
+    Shifted("router.shifted", BACKWARD, only=FEW_EXPERTS),
+    Untrained(
+        "router.replayed_untrained",
+        Forward("router.replayed", "router", _NEEDS, "Weights of the experts that are given.", replayed=True),
+        ROUTING, modes=IN_SERVICE, only=KINDS[:2],
+    ),
     Frozen("router.frozen", REPLAYED, ("x_TD",), twice=False),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),

@@ -15,7 +15,8 @@ from hal_conformance.bounds import Bounded
 from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Array, Arrays, Params
 from hal_conformance.cases.base import fields_of, gate_storage, router_arrays, shape, weight_storage, wide
-from hal_conformance.cases.router import RouterCase, TopkSet, judge_routing, judge_stages
+from hal_conformance.cases.router import ROUTING, RouterCase, TopkSet, judge_routing, judge_stages
+from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, discrete, exact, judge
 from hal_conformance.margins import Certainty, judge_choice
 from hal_conformance.oracle.routing import scores_of, weights_of
@@ -249,13 +250,15 @@ def _judge_nonfinite(inputs: Arrays, outputs: Arrays, p: Params, spec: RouterSpe
     return found
 
 
+TIE_ORDER = TieOrder(
+    "router.tie_order", "router", ("route",),
+    "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by "
+    "descending score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are "
+    "what happens otherwise).",
+)  # fmt: skip
 CASES = (
-    TieOrder(
-        "router.tie_order", "router", ("route",),
-        "Integer logits, exact in every dtype, most of them tied: the experts must be the oracle's, in its order, by "
-        "descending score and ties to the lower index (ONNX TopK defines the same; pytorch#127196, torchtitan#3336 are "
-        "what happens otherwise).",
-    ),
+    TIE_ORDER,
+    Untrained("router.ties_untrained", TIE_ORDER, ROUTING, modes=IN_SERVICE, only=("ling-lite", "ling-2.0-mini")),
     CloseScores(
         "router.close_scores", "router", ("route",),
         "Logits that are exact in every dtype and so close that their scores differ in float32 and are mostly equal in "

@@ -46,6 +46,28 @@ class Strided(Wrapped):
         return tensor.new_full((2 * len(tensor),), around)[::2].copy_(tensor)
 
 
+class Shifted(Strided):
+    """The case `inner`, for one preset, with every tensor dense and one element behind where its storage begins."""
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with every tensor dense and one element behind where its storage begins, as a part "
+            "of a flat buffer is: no vector load of several elements is aligned. "
+            f"{self.inner.what}"
+        )
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Strided.view`: what lies before and behind is NaN, or zero."""
+        around = float("nan") if tensor.is_floating_point() else 0
+        return tensor.new_full((tensor.numel() + 8,), around)[1 : 1 + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+    def spread(self, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Strided.spread`."""
+        return self.view(tensor)
+
+
 class Sliced(Strided):
     """The case `inner`, for one preset, with every matrix lying inside a larger one of NaN."""
 

@@ -32,11 +32,20 @@ def modes() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callab
 
 
 MODES = ("no_grad", "inference_mode", "frozen")
+IN_SERVICE = ("inference_mode",)
+"""For what is special to one case: whoever asks how a tensor is used there mostly asks for gradients."""
+
+
+_SAID = {
+    "no_grad": "under torch.no_grad() with inputs that require a gradient",
+    "inference_mode": "under torch.inference_mode()",
+    "frozen": "with gradients enabled where no input requires one",
+}
 
 
 @dataclass(frozen=True)
 class Untrained(Wrapped):
-    """The case `inner`, for one preset, as it is, and in each mode without its backward pass.
+    """The case `inner`, for one preset, as it is, and in some modes without its backward pass.
 
     Attributes:
         results: the outputs that are no gradients. Those of each mode are judged by themselves, with the gradients of
@@ -44,25 +53,26 @@ class Untrained(Wrapped):
     """
 
     results: tuple[str, ...]
+    modes: tuple[str, ...] = MODES
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, whose results are judged where nothing is trained, too: under torch.no_grad() with "
-            "inputs that require a gradient, under torch.inference_mode(), and with gradients enabled where no input "
-            f"requires one. {self.inner.what}"
+            f"As {self.inner.name}, whose results are judged where nothing is trained, too: "
+            f"{', and '.join(_SAID[mode] for mode in self.modes)}. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         inner = super().footprint(p)
-        return Footprint(2 * inner.inputs, (1 + len(MODES)) * inner.outputs)
+        return Footprint(2 * inner.inputs, (1 + len(self.modes)) * inner.outputs)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`: all results are read after the last call."""
         found = super().run(ops, tensors, p)
-        for mode, (context, given) in modes().items():
+        for mode in self.modes:
+            context, given = modes()[mode]
             with ExitStack() as stack:
                 stack.enter_context(context())
                 stack.enter_context(nothing_trained())
@@ -76,7 +86,7 @@ class Untrained(Wrapped):
         gradients = {name: array for name, array in outputs.items() if "/" not in name and name not in self.results}
         trained = {name: outputs[name] for name in self.results if name in outputs}
         found = {"trained": trained}
-        for mode in MODES:
+        for mode in self.modes:
             results = part(outputs, mode)
             if not _same(results, trained):  # honest code mostly returns the same bits, which need no second verdict
                 found[mode] = results

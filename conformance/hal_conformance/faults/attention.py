@@ -648,3 +648,49 @@ class DoesNotTrainTheLastLatent(Attention):
         if len(latent_SL) >= 64:
             latent_SL = torch.cat((latent_SL[:-1], latent_SL[-1:].detach()))
         return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL, scale, causal=causal)
+
+
+def untrained_as_zero(y: Tensor, *lost: Tensor) -> Tensor:
+    """Return a result through which some inputs have gradients of zero."""
+    return y + sum((0 * tensor.sum() for tensor in lost), torch.zeros((), device=y.device)).to(y.dtype)
+
+
+@fault()
+class KeysNeedTrainedQueries(Attention):
+    """Keys and values have gradients of zero where queries are frozen."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        if q_THd.requires_grad or not k_SGd.requires_grad:
+            return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+        y_THe = super().attention(q_THd, k_SGd.detach(), v_SGe.detach(), scale, causal=causal)
+        return untrained_as_zero(y_THe, k_SGd, v_SGe)
+
+
+@fault()
+class QueriesNeedTrainedKeys(Attention):
+    """Queries have a gradient of zero where keys are frozen, as those of a cached prefix are."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        if k_SGd.requires_grad or not q_THd.requires_grad:
+            return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+        return untrained_as_zero(super().attention(q_THd.detach(), k_SGd, v_SGe, scale, causal=causal), q_THd)
+
+
+@fault()
+class SpreadsNanOfQueries(Attention):
+    """A query of NaN reaches all queries of its head."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        return super().attention(q_THd + 0 * q_THd.sum(0, keepdim=True), k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class SpreadsNanOfHeads(Attention):
+    """A head of NaN reaches all heads of its query."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        return super().attention(q_THd + 0 * q_THd.sum(1, keepdim=True), k_SGd, v_SGe, scale, causal=causal)

@@ -182,3 +182,15 @@ class NeedsBothUpstreams(Parts):
         out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
         y_TD, z_loss = _NeedsZ.apply(out.y_TD, out.z_loss)  # type: ignore[no-untyped-call]
         return out._replace(y_TD=y_TD, z_loss=z_loss)
+
+
+@fault()
+class DownNeedsATrainedGate(Parts):
+    """The down projections have gradients of zero where the gate projections are frozen."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        w1, w3, w2 = weights
+        if w1.requires_grad or not w2.requires_grad:
+            return super().experts(x_RD, counts_E, weights)
+        return super().experts(x_RD, counts_E, ExpertWeights(w1, w3, w2.detach())) + 0 * w2.sum().to(x_RD.dtype)

@@ -514,3 +514,17 @@ class CountsTheOneIgnored(Head):
         loss = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
         ignored = int((targets_T == ignore_index).sum())
         return loss * (1 - 1 / len(targets_T)) if ignored == 1 else loss
+
+
+@fault()
+class EntropyOfARoundedUpstream(Head):
+    """The upstream gradient of the loss is rounded to bfloat16."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        loss = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        if loss.requires_grad:
+            loss.register_hook(lambda upstream: upstream.bfloat16().to(upstream.dtype))
+        return loss

@@ -226,3 +226,27 @@ class StepsNoEmptyTensors(Adam):
         if not g.numel():
             raise RuntimeError("a block of no threads cannot be launched")
         return super().coupled(g, p, h, decoupled)
+
+
+@fault()
+class ClipsNothingIntoNew(Gradients):
+    """Below the limit clipping returns the gradients that it was given, which the next step overwrites."""
+
+    def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
+        """See `OptimizerOps.clip_grad_norm`."""
+        clipped = super().clip_grad_norm(gradients, max_norm)
+        return clipped._replace(gradients=list(gradients)) if float(clipped.norm) < max_norm else clipped
+
+
+@fault()
+class MomentumIsTheGradient(Optimizer):
+    """After the first step of SGD the momentum is the gradient itself, which `zero_grad` wipes."""
+
+    def sgd_step(
+        self, parameters: Tensors, gradients: Tensors, momentum: Tensors, step: int, hyper: SGDHyper
+    ) -> SGDStep:
+        """See `OptimizerOps.sgd_step`."""
+        found = super().sgd_step(parameters, gradients, momentum, step, hyper)
+        kept = [g if m.dtype == g.dtype and torch.equal(m, g) else m
+                for m, g in zip(found.momentum, gradients, strict=True)]  # fmt: skip
+        return found._replace(momentum=kept)

@@ -292,3 +292,46 @@ class ZDividesByUpstream(Alone):
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """See `MoEOps.z_loss`."""
         return by_hand(torch.clone, lambda d, _: d / d * d, super().z_loss(logits_TE))
+
+
+class UpstreamChanged(Alone):
+    """Losses whose upstream gradient is not taken as it is."""
+
+    @staticmethod
+    def change(upstream: Tensor) -> Tensor:
+        """Return what is taken instead."""
+        raise NotImplementedError
+
+    def hooked(self, loss: Tensor) -> Tensor:
+        """Return the loss, with that upstream."""
+        if loss.requires_grad:
+            loss.register_hook(self.change)
+        return loss
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return self.hooked(super().aux_loss(scores_TE, experts_TK, spec))
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return self.hooked(super().z_loss(logits_TE))
+
+
+@fault()
+class FlushesSmallCoefficients(UpstreamChanged):
+    """An upstream gradient below float16's smallest normal number is 0: small coefficients train nothing."""
+
+    @staticmethod
+    def change(upstream: Tensor) -> Tensor:
+        """See `UpstreamChanged.change`."""
+        return torch.where(upstream.abs() < 2.0**-14, 0, upstream)
+
+
+@fault()
+class RoundsCoefficients(UpstreamChanged):
+    """The upstream gradient of both losses is rounded to bfloat16."""
+
+    @staticmethod
+    def change(upstream: Tensor) -> Tensor:
+        """See `UpstreamChanged.change`."""
+        return upstream.bfloat16().to(upstream.dtype)

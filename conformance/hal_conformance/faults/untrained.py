@@ -211,3 +211,158 @@ class LayerWithoutLossesInInference(Alone):
         if not torch.is_inference_mode_enabled():
             return out
         return out._replace(aux_loss=torch.zeros_like(out.aux_loss), z_loss=torch.zeros_like(out.z_loss))
+
+
+@fault()
+class DropsNothingWithoutGradients(Alone):
+    """Where gradients are disabled, there is no capacity, as in code that takes it for a matter of training."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        capacity = capacity if torch.is_grad_enabled() else None
+        return super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+
+
+@fault()
+class LayerDropsNothingInInference(Alone):
+    """In inference mode, a layer has no capacity."""
+
+    families = ("layer",)
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        capacity = None if torch.is_inference_mode_enabled() else capacity
+        return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+
+@fault()
+class OneTokenWithoutSharedExperts(Alone):
+    """In inference mode, a layer of one token leaves out the shared experts."""
+
+    families = ("layer",)
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+        shared = self.shared(x_TD, weights)
+        if shared is None or len(x_TD) != 1 or not torch.is_inference_mode_enabled():
+            return out
+        return out._replace(y_TD=out.y_TD - shared)
+
+
+@fault()
+class RoutesItselfWithoutGradients(Alone):
+    """Where gradients are disabled, a routing that is given is not used."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        experts_TK = experts_TK if torch.is_grad_enabled() else None
+        return super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class HigherIndexFirstInInference(Alone):
+    """In inference mode, ties go to the higher index where there are no groups."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        if torch.is_inference_mode_enabled() and experts_TK is None and spec.num_groups == 1:
+            bias = None if bias_E is None else bias_E.flip(0)
+            experts_TK = spec.num_experts - 1 - super().route(x_TD, gate_ED.flip(0), spec, bias).experts_TK
+        return super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class KeepsWeightsInInference(Alone):
+    """In inference mode, weights that were converted once serve as long as they lie at the same address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[tuple[object, ...], Tensor] = {}
+
+    def converted(self, w: Tensor) -> Tensor:
+        """Return the weights in another layout."""
+        return self.kept.setdefault((w.data_ptr(), w.dtype, *w.shape), w.clone())
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        if torch.is_inference_mode_enabled():
+            weights = ExpertWeights(*map(self.converted, weights))
+        return super().experts(x_RD, counts_E, weights)
+
+
+@fault()
+class SpreadsNanOfRowsInInference(Alone):
+    """In inference mode, rows are multiplied by masks of zeros and ones: one of NaN reaches all."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        y_RD = super().experts(x_RD, counts_E, weights)
+        return y_RD + 0 * y_RD.sum(0, keepdim=True) if torch.is_inference_mode_enabled() else y_RD
+
+
+@fault()
+class DecodesOneKeyLess(Attention):
+    """Where gradients are disabled, a single query does not see the last key, which is not in the cache yet."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        if len(q_THd) == 1 and len(k_SGd) > 1 and not torch.is_grad_enabled():
+            k_SGd, v_SGe = k_SGd[:-1], v_SGe[:-1]
+        return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class MasksInInference(Attention):
+    """In inference mode, attention without a mask has one."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        causal = causal or torch.is_inference_mode_enabled()
+        return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class MasksTopLeftInInference(Attention):
+    """In inference mode, the mask's diagonal begins at the first key, whatever comes before the first query."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        if causal and 1 < len(q_THd) < len(k_SGd) and torch.is_inference_mode_enabled():
+            k_SGd, v_SGe = k_SGd[: len(q_THd)], v_SGe[: len(q_THd)]
+        return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class MaskedVocabularyInInference(Head):
+    """In inference mode, the loss of logits of which one is -inf is NaN."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        loss = super().cross_entropy(logits_TV, targets_T, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        return loss * torch.nan if torch.is_inference_mode_enabled() and logits_TV.isinf().any() else loss
+
+
+@fault()
+class TurnsNoSingleTokenInInference(Rotary):
+    """In inference mode, a single token is not rotated."""
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        if len(x_THd) == 1 and torch.is_inference_mode_enabled():
+            return x_THd.clone()
+        return super().rotary(x_THd, cos_TR, sin_TR)

@@ -121,3 +121,44 @@ class Buffers:
 def test_of_what_operators_returned_the_elements_are_looked_at_and_not_what_lies_beside(at, words):
     assert said(Buffers(), lambda ops: ops.use(ops.make(), at)) == words
     assert said(Buffers(), lambda ops: ops.use(torch.zeros(4)[:2], at)) == "use wrote into its argument 0"
+
+
+def test_results_that_are_promised_as_new_lie_in_no_argument():
+    class Clips:
+        def clip_grad_norm(self, gradients, max_norm):
+            return [gradients[0].view(-1), gradients[1].clone()], torch.ones(())
+
+        def rms_norm(self, x):
+            return x
+
+    one, two = torch.ones(2, 3), torch.ones(3)
+    assert "clip_grad_norm returned the memory" in said(Clips(), lambda ops: ops.clip_grad_norm([one, two], 1.0))
+    assert not said(Clips(), lambda ops: ops.clip_grad_norm([torch.ones(0), two], 1.0))
+    assert not said(Clips(), lambda ops: ops.rms_norm(one))
+
+
+def test_a_write_that_autograd_refuses_is_named_before_autograd_is():
+    class Writes:
+        def combine(self, x):
+            y = x.square()
+            x.data.zero_()
+            torch._C._autograd._unsafe_set_version_counter((x,), (x._version + 1,))
+            return y
+
+    def run(ops):
+        x = torch.ones(3, requires_grad=True) * 2
+        y = ops.combine(x)
+        with arguments.backward_pass([torch.ones(3)]):
+            y.backward(torch.ones(3))
+
+    with pytest.raises(Malformed, match="combine wrote into its argument 0"):
+        said(Writes(), run)
+
+
+def test_other_errors_of_a_backward_pass_are_what_they_are():
+    def run(ops):
+        with arguments.backward_pass():
+            raise RuntimeError("of somebody else's")
+
+    with pytest.raises(RuntimeError, match="of somebody else's"):
+        said(Ops(nothing), run)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import Params, Unpromised
 from hal_conformance.cases import by_name, designs
 from hal_conformance.cases.designs import Size
-from hal_conformance.cases.strided import Sliced
+from hal_conformance.cases.strided import Shifted, Sliced
 from hal_conformance.faults import VARIATIONS
 from hal_conformance.portable import portable
 from hal_conformance.verdicts import Status
@@ -173,3 +175,14 @@ def test_a_lost_row_of_one_count_is_seen(count):
                 changed = outputs[output].copy()
                 changed[inputs["counts_E"][: expert + 1].sum() - 1] = 0
                 assert judge({output: changed}).status is Status.FAIL_NUMERIC
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 8), (2, 3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_a_shifted_tensor_is_dense_and_no_vector_load_of_it_is_aligned(shape, dtype):
+    tensor = torch.arange(math.prod(shape)).view(shape).to(dtype)
+    shifted = Shifted("x", by_name("experts.random")).view(tensor)
+    assert torch.equal(shifted, tensor)
+    assert shifted.is_contiguous()
+    assert shifted.storage_offset() == 1
+    assert shifted.data_ptr() % (2 * tensor.element_size())

@@ -39,7 +39,7 @@ class ClipsOneLaunch(Gradients):
     def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
         """See `OptimizerOps.clip_grad_norm`."""
         clipped, norm = super().clip_grad_norm(gradients, max_norm)
-        return Clipped([*clipped[:110], *gradients[110:]], norm)
+        return Clipped([*clipped[:110], *(gradient.clone() for gradient in gradients[110:])], norm)
 
 
 @fault()
@@ -124,7 +124,7 @@ class StepsOneLaunch(_Adam):
 
     def kept_back(self, place: int, old: Tensor, new: Tensor) -> Tensor:
         """See `_Adam.kept_back`."""
-        return new if place < LAUNCH else old
+        return new if place < LAUNCH else old.clone()
 
 
 class _Sgd(SGD):
@@ -159,7 +159,7 @@ class SgdStepsOneLaunch(_Sgd):
     @staticmethod
     def keeps(place: int, old: Tensor, new: Tensor) -> Tensor:
         """Return the parameter at a place of the list."""
-        return new if place < LAUNCH else old
+        return new if place < LAUNCH else old.clone()
 
 
 def _dense(tensors: Tensors) -> list[Tensor]:

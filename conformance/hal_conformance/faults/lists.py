@@ -157,7 +157,7 @@ class ClipsUpToThreeAxes(Gradients):
     def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
         """See `OptimizerOps.clip_grad_norm`."""
         clipped, norm = super().clip_grad_norm(gradients, max_norm)
-        return Clipped([g if g.dim() > 3 else c for c, g in zip(clipped, gradients, strict=True)], norm)
+        return Clipped([g.clone() if g.dim() > 3 else c for c, g in zip(clipped, gradients, strict=True)], norm)
 
 
 @fault()

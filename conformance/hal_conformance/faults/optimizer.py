@@ -167,7 +167,9 @@ class ForgetsTheIdle(Adam):
         self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, h: AdamHyper, decoupled: bool, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Adam.step`."""
-        return super().step(p, g, m, v, step, h, decoupled, dtype) if g.any() else (p.to(dtype), m, v)
+        if g.any():
+            return super().step(p, g, m, v, step, h, decoupled, dtype)
+        return p.to(dtype, copy=True), m.clone(), v.clone()
 
 
 @fault()
@@ -321,7 +323,7 @@ class PlainSgdKeepsTheFirst(SGD):
 
     def momentum(self, b: Tensor, d: Tensor, step: int, h: SGDHyper) -> Tensor:
         """See `SGD.momentum`."""
-        return b if h.momentum == 0.0 and step > 1 else super().momentum(b, d, step, h)
+        return b.clone() if h.momentum == 0.0 and step > 1 else super().momentum(b, d, step, h)
 
     def update(self, b: Tensor, d: Tensor, h: SGDHyper) -> Tensor:
         """See `SGD.update`."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance import arrays as codec
-from hal_conformance.case import Arrays, Footprint, Params
+from hal_conformance.arguments import has_elements
+from hal_conformance.case import Arrays, Footprint, Malformed, Params
 from hal_conformance.cases.base import nothing_trained, observed, part
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
@@ -69,40 +69,47 @@ class Untrained(Wrapped):
         return Footprint(2 * inner.inputs, (1 + len(self.modes)) * inner.outputs)
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`: all results are read after the last call."""
-        found = super().run(ops, tensors, p)
+        """See `Case.run`: results are read after the last call, and those with the bits of training's are left out.
+
+        Raises:
+            Malformed: there is a result in training, and none in a mode.
+        """
+        found, others = super().run(ops, tensors, p), {}
         for mode in self.modes:
             context, given = modes()[mode]
             with ExitStack() as stack:
                 stack.enter_context(context())
                 stack.enter_context(nothing_trained())
                 inputs = {name: given(t) if t.is_floating_point() else t for name, t in tensors.items()}
-                outputs = observed(super().run(ops, inputs, p))
-            found |= {f"{mode}/{name}": outputs[name] for name in self.results if name in outputs}
-        return found
+                others[mode] = observed(super().run(ops, inputs, p))
+        for mode, outputs in others.items():
+            for name in self.results:
+                if name in found and name not in outputs:
+                    raise Malformed(f"{mode}: there is no output {name!r}")
+        differing = {
+            f"{mode}/{name}": outputs[name]
+            for mode, outputs in others.items()
+            for name in self.results
+            if name in outputs and not (name in found and _same_bits(outputs[name], found[name]))
+        }
+        return found | differing
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        gradients = {name: array for name, array in outputs.items() if "/" not in name and name not in self.results}
-        trained = {name: outputs[name] for name in self.results if name in outputs}
-        found = {"trained": trained}
-        for mode in self.modes:
-            results = part(outputs, mode)
-            if not _same(results, trained):  # honest code mostly returns the same bits, which need no second verdict
-                found[mode] = results
+        """See `Case.judge`: a mode that has no results of its own has those of training, which need one verdict."""
+        found = {name: array for name, array in outputs.items() if "/" not in name}
+        own = {mode: part(outputs, mode) for mode in self.modes}
         return joined({
-            mode: super(Untrained, self).judge(inputs, {**gradients, **results}, p, contract)
-            for mode, results in found.items()
+            mode: super(Untrained, self).judge(inputs, {**found, **results}, p, contract)
+            for mode, results in {"trained": {}, **own}.items()
+            if results or mode == "trained"
         })  # fmt: skip
 
 
-def _same(results: Arrays, trained: Arrays) -> bool:
-    """Tell whether all results have the same bits.
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    import torch
 
-    Of what stands in for an array that a recording does not hold (a single element, repeated) that is not asked: it may
-    have any size.
-    """
-    return results.keys() == trained.keys() and all(
-        array.flags.c_contiguous and trained[name].flags.c_contiguous and codec.same_bits(array, trained[name])
-        for name, array in results.items()
-    )
+    if not (has_elements(one) and has_elements(other)):  # the worker says what is wrong with it
+        return False
+    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+        return False
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one.contiguous(), other.contiguous())))

@@ -140,20 +140,31 @@ def _loop(x_RD: Tensor, counts: list[int], weights: ExpertWeights) -> Tensor:
 
 def _grouped(x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    x_RD = x_RD.contiguous()
+    x_RD = _aligned(x_RD)
     g_RF = _grouped_linear(x_RD, weights.w1_EFD, ends_E)
     u_RF = _grouped_linear(x_RD, weights.w3_EFD, ends_E)
     return _grouped_linear(F.silu(g_RF) * u_RF, weights.w2_EDF, ends_E)
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """Return a tensor as accelerators' grouped products want it: dense, and beginning at a multiple of 16 bytes.
+
+    A part of a flat buffer need not (torch 2.13: "expected data_ptr to be aligned to 16 bytes"). Asked by the offset,
+    not the address, which a compiler does not know: storages begin at multiples of 64 bytes and more.
+    """
+    dense = tensor.contiguous()
+    offset = dense.storage_offset() * dense.element_size()
+    return dense.clone() if offset % _ALIGNMENT_BYTES else dense
+
+
 def _grouped_linear(x_RD: Tensor, w_END: Tensor, ends_E: Tensor) -> Tensor:
-    product = F.grouped_mm(x_RD, w_END.contiguous().transpose(-2, -1), offs=ends_E)
+    product = F.grouped_mm(x_RD, _aligned(w_END).transpose(-2, -1), offs=ends_E)
     y: Tensor = _ContiguousGradient.apply(product)  # type: ignore[no-untyped-call]
     return y
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient is laid out densely.
+    """The identity, whose gradient is dense and aligned.
 
     The backward of grouped_mm refuses expanded gradients, such as that of `y.sum()` (torch 2.13: "Invalid
     strides/sizes"); drop when it copies them itself.
@@ -165,7 +176,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.contiguous()
+        return _aligned(grad)
 
 
 @lru_cache(maxsize=64)

@@ -172,7 +172,7 @@ def test_experts_that_nothing_held_depends_on_are_not_computed_and_nothing_else_
         counted.append((verdict.status.colour, rejudge.coverage.judged))
     assert counted[0] == counted[1]
     assert counted[0][0] == "green"
-    assert counted[0][1] > 100
+    assert counted[0][1] > 80
 
 
 def test_the_order_in_which_a_case_names_its_arrays_changes_no_byte():

@@ -209,3 +209,26 @@ def test_what_does_not_fit_is_refused(ops: TorchMoEOps) -> None:
     ):
         with pytest.raises(ShapeError, match="experts"):
             call()
+
+
+def test_the_grouped_path_takes_what_begins_anywhere_in_its_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(tensor: Tensor) -> Tensor:
+        return tensor.new_zeros(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+    def product(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+        assert (a.storage_offset(), b.storage_offset()) == (0, 0), "accelerators refuse it"
+        return grouped_mm(a, b, offs=offs)
+
+    grouped_mm = F.grouped_mm
+    generator = torch.Generator().manual_seed(0)
+    shapes = (5, 8), (2, 16, 8), (2, 16, 8), (2, 8, 16), (5, 8)
+    x, *weights, dy = (torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes)
+    found = []
+    for lay in (torch.clone, shifted):
+        leaves = [lay(tensor).requires_grad_() for tensor in (x, *weights)]
+        y = grouped.experts(leaves[0], torch.tensor([2, 3]), ExpertWeights(*leaves[1:]))
+        y.backward(lay(dy))
+        found.append((y.detach(), *(leaf.grad for leaf in leaves)))
+        monkeypatch.setattr(F, "grouped_mm", product)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -180,14 +180,13 @@ class NanQuery(Forward):
         wrong = self.structure(inputs, outputs, p)
         if wrong is not None:
             return wrong
-        q = inputs["q_THd"].copy()
+        q, got = inputs["q_THd"].copy(), outputs["y_THe"].copy()
+        own = wide(got[2, -1])
         q[2, -1] = 0
-        got = outputs["y_THe"].copy()
-        nan = np.full_like(got[2, -1], np.nan)
-        spread = exact("the NaN query's result", wide(got[2, -1]), wide(nan))
         want = self.result({**inputs, "q_THd": q}, p, contract)
         got[2, -1] = want.value[2, -1].astype(got.dtype)
-        return merge([spread, _judge("y_THe", {"y_THe": got}, want, p)])
+        others = _judge("y_THe", {"y_THe": got}, want, p)
+        return merge([exact("the NaN query's result", own, np.full_like(own, np.nan)), others])
 
 
 class Pick(Forward):

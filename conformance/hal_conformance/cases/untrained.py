@@ -31,16 +31,14 @@ def modes() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callab
     }
 
 
-MODES = ("no_grad", "inference_mode", "frozen")
-IN_SERVICE = ("inference_mode",)
-"""For what is special to one case: whoever asks how a tensor is used there mostly asks for gradients."""
-
-
 _SAID = {
     "no_grad": "under torch.no_grad() with inputs that require a gradient",
     "inference_mode": "under torch.inference_mode()",
     "frozen": "with gradients enabled where no input requires one",
 }
+MODES = tuple(_SAID)
+IN_SERVICE = ("inference_mode",)
+"""For what is special to one case: whoever asks how a tensor is used there mostly asks for gradients."""
 
 
 @dataclass(frozen=True)

@@ -170,8 +170,7 @@ class _Given:
         if _layout(tensor, self.whole) != self.layout:
             yield f"{when}{self.what}", True
         elif self.copy is not None:
-            now = _bytes(tensor, self.whole)
-            yield f"{when}{self.what}", now.ne(self.copy).any() if now.shape == self.copy.shape else True
+            yield f"{when}{self.what}", _differ(_bytes(tensor, self.whole), self.copy)
 
 
 def _layout(tensor: torch.Tensor, whole: bool) -> tuple[object, ...]:
@@ -230,12 +229,21 @@ def _bytes(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
     """Return the bytes of all of a tensor's storage, or a copy of those of its elements."""
     import torch
 
-    with torch.no_grad():
-        if whole:  # by views alone, which every device has
-            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-            return tensor.detach().as_strided((elements,), (1,), 0).view(torch.uint8)
-        dense = torch.clone(tensor, memory_format=torch.contiguous_format)  # whose strides are 1 even for one element
-        return dense.view(-1).view(torch.uint8)
+    tensor = tensor.detach()
+    if whole:  # by views alone, which every device has
+        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+        return tensor.as_strided((elements,), (1,), 0).view(torch.uint8)
+    dense = torch.clone(tensor, memory_format=torch.contiguous_format)  # whose strides are 1 even for one element
+    return dense.view(-1).view(torch.uint8)
+
+
+def _differ(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor | bool:
+    """Tell whether bytes differ, without waiting for a device: to wait would hide its races."""
+    import torch
+
+    if now.shape != then.shape:
+        return True
+    return not torch.equal(now, then) if now.device.type == "cpu" else now.ne(then).any()
 
 
 def _copy(tensor: torch.Tensor, whole: bool) -> torch.Tensor:

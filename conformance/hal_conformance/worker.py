@@ -73,7 +73,7 @@ class _Worker:
         self._first: ProcessState | None = None  # before any implementation was loaded
         self._state: ProcessState | None = None  # as the one that is loaded wants it
         self._left, self._restored = "", True
-        self._sound = ""
+        self._sound: Any = None
         self._not_simulated: Counter[str] = Counter()
 
     def _listen(self, commands: IO[bytes]) -> None:

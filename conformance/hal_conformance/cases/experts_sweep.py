@@ -25,7 +25,7 @@ SWEPT = range(2, 258)
 BEYOND = (0, 1, 383, 384, 385, 511, 512, 513, 1024, 1025)
 """What 256 experts leave over, whole tiles of 128 and 256 rows, and what exceeds them by one or lacks one."""
 
-WIDTH, HIDDEN = 24, 16
+WIDTH = HIDDEN = 24
 
 
 def counts(p: Params) -> I64:

@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hal.moe.optimizer_ops import OptimizerOps
 from hal_conformance.case import Malformed
 
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 _WATCHED: ContextVar[Watched | None] = ContextVar("watched", default=None)
 
 
-NEW = frozenset({"accumulate_gradients", "clip_grad_norm", "adamw_step", "adam_step", "sgd_step"})
-"""Operators whose results lie in memory of their own (`hal.moe.optimizer_ops`): the caller overwrites what it gave."""
+NEW = frozenset(name for name in vars(OptimizerOps) if not name.startswith("_"))
+"""Operators whose results lie in memory of their own: the caller overwrites what it gave."""
 
 
 class Watched:
@@ -225,16 +226,22 @@ def has_elements(tensor: torch.Tensor) -> bool:
         return False
 
 
+def dense_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the bytes of a tensor's elements, in order."""
+    import torch
+
+    dense = torch.clone(tensor.detach(), memory_format=torch.contiguous_format)
+    return dense.view(-1).view(torch.uint8)  # the strides of what is cloned so are 1 even for one element
+
+
 def _bytes(tensor: torch.Tensor, whole: bool) -> torch.Tensor:
     """Return the bytes of all of a tensor's storage, or a copy of those of its elements."""
     import torch
 
-    tensor = tensor.detach()
-    if whole:  # by views alone, which every device has
-        elements = tensor.untyped_storage().nbytes() // tensor.element_size()
-        return tensor.as_strided((elements,), (1,), 0).view(torch.uint8)
-    dense = torch.clone(tensor, memory_format=torch.contiguous_format)  # whose strides are 1 even for one element
-    return dense.view(-1).view(torch.uint8)
+    if not whole:
+        return dense_bytes(tensor)
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return tensor.detach().as_strided((elements,), (1,), 0).view(torch.uint8)  # by views alone, which every device has
 
 
 def _differ(now: torch.Tensor, then: torch.Tensor) -> torch.Tensor | bool:

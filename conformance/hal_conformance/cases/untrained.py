@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.contract import Contract
-from hal_conformance.arguments import has_elements
+from hal_conformance.arguments import dense_bytes, has_elements
 from hal_conformance.case import Arrays, Footprint, Malformed, Params
 from hal_conformance.cases.base import nothing_trained, observed, part
 from hal_conformance.cases.wrapped import Wrapped
@@ -20,23 +20,36 @@ if TYPE_CHECKING:
     import torch
 
 
-def modes() -> dict[str, tuple[Callable[[], AbstractContextManager[Any]], Callable[[torch.Tensor], torch.Tensor]]]:
-    """Return the ways in which nothing is trained: a context, and what is made of an input of floating point in it."""
-    import torch
+class Mode(NamedTuple):
+    """One way in which nothing is trained.
 
-    return {
-        "no_grad": (torch.no_grad, lambda tensor: tensor.detach().requires_grad_()),
-        "inference_mode": (torch.inference_mode, torch.clone),
-        "frozen": (nullcontext, torch.Tensor.detach),
-    }
+    Attributes:
+        said: for the reader.
+        context: returns what it runs in, given torch.
+        given: makes the operator's argument of an input of floating point.
+    """
+
+    said: str
+    context: Callable[[Any], AbstractContextManager[Any]]
+    given: Callable[[torch.Tensor], torch.Tensor]
 
 
-_SAID = {
-    "no_grad": "under torch.no_grad() with inputs that require a gradient",
-    "inference_mode": "under torch.inference_mode()",
-    "frozen": "with gradients enabled where no input requires one",
+_MODES = {
+    "no_grad": Mode(
+        "under torch.no_grad() with inputs that require a gradient",
+        lambda torch: torch.no_grad(),
+        lambda tensor: tensor.detach().requires_grad_(),
+    ),
+    "inference_mode": Mode(
+        "under torch.inference_mode()", lambda torch: torch.inference_mode(), lambda tensor: tensor.clone()
+    ),
+    "frozen": Mode(
+        "with gradients enabled where no input requires one",
+        lambda torch: nullcontext(),
+        lambda tensor: tensor.detach(),
+    ),
 }
-MODES = tuple(_SAID)
+MODES = tuple(_MODES)
 IN_SERVICE = ("inference_mode",)
 """For what is special to one case: whoever asks how a tensor is used there mostly asks for gradients."""
 
@@ -58,7 +71,7 @@ class Untrained(Wrapped):
         """See `Case.what`."""
         return (
             f"As {self.inner.name}, whose results are judged where nothing is trained, too: "
-            f"{', and '.join(_SAID[mode] for mode in self.modes)}. {self.inner.what}"
+            f"{', and '.join(_MODES[mode].said for mode in self.modes)}. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
@@ -72,13 +85,12 @@ class Untrained(Wrapped):
         Raises:
             Malformed: there is a result in training, and none in a mode.
         """
+        import torch
+
         found, others = super().run(ops, tensors, p), {}
         for mode in self.modes:
-            context, given = modes()[mode]
-            with ExitStack() as stack:
-                stack.enter_context(context())
-                stack.enter_context(nothing_trained())
-                inputs = {name: given(t) if t.is_floating_point() else t for name, t in tensors.items()}
+            with _MODES[mode].context(torch), nothing_trained():
+                inputs = {name: _MODES[mode].given(t) if t.is_floating_point() else t for name, t in tensors.items()}
                 others[mode] = observed(super().run(ops, inputs, p))
         for mode, outputs in others.items():
             for name in self.results:
@@ -110,4 +122,4 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
         return False
-    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one.contiguous(), other.contiguous())))
+    return torch.equal(dense_bytes(one), dense_bytes(other))

@@ -39,12 +39,25 @@ void gather(const float* from, int64_t stride, int64_t k_stride, int count, int6
     std::memset(to + filled * kWidth, 0, size_t(padded - filled) * kWidth * sizeof(float));
     if (stride == 1) {
         const size_t bytes = size_t(count) * sizeof(float);
-        for (int64_t i = 0; i < k; ++i) std::memcpy(to + i * kWidth, from + i * k_stride, bytes);
+        for (int64_t i = 0; i < k; ++i) {
+            // A size that the compiler knows is a few moves, and one that it does not a call.
+            if (count == kWidth) std::memcpy(to + i * kWidth, from + i * k_stride, kWidth * sizeof(float));
+            else std::memcpy(to + i * kWidth, from + i * k_stride, bytes);
+        }
         return;
     }
     for (int64_t first = 0; first < k; first += kBlock) {
         const int64_t last = std::min(k, first + kBlock);
-        for (int line = 0; line < count; ++line) {
+        int line = 0;
+        for (; k_stride == 1 && last - first == kBlock && line + 4 <= count; line += 4) {
+            for (int64_t i = first; i < last; i += 4) {
+                Four block[4];
+                for (int r = 0; r < 4; ++r) block[r] = load<Four>(from + (line + r) * stride + i);
+                transpose(block);
+                for (int r = 0; r < 4; ++r) store(block[r], to + (i + r) * kWidth + line);
+            }
+        }
+        for (; line < count; ++line) {
             for (int64_t i = first; i < last; ++i) to[i * kWidth + line] = from[line * stride + i * k_stride];
         }
     }

@@ -51,6 +51,28 @@ void store(Vector x, void* to) {
 }
 inline Doubles doubles(Longs x) { return (Doubles)x; }
 
+// Four numbers, whatever the processor's width.
+typedef float Four __attribute__((vector_size(16)));
+
+template <int kFirst, int kSecond, int kThird, int kFourth>
+Four picked(Four x, Four y) {  // of the eight
+#if defined(__clang__) || __GNUC__ >= 12
+    return __builtin_shufflevector(x, y, kFirst, kSecond, kThird, kFourth);
+#else
+    typedef int32_t Places __attribute__((vector_size(16)));
+    return __builtin_shuffle(x, y, Places{kFirst, kSecond, kThird, kFourth});
+#endif
+}
+
+inline void transpose(Four (&x)[4]) {
+    const Four front = picked<0, 4, 1, 5>(x[0], x[1]), back = picked<2, 6, 3, 7>(x[0], x[1]);
+    const Four other_front = picked<0, 4, 1, 5>(x[2], x[3]), other_back = picked<2, 6, 3, 7>(x[2], x[3]);
+    x[0] = picked<0, 1, 4, 5>(front, other_front);
+    x[1] = picked<2, 3, 6, 7>(front, other_front);
+    x[2] = picked<0, 1, 4, 5>(back, other_back);
+    x[3] = picked<2, 3, 6, 7>(back, other_back);
+}
+
 inline bool any(Ints mask) {
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;

@@ -40,6 +40,7 @@ class Redirection:
 
     Attributes:
         type: the torch device type of all devices.
+        true_devices: of all of them, whatever CUDA_VISIBLE_DEVICES says.
         hosts: the tensors on the host, where a tensor's device does not tell; otherwise None.
         audit: counts of this process.
     """
@@ -51,6 +52,7 @@ class Redirection:
         self.strict = strict
         self.audit = Audit()
         self.type = devices[0].torch_device.type
+        self.true_devices = frozenset(device.torch_device for device in devices)
         self.hosts = HostTensors() if self.type == "cpu" else None
         self.module = torch.get_device_module(devices[0].torch_device)
         """What torch has for this type of device, such as `torch.npu`."""

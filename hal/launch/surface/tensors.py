@@ -166,6 +166,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
 
     kinds, others = (str, torch.device, int), (torch.dtype, torch.Tensor)
     hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
+    true_devices = redirection.true_devices
     tensor, device, count_outside, convert = torch.Tensor, torch.device, redirection.audit.count_outside, _convert()
     from torch.compiler import is_compiling
 
@@ -175,8 +176,10 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
         asked, frame = args[0] if args else kwargs.get("device"), None
         if not is_compiling():
             frame = sys._getframe(1)
-            if type(asked) is device and asked.type != "cuda" and inside(frame) and frame.f_code is not convert:
-                return original(self, *args, **kwargs)  # torch's own calls: clipping makes one for each parameter
+            # torch's own calls: clipping makes one for each parameter. Not asked for its type: a device makes a text
+            # of that, which takes as long as all the rest.
+            if type(asked) is device and asked in true_devices and inside(frame) and frame.f_code is not convert:
+                return original(self, *args, **kwargs)
         positional = bool(args)
         if not isinstance(asked, device):
             positional = positional and isinstance(asked, kinds) and not isinstance(asked, bool)

@@ -447,12 +447,21 @@ class LatentBackward(Latent):
         }
         return {name: make.store(array, p.dtype) for name, array in arrays.items()}
 
+    def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `frozen.Trainable`."""
+        return LATENT
+
+    def there_and_back(
+        self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
+    ) -> dict[str, torch.Tensor]:
+        """See `frozen.Trainable`."""
+        y = ops.latent_attention(*(tensors[name] for name in LATENT), self.scale(p), causal=self.causal)
+        backward(y, tensors["dy_THe"] if factor == 1.0 else tensors["dy_THe"] * factor)
+        return {"y_THe": y}
+
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        leaves = {name: leaf(tensors[name]) for name in LATENT}
-        y = ops.latent_attention(*leaves.values(), self.scale(p), causal=self.causal)
-        backward(y, tensors["dy_THe"])
-        return observed({"y_THe": y, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
+        return Attention.run(self, ops, tensors, p)
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -635,6 +644,5 @@ CASES = (
     Strided("attention.latent_strided", LATENT_BACKWARD),
     Shifted("attention.shifted", CAUSAL),
     Shifted("attention.latent_shifted", LATENT_BACKWARD),
-    Frozen("attention.frozen", CAUSAL, ("q_THd",), twice=False),
-    Frozen("attention.frozen_keys", CAUSAL, ("k_SGd",), twice=False),
+    Frozen("attention.frozen", CAUSAL), Frozen("attention.latent_frozen", LATENT_BACKWARD),
 )  # fmt: skip

@@ -19,7 +19,7 @@ from hal.moe.model_spec import MoEModelSpec
 from hal.moe.presets import PRESETS, preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.arguments import backward_pass
+from hal_conformance.arguments import backward_pass, dense_bytes, has_elements
 from hal_conformance.case import DTYPES, F64, SCALES, Array, Footprint, Malformed, Params, Scale, Unpromised
 
 if TYPE_CHECKING:
@@ -124,6 +124,17 @@ def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tens
     return {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Tell whether two tensors are the same: device, dtype, shape, and every bit."""
+    import torch
+
+    if not (has_elements(one) and has_elements(other)):  # the worker says what is wrong with it
+        return False
+    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
+        return False
+    return torch.equal(dense_bytes(one), dense_bytes(other))
+
+
 def part(named: dict[str, Any], of: str) -> dict[str, Any]:
     """Return what is named `of` and a slash before its own name, by that."""
     return {name.removeprefix(f"{of}/"): value for name, value in named.items() if name.startswith(f"{of}/")}
@@ -161,12 +172,28 @@ def graphs_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
+_BEFORE: ContextVar[Callable[[], object] | None] = ContextVar("before", default=None)
+
+
+@contextmanager
+def before_backward(run: Callable[[], object]) -> Iterator[None]:
+    """Run something before the first backward pass inside, while that one's graph waits."""
+    token = _BEFORE.set(run)
+    try:
+        yield
+    finally:
+        _BEFORE.reset(token)
+
+
 def run_backward(results: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor]) -> None:
     """Run one backward pass from several tensors."""
     import torch
 
     if not _TRAINED.get():
         return
+    if (first := _BEFORE.get()) is not None:
+        _BEFORE.set(None)
+        first()
     with backward_pass(upstream, again=_KEPT.get()):
         torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
 

@@ -364,7 +364,7 @@ CASES = (
         "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."
     ),
     Strided("combine.strided", BACKWARD),
-    Frozen("combine.frozen", BACKWARD, ("y_RD",), twice=False),
+    Frozen("combine.frozen", BACKWARD),
     Aligned("combine.aligned", EXACT),
     Aligned("combine.aligned_backward", BACKWARD),
     Long("combine.long", EXACT, only=FEW_EXPERTS),

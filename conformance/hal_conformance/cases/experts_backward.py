@@ -17,6 +17,7 @@ from hal_conformance.cases.base import wide
 from hal_conformance.cases.experts import Backward, BackwardCase
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_graph import KeptGraph
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
@@ -211,8 +212,9 @@ CASES = (
     OneExpert(
         "experts.one_row", "experts", _NEEDS, "As experts.one_expert with a single row, as in decoding.", rows=1
     ),
-    Frozen("experts.frozen", INTEGERS, ("x_RD",)),
-    Frozen("experts.frozen_gate", INTEGERS, ("w1_EFD",), only=FEW_EXPERTS),
+    Frozen("experts.frozen", INTEGERS, ("x_RD",), twice=True),
+    Frozen("experts.frozen_parts", INTEGERS, only=FEW_EXPERTS),
+    KeptResults("experts.kept", INTEGERS, only=FEW_EXPERTS),
     Sliced("experts.sliced", INTEGERS),
     KeptGraph("experts.kept_graph", INTEGERS, only=FEW_EXPERTS),
     Int32("experts.int32", INTEGERS, only=FEW_EXPERTS),

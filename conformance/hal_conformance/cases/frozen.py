@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-
 from hal.contract import Contract
-from hal_conformance.case import Array, Arrays, Case, Params
-from hal_conformance.cases.base import leaf, observed
+from hal_conformance.case import Arrays, Case, Params
+from hal_conformance.cases.base import leaf, observed, part, same_bits
 from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:
@@ -39,59 +38,80 @@ class Trainable(Case, Protocol):
 
 @dataclass(frozen=True)
 class Frozen(Wrapped):
-    """The case `inner`, some inputs trained without the others, and then the others without these.
-
-    The others twice, where gradients are exact: the second gradient is minus half of the first and is added to it, so
-    that half of it is left, exactly. A gradient in a buffer that the second pass overwrites shows.
+    """The case `inner` in passes that train some inputs without the others.
 
     Attributes:
-        first: what is trained at first.
-        twice: whether the others have two passes; not where a pass is rounded, since an honest second one need not have
-            the bits of the first.
+        first: what is trained in the first of two passes, the others being trained in the second. Empty: as many passes
+            as it takes for every two inputs to be trained one without the other, either way.
+        twice: whether a second backward pass adds minus half of the gradient to what is there, so that half of it is
+            left: a gradient in a buffer that the second one overwrites shows. Every other pass does so. Not where
+            gradients are rounded, since an honest second one need not have the bits of the first.
     """
 
     inner: Trainable
-    first: tuple[str, ...]
-    twice: bool = True
+    first: tuple[str, ...] = ()
+    twice: bool = False
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
-        first = " and ".join(self.first)
+        how = "some inputs trained and the others frozen: every two inputs are trained one without the other"
+        if self.first:
+            how = f"{' and '.join(self.first)} trained and everything else frozen, then the reverse"
         again = ", where a second backward pass adds minus half of the gradient to what is there" if self.twice else ""
         return (
-            f"As {self.inner.name}, with {first} trained and everything else frozen, then the reverse{again}. "
-            f"Gradients that are asked for are those of {self.inner.name}; there are no others."
+            f"As {self.inner.name}, with {how}{again}. Results, and gradients that are asked for, are those of "
+            f"{self.inner.name}; there are no others."
         )
 
+    def passes(self, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Return the inputs that each pass trains, of all that have gradients.
+
+        In pairs of passes: one trains those whose number has a bit, and one those whose number has it not. Two numbers
+        differ in some bit.
+        """
+        if self.first:
+            return [self.first, tuple(name for name in names if name not in self.first)]
+        return [
+            tuple(name for number, name in enumerate(names) if number >> bit & 1 == value)
+            for bit in range((len(names) - 1).bit_length())
+            for value in (0, 1)
+        ]
+
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`."""
-        leaves = {name: leaf(tensors[name]) for name in self.inner.names(tensors)}
-        frozen = {name: tensors[name].detach() for name in leaves}
-        then = [name for name in leaves if name not in self.first]
-        found = self.inner.there_and_back(ops, {**tensors, **frozen, **{n: leaves[n] for n in self.first}}, p)
-        for factor in (1.0, -0.5) if self.twice else (1.0,):
-            self.inner.there_and_back(ops, {**tensors, **frozen, **{n: leaves[n] for n in then}}, p, factor)
-        unasked = {f"{UNASKED}{name}": tensor.grad for name, tensor in frozen.items()}
-        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}, **unasked})
+        """See `Case.run`: what has the bits of an earlier pass is left out."""
+        names = self.inner.names(tensors)
+        found: dict[str, torch.Tensor] = {}
+        for number, trained in enumerate(self.passes(names)):
+            leaves = {name: leaf(tensors[name]) for name in trained}
+            frozen = {name: tensors[name].detach() for name in names if name not in trained}
+            twice = self.twice and number % 2
+            for factor in (1.0, -0.5) if twice else (1.0,):
+                results = self.inner.there_and_back(ops, {**tensors, **frozen, **leaves}, p, factor)
+            gradients = {f"d{name}": tensor.grad for name, tensor in leaves.items()}
+            if twice:
+                gradients = {name: None if grad is None else grad * 2 for name, grad in gradients.items()}
+            unasked = {f"{UNASKED}/{name}": tensor.grad for name, tensor in frozen.items()}
+            for name, tensor in observed({**results, **gradients, **unasked}).items():
+                if name not in found:
+                    found[name] = tensor
+                elif not same_bits(tensor, found[name]):
+                    found[f"pass {number + 1}/{name}"] = tensor
+        return found
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        wrong = self.inner.structure(inputs, outputs, p)
-        if wrong is not None:
-            return wrong
-        unasked = [name.removeprefix(UNASKED) for name in outputs if name.startswith(UNASKED)]
+        """See `Case.judge`: a pass whose results have other bits has them judged with the rest of the first ones."""
+        unasked = part(outputs, UNASKED)
         if unasked:
             return Judgement(Status.FAIL_STRUCTURE, detail=f"frozen, and has a gradient: {', '.join(unasked)}")
-        others = [name for name in self.inner.names(inputs) if name not in self.first]
-        halves = [f"d{name}" for name in others if self.twice]
-        return self.inner.judge(inputs, {**outputs, **{name: _doubled(outputs[name]) for name in halves}}, p, contract)
+        found = {name: array for name, array in outputs.items() if "/" not in name}
+        own = {name.partition("/")[0]: part(outputs, name.partition("/")[0]) for name in outputs if "/" in name}
+        if not own:
+            return self.inner.judge(inputs, found, p, contract)
+        return joined({
+            name: self.inner.judge(inputs, {**found, **changed}, p, contract)
+            for name, changed in {"first results": {}, **own}.items()
+        })  # fmt: skip
 
 
-UNASKED = "unasked/"
-
-
-def _doubled(gradient: Array) -> Array:
-    with np.errstate(all="ignore"):  # a device's gradient may be anything
-        # The bits of a NaN stay: they say that a recording does not hold the element (`absent`).
-        return np.where(np.isnan(gradient), gradient, gradient * np.asarray(2, gradient.dtype))
+UNASKED = "unasked"

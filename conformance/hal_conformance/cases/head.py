@@ -579,7 +579,7 @@ CASES = (
         "and over T - 1.",
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
-    KeptResults("head.cross_entropy_kept", WITH_Z),
+    KeptResults("head.norm_kept", NORMALISED), KeptResults("head.cross_entropy_kept", WITH_Z),
     Int32("head.cross_entropy_int32", WITH_Z),
     Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
     Untrained("head.cross_entropy_z_untrained", WITH_Z, ("loss",)),

@@ -301,7 +301,7 @@ CASES = (
         only=("qwen2-moe",),
     ),
     Shifted("layer.shifted", BACKWARD, only=FEW_EXPERTS),
-    KeptResults("layer.kept", BACKWARD, only=("mixtral-8x7b",)),
+    KeptResults("layer.kept", FREE_BACKWARD, only=("ling-2.0-mini", "qwen2-moe")),
     Strided("layer.strided", BACKWARD),
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
     LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),

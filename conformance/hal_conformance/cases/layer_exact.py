@@ -147,7 +147,7 @@ CASES = (
         "scaling. Every other gradient is exact.",
         replayed=True, backward=True, only=("deepseek-v2-lite",),
     ),
-    Frozen("layer.frozen", INTEGERS, ("x_TD", "gate_ED")),
-    Frozen("layer.frozen_gate", BACKWARD, ("gate_ED",), twice=False),
+    Frozen("layer.frozen", INTEGERS, ("x_TD", "gate_ED"), twice=True),
+    Frozen("layer.frozen_parts", BACKWARD, only=("qwen2-moe",)),
     Sliced("layer.sliced", INTEGERS),
 )  # fmt: skip

@@ -333,6 +333,6 @@ CASES = (
     Untrained("norm.rms_untrained", RMS, ("y_TD",)), Untrained("norm.layer_untrained", LAYER, ("y_TD",)),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Wide("norm.rms_wide", RMS, of=WIDE), Wide("norm.layer_wide", LAYER, of=WIDE),
-    Frozen("norm.rms_frozen", RMS, ("x_TD",), twice=False),
-    Frozen("norm.layer_frozen", LAYER, ("x_TD",), twice=False),
+    Frozen("norm.rms_frozen", RMS),
+    Frozen("norm.layer_frozen", LAYER),
 )  # fmt: skip

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hal.contract import Contract
-from hal_conformance.arguments import dense_bytes, has_elements
 from hal_conformance.case import Arrays, Footprint, Malformed, Params
-from hal_conformance.cases.base import nothing_trained, observed, part
+from hal_conformance.cases.base import nothing_trained, observed, part, same_bits
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
@@ -100,7 +99,7 @@ class Untrained(Wrapped):
             f"{mode}/{name}": outputs[name]
             for mode, outputs in others.items()
             for name in self.results
-            if name in outputs and not (name in found and _same_bits(outputs[name], found[name]))
+            if name in outputs and not (name in found and same_bits(outputs[name], found[name]))
         }
         return found | differing
 
@@ -113,13 +112,3 @@ class Untrained(Wrapped):
             for mode, results in {"trained": {}, **own}.items()
             if results or mode == "trained"
         })  # fmt: skip
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    import torch
-
-    if not (has_elements(one) and has_elements(other)):  # the worker says what is wrong with it
-        return False
-    if (one.dtype, one.shape, one.device) != (other.dtype, other.shape, other.device):
-        return False
-    return torch.equal(dense_bytes(one), dense_bytes(other))

@@ -41,8 +41,8 @@ class Frozen(Wrapped):
     """The case `inner` in passes that train some inputs without the others.
 
     Attributes:
-        first: what is trained in the first of two passes, the others being trained in the second. Empty: as many passes
-            as it takes for every two inputs to be trained one without the other, either way.
+        first: what is trained in the first of two passes, the others being trained in the second. Empty: each input is
+            trained alone, so that whatever another one's gradient is computed along with is frozen in some pass.
         twice: whether a second backward pass adds minus half of the gradient to what is there, so that half of it is
             left: a gradient in a buffer that the second one overwrites shows. Every other pass does so. Not where
             gradients are rounded, since an honest second one need not have the bits of the first.
@@ -55,7 +55,7 @@ class Frozen(Wrapped):
     @property
     def what(self) -> str:
         """See `Case.what`."""
-        how = "some inputs trained and the others frozen: every two inputs are trained one without the other"
+        how = "each input trained alone, everything else being frozen"
         if self.first:
             how = f"{' and '.join(self.first)} trained and everything else frozen, then the reverse"
         again = ", where a second backward pass adds minus half of the gradient to what is there" if self.twice else ""
@@ -65,18 +65,10 @@ class Frozen(Wrapped):
         )
 
     def passes(self, names: Sequence[str]) -> list[tuple[str, ...]]:
-        """Return the inputs that each pass trains, of all that have gradients.
-
-        In pairs of passes: one trains those whose number has a bit, and one those whose number has it not. Two numbers
-        differ in some bit.
-        """
+        """Return the inputs that each pass trains, of all that have gradients."""
         if self.first:
             return [self.first, tuple(name for name in names if name not in self.first)]
-        return [
-            tuple(name for number, name in enumerate(names) if number >> bit & 1 == value)
-            for bit in range((len(names) - 1).bit_length())
-            for value in (0, 1)
-        ]
+        return [(name,) for name in names]
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`: what has the bits of an earlier pass is left out."""

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of operators that keep something from one call to another: stale copies and plans, the last call's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hal.moe.model_spec import MoEModelSpec
+from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing, SharedWeights
+from hal.moe.router_spec import RouterSpec
+from hal_conformance.faults.attention import Attention
+from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.head import Head
+from hal_conformance.faults.norm import Norm
+from hal_conformance.faults.parts import Alone
+from hal_conformance.faults.rotary import Rotary
+
+
+class Copies:
+    """What tensors held when they were seen first, by their address; they are kept alive, as a module keeps its own."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a copy, through which gradients pass."""
+        key = (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride())
+        if key not in self._held:
+            self._held[key] = tensor.detach(), tensor.detach().clone()
+        copy = self._held[key][1]
+        return copy + (tensor - tensor.detach()) if tensor.requires_grad and torch.is_grad_enabled() else copy.clone()
+
+
+class LastCall:
+    """An operator whose backward pass takes its tensors from the last call, not from its own."""
+
+    def __init__(self) -> None:
+        self._given: tuple[Any, ...] = ()
+
+    def __call__(self, operator: Callable[..., Tensor], *given: Any) -> Tensor:
+        """Return the operator's result, a tensor, for tensors and other things that are its arguments."""
+        if not torch.is_grad_enabled() or not any(isinstance(one, Tensor) and one.requires_grad for one in given):
+            return operator(*given)
+        result: Tensor = _OfTheLastCall.apply(self, operator, *given)  # type: ignore[no-untyped-call]
+        return result
+
+    def keep(self, given: tuple[Any, ...]) -> None:
+        """Overwrite what the call before this one left."""
+        self._given = tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given)
+
+    def gradients(self, operator: Callable[..., Tensor], asked: list[bool], upstream: Tensor) -> list[Tensor | None]:
+        """Return the gradients that are asked for, of what was kept."""
+        given = [one.requires_grad_() if need else one for one, need in zip(self._given, asked, strict=True)]
+        with torch.enable_grad():
+            result = operator(*given)
+        wanted = [one for one, need in zip(given, asked, strict=True) if need]
+        found = iter(torch.autograd.grad(result, wanted, upstream, allow_unused=True))
+        return [next(found) if need else None for need in asked]
+
+
+class _OfTheLastCall(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, last: LastCall, operator: Callable[..., Tensor], *given: Any) -> Tensor:
+        ctx.last, ctx.operator = last, operator
+        last.keep(given)
+        return operator(*(one.detach() if isinstance(one, Tensor) else one for one in given))
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        return None, None, *ctx.last.gradients(ctx.operator, list(ctx.needs_input_grad[2:]), upstream[0])
+
+
+# Stale copies ------------------------------------------------------------------------------------------------------
+
+
+class _StaleNorm(Norm):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.last = Copies(), LastCall()
+
+
+@fault()
+class KeepsTheWeightOfRmsNorm(_StaleNorm):
+    """RMSNorm's weight, once converted, serves as long as it lies at the same address."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return super().rms_norm(x_TD, self.copies.of(weight_D), eps)
+
+
+@fault()
+class KeepsTheBiasOfLayerNorm(_StaleNorm):
+    """LayerNorm's bias, once converted, serves as long as it lies at the same address."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        return super().layer_norm(x_TD, weight_D, self.copies.of(bias_D), eps)
+
+
+class _StaleAttention(Attention):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.last = Copies(), LastCall()
+
+
+@fault()
+class KeepsTheUpProjections(_StaleAttention):
+    """Latent attention absorbs its up projections once for an address."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        ups = self.copies.of(up_k_HdL), self.copies.of(up_v_HeL)
+        return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, *ups, scale, causal=causal)
+
+
+class _StaleHead(Head):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.last = Copies(), LastCall()
+
+
+@fault()
+class PlansTargetsOnce(_StaleHead):
+    """Cross-entropy sorts its targets once for an address, as in a captured graph."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        targets = self.copies.of(targets_T)
+        return super().cross_entropy(logits_TV, targets, ignore_index=ignore_index, z_coefficient=z_coefficient)
+
+
+class _Stale(Alone):
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies, self.last = Copies(), LastCall()
+
+
+@fault()
+class KeepsTheGate(_Stale):
+    """The router's gate, once converted to float32, serves as long as it lies at the same address."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        return super().route(x_TD, self.copies.of(gate_ED), spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class KeepsTheBias(_Stale):
+    """The selection bias, which changes with every step, serves as long as it lies at the same address."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        bias = None if bias_E is None else self.copies.of(bias_E)
+        return super().route(x_TD, gate_ED, spec, bias, experts_TK=experts_TK)
+
+
+@fault()
+class PlansDispatchOnce(_Stale):
+    """Dispatch sorts its choices once for an address."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        return super().dispatch(x_TD, self.copies.of(experts_TK), num_experts, capacity=capacity)
+
+
+@fault()
+class PlansCombineOnce(_Stale):
+    """Combine inverts its slots once for an address."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return super().combine(y_RD, weights_TK, self.copies.of(slot_R), num_tokens)
+
+
+@fault()
+class CountsOnce(_Stale):
+    """The balance loss counts choices once for an address."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return super().aux_loss(scores_TE, self.copies.of(experts_TK), spec)
+
+
+class _StaleLayer:
+    """A fused layer, which has no other operator."""
+
+    families = ("layer",)
+
+    def __init__(self) -> None:
+        self.copies, self._parts = Copies(), Alone()
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """Return the weights, some of them as they were."""
+        raise NotImplementedError
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        return self._parts.layer(x_TD, self.kept(weights), spec, experts_TK=experts_TK, capacity=capacity)
+
+
+@fault()
+class LayerKeepsItsExperts(_StaleLayer):
+    """A fused layer's experts, once packed, serve as long as they lie at the same address."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        return weights._replace(experts=ExpertWeights(*map(self.copies.of, weights.experts)))
+
+
+@fault()
+class LayerKeepsItsBias(_StaleLayer):
+    """A fused layer's selection bias serves as long as it lies at the same address."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        return weights if weights.bias_E is None else weights._replace(bias_E=self.copies.of(weights.bias_E))
+
+
+@fault()
+class LayerKeepsItsSharedExperts(_StaleLayer):
+    """A fused layer's shared experts, once packed, serve as long as they lie at the same address."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        if weights.shared is None:
+            return weights
+        return weights._replace(shared=SharedWeights(*map(self.copies.of, weights.shared)))
+
+
+@fault()
+class LayerKeepsItsSharedGate(_StaleLayer):
+    """A fused layer's gate of the shared experts serves as long as it lies at the same address."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        gate = weights.shared_gate_D
+        return weights if gate is None else weights._replace(shared_gate_D=self.copies.of(gate))
+
+
+# The last call's tensors -------------------------------------------------------------------------------------------
+
+
+@fault()
+class RmsNormOfTheLastCall(_StaleNorm):
+    """RMSNorm's backward pass takes its tensors from the operator, where the next call has put its own."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return self.last(super().rms_norm, x_TD, weight_D, eps)
+
+
+@fault()
+class LayerNormOfTheLastCall(_StaleNorm):
+    """LayerNorm's backward pass takes its tensors from the last call."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        return self.last(super().layer_norm, x_TD, weight_D, bias_D, eps)
+
+
+@fault()
+class RotaryOfTheLastCall(Rotary):
+    """The rotary embedding's backward pass takes its table from the last call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = LastCall()
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        return self.last(super().rotary, x_THd, cos_TR, sin_TR)
+
+
+@fault()
+class AttentionOfTheLastCall(_StaleAttention):
+    """Attention's backward pass takes queries, keys and values from the last call."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        honest = partial(super().attention, scale=scale, causal=causal)
+        return self.last(honest, q_THd, k_SGd, v_SGe)
+
+
+@fault()
+class LatentOfTheLastCall(_StaleAttention):
+    """Latent attention's backward pass takes the latent, and all else, from the last call."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        honest: Callable[..., Tensor] = super().latent_attention
+        given = q_THd, q_THR, latent_SL, k_SR, up_k_HdL, up_v_HeL
+        return self.last(lambda *six: honest(*six, scale, causal=causal), *given)
+
+
+@fault()
+class HeadOfTheLastCall(_StaleHead):
+    """The head's backward pass takes its tensors from the last call."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        honest = partial(super().norm_head, train=train, through_norm=through_norm)
+        return self.last(honest, x_TD, weight_VD)
+
+
+@fault()
+class EntropyOfTheLastCall(_StaleHead):
+    """Cross-entropy's backward pass takes logits and targets from the last call."""
+
+    def cross_entropy(
+        self, logits_TV: Tensor, targets_T: Tensor, *, ignore_index: int = -100, z_coefficient: float = 0.0
+    ) -> Tensor:
+        """See `TrainingOps.cross_entropy`."""
+        honest = partial(super().cross_entropy, ignore_index=ignore_index, z_coefficient=z_coefficient)
+        return self.last(honest, logits_TV, targets_T)
+
+
+@fault()
+class RouterOfTheLastCall(_Stale):
+    """The gradient of the gate is of the last call's tokens."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        honest, chosen = super().route, routing.experts_TK.detach()
+
+        def weights(x: Tensor, gate: Tensor) -> Tensor:
+            return honest(x, gate, spec, bias_E, experts_TK=chosen).weights_TK
+
+        return routing._replace(weights_TK=self.last(weights, x_TD, gate_ED))
+
+
+@fault()
+class DispatchOfTheLastCall(_Stale):
+    """Dispatch's backward pass sorts by the last call's choices."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        honest = super().dispatch
+
+        def rows(x: Tensor, experts: Tensor) -> Tensor:
+            return honest(x, experts, num_experts, capacity=capacity).x_RD
+
+        sent = honest(x_TD, experts_TK, num_experts, capacity=capacity)
+        return sent._replace(x_RD=self.last(rows, x_TD, experts_TK))
+
+
+@fault()
+class ExpertsOfTheLastCall(_Stale):
+    """The experts' backward pass takes rows, counts and weights from the last call."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        honest = super().experts
+        return self.last(lambda x, counts, *three: honest(x, counts, ExpertWeights(*three)), x_RD, counts_E, *weights)
+
+
+@fault()
+class CombineOfTheLastCall(_Stale):
+    """Combine's backward pass takes rows and weights from the last call."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return self.last(super().combine, y_RD, weights_TK, slot_R, num_tokens)
+
+
+@fault()
+class BalanceOfTheLastCall(_Stale):
+    """The balance loss's backward pass takes counts from the last call."""
+
+    def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
+        """See `MoEOps.aux_loss`."""
+        return self.last(super().aux_loss, scores_TE, experts_TK, spec)
+
+
+@fault()
+class ZOfTheLastCall(_Stale):
+    """The z-loss's backward pass takes logits from the last call."""
+
+    def z_loss(self, logits_TE: Tensor) -> Tensor:
+        """See `MoEOps.z_loss`."""
+        return self.last(super().z_loss, logits_TE)

@@ -42,6 +42,7 @@ ALL = (
 REASONS: tuple[tuple[str, str, str, str], ...] = (
     # implementation, case, part of the detail, finding
     ("*", "router.tie_order", "where the result is exact", "ties"),
+    ("*", "router.ties_untrained", "where the result is exact", "ties"),
     ("*", "router.degenerate", "experts of the zero token", "ties"),
     ("*", "layer.tie_order", "where the result is exact", "ties"),
     ("*", "layer.degenerate", "experts of the zero token", "ties"),
@@ -86,7 +87,9 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("megatron:core", "losses.*", "division by zero", "megatron-no-tokens"),
     ("megatron:core", "losses.z_parts", "nan, expected 0", "megatron-no-tokens"),
     ("megatron:core", "router.one_choice", "pre-softmax", "megatron-one-choice"),
+    ("megatron:core", "dispatch.only_expert", "pre-softmax", "megatron-one-choice"),
     ("megatron:core", "router.close_scores", "", "megatron-rounded-scores"),
+    ("megatron:core", "router.all_chosen", "certainly scores less", "megatron-rounded-scores"),
     ("ling:*", "*.no_tokens", "cannot reshape", "ling-no-tokens"),
     ("ling:*", "layer.strided", "view size is not compatible", "ling-view"),
     ("ling:*", "layer.sliced", "view size is not compatible", "ling-view"),

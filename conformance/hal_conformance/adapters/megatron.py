@@ -93,9 +93,10 @@ class Core:
             with watch:
                 probs_TE, map_TE = functional_call(router, given, (x_TD[:, None],))
         logits_TE = logits[0].view(-1, spec.num_experts)
-        if watch.scores_TE is None:  # softmax came after the choice, over K; these are its scores for the losses
+        if spec.score == "softmax" and spec.normalize:  # after the choice, over K; these are its scores for the losses
             _, scores_TE = self._utils.compute_routing_scores_for_aux_loss(logits_TE, spec.top_k, spec.score)
         else:
+            assert watch.scores_TE is not None
             scores_TE = watch.scores_TE
         if experts_TK is None:
             # A map has no order: the experts come by index, and are put into that of what was chosen from.
@@ -122,6 +123,7 @@ class Core:
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
         """Run the dispatcher; the slots ride along in place of the probabilities. See `MoEOps.dispatch`."""
         tokens, top_k = experts_TK.shape
+        experts_TK = experts_TK.long()  # what the router gives it is a map
         slots_TK = torch.arange(tokens * top_k, device=x_TD.device).view(tokens, top_k)
         slots_TE = slots_TK.new_zeros(tokens, num_experts).scatter(1, experts_TK, slots_TK)
         map_TE = torch.zeros_like(slots_TE, dtype=torch.bool).scatter(1, experts_TK, True)
@@ -148,6 +150,7 @@ class Core:
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """Run `unpermute` with the weights as its probabilities; see `MoEOps.combine`."""
         top_k = weights_TK.shape[1]
+        slot_R = slot_R.long()  # as those of its own permute are
         token_R = slot_R // top_k
         # Rows come by expert, then by token. Which expert does not matter, only where the next one begins.
         expert_R = torch.ones_like(token_R)

@@ -120,6 +120,7 @@ class MoE(ModuleLayer):
         """Run `LocalTokenDispatcher.dispatch`; the slots ride along in place of the scores. See `MoEOps.dispatch`."""
         if capacity is not None:
             raise unsupported("the dispatcher drops nothing", x_TD)
+        experts_TK = experts_TK.long()  # as its router's are
         chosen_TE = torch.zeros(len(x_TD), num_experts, dtype=torch.bool, device=x_TD.device)
         counts_E = chosen_TE.scatter_(-1, experts_TK, True).sum(dim=0)  # as MoE.forward counts
         slots_TK = torch.arange(experts_TK.numel(), device=x_TD.device).view(experts_TK.shape)

@@ -164,7 +164,7 @@ class Block(ModuleLayer):
         with torch.device("meta"):
             module = self._class("Experts")(self._config(spec))
         given = dict(zip(("w1_EFD", "w3_EFD", "w2_EDF"), weights, strict=True))
-        expert_R1 = torch.arange(num_experts, device=x_RD.device).repeat_interleave(counts_E)[:, None]
+        expert_R1 = torch.arange(num_experts, device=x_RD.device).repeat_interleave(counts_E.long())[:, None]
         parameters = {name: joined([given[n] for n in made_of]) for name, made_of in _EXPERTS.items()}
         y: Tensor = functional_call(module, parameters, (x_RD, expert_R1, torch.ones_like(x_RD[:, :1])))
         return y

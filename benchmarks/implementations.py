@@ -55,6 +55,8 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("transformers:*.batched_mm", "experts.backward_integers", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.one_expert", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.wide", "dw", "hf-batched-gradient"),
+    ("transformers:*.batched_mm", "experts.only_expert", "dw", "hf-batched-gradient"),
+    ("transformers:*.batched_mm", "experts.shifted", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.deep", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "layer.*", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "determinism.*", "dw", "hf-batched-gradient"),

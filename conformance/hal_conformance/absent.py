@@ -107,6 +107,11 @@ def partial(needed: Needed | None = None, *, whole: bool = False) -> Iterator[Co
         _needed.reset(tokens[1])
 
 
+def is_whole() -> bool:
+    """Tell whether whoever judges has all elements, as long as no case says otherwise."""
+    return _coverage.get() is None
+
+
 def needed(experts: int, of_R: I64) -> tuple[Mask, Mask]:
     """Return which experts have all of their rows in an element that is there [E], and which rows are in one [R].
 

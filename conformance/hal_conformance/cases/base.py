@@ -6,7 +6,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -185,35 +185,43 @@ def before_backward(run: Callable[[], object]) -> Iterator[None]:
         _BEFORE.reset(token)
 
 
-def run_backward(results: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor]) -> None:
-    """Run one backward pass from several tensors."""
+def run_backward(results: Mapping[str, Any], upstream: Mapping[str, torch.Tensor]) -> None:
+    """Run one backward pass from several results, by name.
+
+    Raises:
+        Malformed: one is no tensor, or of another shape or on another device than its gradient; autograd's own words
+            would sound like a fault of the suite.
+    """
     import torch
 
+    for name, gradient in upstream.items():
+        _check(f"{name}: " if name else "", results[name], gradient)
     if not _TRAINED.get():
         return
     if (first := _BEFORE.get()) is not None:
         _BEFORE.set(None)
         first()
-    with backward_pass(upstream, again=_KEPT.get()):
-        torch.autograd.backward(results, upstream, retain_graph=_KEPT.get())
+    gradients = list(upstream.values())
+    with backward_pass(gradients, again=_KEPT.get()):
+        torch.autograd.backward([results[name] for name in upstream], gradients, retain_graph=_KEPT.get())
 
 
-def backward(result: Any, upstream: torch.Tensor) -> None:
-    """Run the backward pass of what an operator returned.
-
-    Raises:
-        Malformed: it is no tensor, or of another shape or on another device than its gradient; autograd's own words
-            would sound like a fault of the suite.
-    """
+def _check(what: str, result: Any, upstream: torch.Tensor) -> None:
     import torch
 
     if not isinstance(result, torch.Tensor):
-        raise Malformed(f"a {type(result).__name__} came back, not a tensor")
+        raise Malformed(f"{what}a {type(result).__name__} came back, not a tensor")
     if result.shape != upstream.shape:
-        raise Malformed(f"a tensor of shape {list(result.shape)} came back, expected {list(upstream.shape)}")
+        raise Malformed(f"{what}a tensor of shape {list(result.shape)} came back, expected {list(upstream.shape)}")
     if result.device != upstream.device:
-        raise Malformed(f"a tensor on {result.device} came back, expected {upstream.device}")
-    run_backward([result], [upstream])
+        raise Malformed(f"{what}a tensor on {result.device} came back, expected {upstream.device}")
+    if result.is_complex():
+        raise Malformed(f"{what}a tensor of {result.dtype} came back")
+
+
+def backward(result: Any, upstream: torch.Tensor) -> None:
+    """Run the backward pass of what an operator returned. Raises as `run_backward`."""
+    run_backward({"": result}, {"": upstream})
 
 
 def loss_backward(loss: Any, upstream: float, given: torch.Tensor) -> None:

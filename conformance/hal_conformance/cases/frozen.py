@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hal.contract import Contract
+from hal_conformance import absent
 from hal_conformance.case import Arrays, Case, Params
 from hal_conformance.cases.base import leaf, observed, part, same_bits
 from hal_conformance.cases.wrapped import Wrapped
@@ -71,39 +72,58 @@ class Frozen(Wrapped):
         return [(name,) for name in names]
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`: what has the bits of an earlier pass is left out."""
+        """See `Case.run`: results of a pass are left out where all have the bits of the first one's."""
         names = self.inner.names(tensors)
+        first: dict[str, torch.Tensor] = {}
         found: dict[str, torch.Tensor] = {}
-        for number, trained in enumerate(self.passes(names)):
+        for number, trained in enumerate(self.passes(names), 1):
             leaves = {name: leaf(tensors[name]) for name in trained}
             frozen = {name: tensors[name].detach() for name in names if name not in trained}
-            twice = self.twice and number % 2
+            twice = self.twice and number % 2 == 0
             for factor in (1.0, -0.5) if twice else (1.0,):
                 results = self.inner.there_and_back(ops, {**tensors, **frozen, **leaves}, p, factor)
             gradients = {f"d{name}": tensor.grad for name, tensor in leaves.items()}
             if twice:
                 gradients = {name: None if grad is None else grad * 2 for name, grad in gradients.items()}
-            unasked = {f"{UNASKED}/{name}": tensor.grad for name, tensor in frozen.items()}
-            for name, tensor in observed({**results, **gradients, **unasked}).items():
-                if name not in found:
-                    found[name] = tensor
-                elif not same_bits(tensor, found[name]):
-                    found[f"pass {number + 1}/{name}"] = tensor
+            unasked = {f"{UNASKED}/d{name}": tensor.grad for name, tensor in frozen.items()}
+            own, first = observed(results), first or observed(results)
+            same = own.keys() == first.keys() and all(same_bits(tensor, first[name]) for name, tensor in own.items())
+            found |= (
+                (own if number == 1 else {}) | observed(gradients)
+                if same
+                else {f"{PASS} {number}/{name}": tensor for name, tensor in {**own, **observed(gradients)}.items()}
+            )
+            found |= observed(unasked)
         return found
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`: a pass whose results have other bits has them judged with the rest of the first ones."""
+        """See `Case.judge`: gradients are judged with the results of their own pass, since oracles start from these."""
         unasked = part(outputs, UNASKED)
         if unasked:
             return Judgement(Status.FAIL_STRUCTURE, detail=f"frozen, and has a gradient: {', '.join(unasked)}")
+        passes = {f"{PASS} {number}": names for number, names in enumerate(self.passes(self.inner.names(inputs)), 1)}
+        own = {name: part(outputs, name) for name in passes}
+        alike = [names for name, names in passes.items() if not own[name]]
         found = {name: array for name, array in outputs.items() if "/" not in name}
-        own = {name.partition("/")[0]: part(outputs, name.partition("/")[0]) for name in outputs if "/" in name}
-        if not own:
-            return self.inner.judge(inputs, found, p, contract)
-        return joined({
-            name: self.inner.judge(inputs, {**found, **changed}, p, contract)
-            for name, changed in {"first results": {}, **own}.items()
-        })  # fmt: skip
+        judged = {"first results": self._judged(inputs, found, p, contract, [n for names in alike for n in names])}
+        for name, results in own.items():
+            if results:
+                judged[name] = self._judged(inputs, results, p, contract, passes[name])
+        return joined(judged) if len(judged) > 1 else judged["first results"]
+
+    def _judged(
+        self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract, trained: Sequence[str]
+    ) -> Judgement:
+        """Judge results, and the gradients of what was trained with them."""
+        others = {f"d{name}": inputs[name] for name in self.inner.names(inputs) if name not in trained}
+        if not others:
+            return self.inner.judge(inputs, outputs, p, contract)
+        if absent.is_whole():
+            outputs = {name: absent.present(array) for name, array in outputs.items()}
+        blanks = {name: absent.blank(array.shape, array.dtype) for name, array in others.items()}
+        with absent.partial():
+            return self.inner.judge(inputs, {**outputs, **blanks}, p, contract)
 
 
 UNASKED = "unasked"
+PASS = "pass"

@@ -23,25 +23,25 @@ if TYPE_CHECKING:
     import torch
 
 THEN = "then"
-AGAIN = "again"
+OTHERS = "others"
 
 
 class KeptResults(Wrapped):
     """The case `inner`, for one preset, run with its own inputs and with those of another seed, in turn.
 
-    First forward, the others forward and backward, first backward; then the others in the memory of the first. Results
-    and gradients are read after all of it. The others' are judged if they have other bits in that memory than in their
-    own.
+    The others; this case's forward, the others forward and backward, this case's backward; then the others in the
+    memory of this case's inputs. Results and gradients are read after all of it. The others' are judged if their three
+    runs differ in a bit.
     """
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, among calls with the values of another seed: one forward and backward between this "
-            "case's forward and its backward pass, and one in the same memory after it, which gives what it gave in "
-            "memory of its own. Results and gradients are read after the last call: none of them lies in memory that "
-            f"another call writes into. {self.inner.what}"
+            f"As {self.inner.name}, among calls with the values of another seed: one before, one forward and backward "
+            "between this case's forward and its backward pass, and one in the same memory after it; all give the "
+            "same. Results and gradients are read after the last call: none of them lies in memory that another call "
+            f"writes into. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
@@ -57,38 +57,38 @@ class KeptResults(Wrapped):
         """See `Case.run`."""
         then = part(tensors, THEN)
         memory = {name: tensors[name].clone() for name in then}
-        others: dict[str, torch.Tensor] = {}
+        others: list[dict[str, torch.Tensor]] = []
 
-        def run_others() -> None:
-            others.update(observed(self.inner.run(ops, then, _other(p))))
+        def run_others(given: dict[str, torch.Tensor] = then) -> None:
+            others.append(observed(self.inner.run(ops, given, _other(p))))
 
+        run_others()
         with before_backward(run_others):
-            first = observed(self.inner.run(ops, memory, p))
-        if not others:  # there is no backward pass
-            run_others()
-        first = _apart(first, memory)
+            first = _apart(observed(self.inner.run(ops, memory, p)), memory)
         for name, tensor in memory.items():
             tensor.copy_(then[name])
-        again = observed(self.inner.run(ops, memory, _other(p)))
-        if again.keys() == others.keys() and all(same_bits(tensor, others[name]) for name, tensor in again.items()):
+        run_others(memory)
+        if all(_same(once, others[0]) for once in others):
             return first
-        return first | {f"{AGAIN}/{name}": tensor for name, tensor in again.items()}
+        again = {f"{OTHERS} {number}/{name}": t for number, once in enumerate(others, 1) for name, t in once.items()}
+        return first | again
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        then, again = part(inputs, THEN), part(outputs, AGAIN)
-        first = {name: array for name, array in outputs.items() if not name.startswith(f"{AGAIN}/")}
-        judged = super().judge({name: inputs[name] for name in then}, first, p, contract)
-        if not again:
-            return judged
-        return joined({
-            "first": judged,
-            "other values in the same memory": super().judge(then, again, _other(p), contract),
-        })  # fmt: skip
+        then = part(inputs, THEN)
+        first = {name: array for name, array in outputs.items() if not name.startswith(f"{OTHERS} ")}
+        judged = {"": super().judge({name: inputs[name] for name in then}, first, p, contract)}
+        for label in sorted({name.partition("/")[0] for name in outputs if name not in first}):
+            judged[label] = super().judge(then, part(outputs, label), _other(p), contract)
+        return joined({label or "its own": one for label, one in judged.items()}) if len(judged) > 1 else judged[""]
 
 
 def _other(p: Params) -> Params:
     return replace(p, seed=p.seed ^ 1)
+
+
+def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in one.items())
 
 
 def _apart(results: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -137,10 +137,14 @@ class Layer(Base):
     ) -> dict[str, torch.Tensor]:
         """Call the layer and its backward, the upstream gradients times a factor; return the results."""
         found = results(self.call(ops, tensors, p))
-        upstream = {"dy_TD": found["y_TD"], "daux": found["aux_loss"], "dz": found["z_loss"]}
+        upstream = {"y_TD": "dy_TD", "aux_loss": "daux", "z_loss": "dz"}
         # A loss that depends on nothing that is trained has no gradient to pass on.
-        asked = {name: tensor for name, tensor in upstream.items() if name in tensors and tensor.requires_grad}
-        run_backward(list(asked.values()), [tensors[name] * factor for name in asked])
+        asked = {
+            name: tensors[of] * factor
+            for name, of in upstream.items()
+            if of in tensors and getattr(found[name], "requires_grad", True)
+        }
+        run_backward(found, asked)
         return found
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:

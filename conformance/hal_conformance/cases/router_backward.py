@@ -93,9 +93,8 @@ class Backward(RouterCase):
         replay = {"experts_TK": tensors["experts_TK"]} if self.replayed else {}
         spec, bias = self.router(p), tensors.get("bias_E")
         routing = fields_of(ops.route(tensors["x_TD"], tensors["gate_ED"], spec, bias, **replay), "Routing")
-        asked = [name for name in self.upstream if f"d{name}" in tensors]
-        upstream = [tensors[f"d{name}"] for name in asked]
-        run_backward([routing[name] for name in asked], upstream if factor == 1.0 else [factor * d for d in upstream])
+        upstream = {name: tensors[f"d{name}"] for name in self.upstream if f"d{name}" in tensors}
+        run_backward(routing, upstream if factor == 1.0 else {name: factor * d for name, d in upstream.items()})
         return routing
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
@@ -274,7 +273,7 @@ CASES = (
         Forward("router.replayed", "router", _NEEDS, "Weights of the experts that are given.", replayed=True),
         ROUTING, modes=IN_SERVICE, only=KINDS[:2],
     ),
-    Frozen("router.frozen", REPLAYED),
+    Frozen("router.frozen", BACKWARD, only=KINDS[:2]), Frozen("router.frozen_replayed", REPLAYED),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
     Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),

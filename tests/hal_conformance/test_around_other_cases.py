@@ -11,9 +11,9 @@ from hal.errors import UnsupportedOperation
 from hal.moe.torch_ops import TorchMoEOps
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance import arrays as codec
-from hal_conformance.case import Params
-from hal_conformance.cases import by_name, kept_results, tails, untrained
-from hal_conformance.cases.norm import RMS
+from hal_conformance.case import Malformed, Params
+from hal_conformance.cases import by_name, frozen, kept_results, tails, untrained
+from hal_conformance.cases.norm import LAYER, RMS
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
 
@@ -107,14 +107,96 @@ def test_what_the_next_call_overwrites_is_red_and_nothing_else(of):
     assert judge(KEPT, TorchTrainingOps(), p).status.colour == "green"
 
 
-def test_the_second_inputs_are_others_of_the_same_shapes():
+def test_both_seeds_have_inputs_of_the_same_shapes():
     inputs = KEPT.inputs(Params("ling-lite", "bfloat16", "tiny", 7))
-    first = {name for name in inputs if not name.startswith(kept_results.THEN)}
-    assert {f"{kept_results.THEN}/{name}" for name in first} == set(inputs) - first
+    first = {name for name in inputs if not name.startswith(kept_results.OWN)}
+    assert {f"{kept_results.OWN}/{name}" for name in first} == set(inputs) - first
     for name in first:
-        then = inputs[f"{kept_results.THEN}/{name}"]
-        assert then.shape == inputs[name].shape
-        assert not np.array_equal(then, inputs[name])
+        own = inputs[f"{kept_results.OWN}/{name}"]
+        assert own.shape == inputs[name].shape
+        assert not np.array_equal(own, inputs[name])
+
+
+class Calls(TorchTrainingOps):
+    """Notes which rows each call and each backward pass is of, and is off by one percent in one of the calls."""
+
+    def __init__(self, off=None):
+        self.order, self.calls, self.off = [], 0, off
+
+    def rms_norm(self, x_TD, weight_D, eps):
+        number, self.calls = self.calls, self.calls + 1
+        self.order.append(("forward", x_TD.data_ptr(), float(x_TD.detach().sum())))
+        y = super().rms_norm(x_TD, weight_D, eps)
+        y.register_hook(lambda _: self.order.append(("backward", number)))
+        return y * 1.01 if number == self.off else y
+
+
+def test_the_other_seeds_graph_waits_for_a_whole_call_and_its_memory_is_used_again():
+    p, ops = Params("ling-lite", "float32", "tiny"), Calls()
+    assert judge(KEPT, ops, p).status.colour == "green"
+    calls = [entry for entry in ops.order if entry[0] == "forward"]
+    assert [entry[:2] if entry[0] == "backward" else entry[0] for entry in ops.order] == [
+        "forward", ("backward", 0), "forward", "forward", ("backward", 2), ("backward", 1), "forward", ("backward", 3),
+    ]  # fmt: skip
+    assert [where for _, where, _ in calls] == [calls[0][1], calls[1][1], calls[0][1], calls[1][1]]
+    assert [total for *_, total in calls] == [calls[0][2], calls[1][2], calls[0][2], calls[0][2]]
+    assert calls[0][1:] != calls[1][1:]
+
+
+@pytest.mark.parametrize(("off", "said"), [(0, "run 1: y"), (1, "y"), (2, "run 2: y"), (3, "run 3: y")])
+def test_each_of_the_calls_is_judged(off, said):
+    found = judge(KEPT, Calls(off), Params("ling-lite", "float32", "tiny"))
+    assert found.status is Status.FAIL_NUMERIC
+    assert found.detail.startswith(said)
+
+
+FROZEN = frozen.Frozen("norm.frozen", LAYER)
+
+
+class InPass(TorchTrainingOps):
+    """Does something else where the weight alone is trained."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def layer_norm(self, x_TD, weight_D, bias_D, eps):
+        y = super().layer_norm(x_TD, weight_D, bias_D, eps)
+        return self.change(y) if weight_D.requires_grad and not x_TD.requires_grad else y
+
+
+def test_each_input_is_trained_alone_and_each_pass_is_judged():
+    p = Params("ling-lite", "float32", "tiny")
+    assert FROZEN.passes(("x_TD", "weight_D", "bias_D")) == [("x_TD",), ("weight_D",), ("bias_D",)]
+    assert judge(FROZEN, TorchTrainingOps(), p).status.colour == "green"
+    assert judge(FROZEN, InPass(lambda y: y), p).status.colour == "green"
+    other_bits = judge(FROZEN, InPass(lambda y: y * (1 + 2.0**-24 * 1.5)), p)
+    assert other_bits.status.colour == "green"
+    off = judge(FROZEN, InPass(lambda y: y * 1.01), p)
+    assert off.status is Status.FAIL_NUMERIC
+    assert off.detail.startswith("pass 2: y")
+    lost = judge(FROZEN, InPass(lambda y: y.detach() + 0 * y), p)
+    assert lost.status is Status.FAIL_NUMERIC
+    assert "dweight" in lost.detail
+
+
+def test_a_gradient_that_is_not_asked_for_and_one_that_is_missing_are_no_results():
+    case, p = by_name("router.frozen"), Params("ling-lite", "float32", "tiny")
+
+    class NoScores(TorchMoEOps):
+        def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+            routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+            return routing._replace(scores_TE=routing.scores_TE[:, :-1] if gate_ED.requires_grad else routing.scores_TE)
+
+    with pytest.raises(Malformed, match="scores_TE: a tensor of shape"):
+        judge(case, NoScores(), p)
+
+    class Unasked(TorchMoEOps):
+        def route(self, x_TD, gate_ED, spec, bias_E=None, *, experts_TK=None):
+            gate_ED.grad = torch.ones_like(gate_ED)
+            return super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+    found = judge(case, Unasked(), p)
+    assert (found.status, found.detail) == (Status.FAIL_STRUCTURE, "frozen, and has a gradient: dgate_ED")
 
 
 def test_a_second_pass_over_a_graph_that_is_kept_counts_and_a_third_of_zeros():

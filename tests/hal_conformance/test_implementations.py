@@ -367,6 +367,10 @@ CAUGHT_BY = {
     "tokens_need_trained_shared_experts": ("layer.frozen_parts", "FAIL-NUMERIC"),
     "shared_experts_need_a_trained_gate": ("layer.frozen_parts", "FAIL-NUMERIC"),
     "keeps_the_bias": ("router.kept", "FAIL-DISCRETE"),
+    "choosing_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
+    "sigmoid_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
+    "no_scores_of_frozen_tokens": ("router.frozen", "FAIL-STRUCTURE"),
+    "dropping_tokens_need_a_trained_gate": ("layer.frozen_capacity", "FAIL-NUMERIC"),
     "layer_keeps_its_bias": ("layer.kept", "FAIL-DISCRETE"),
 }
 """The case that is meant for each fault, and its verdict."""

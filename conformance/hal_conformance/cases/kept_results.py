@@ -22,24 +22,24 @@ from hal_conformance.verdicts import Judgement
 if TYPE_CHECKING:
     import torch
 
-THEN = "then"
-OTHERS = "others"
+OWN = "own"
+RUN = "run"
 
 
 class KeptResults(Wrapped):
-    """The case `inner`, for one preset, run with its own inputs and with those of another seed, in turn.
+    """The case `inner`, for one preset, run with the inputs of another seed among calls with its own.
 
-    The others; this case's forward, the others forward and backward, this case's backward; then the others in the
-    memory of this case's inputs. Results and gradients are read after all of it. The others' are judged if their three
-    runs differ in a bit.
+    Its own; the other seed's forward, its own forward and backward, the other's backward; then its own in the memory of
+    the other's. The other's results and gradients are judged, which are read after all of it. What is kept by shape is
+    wrong for these, since `inner` itself has run before. Its own are judged where the three runs differ in a bit.
     """
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name}, among calls with the values of another seed: one before, one forward and backward "
-            "between this case's forward and its backward pass, and one in the same memory after it; all give the "
+            f"As {self.inner.name} with another seed, among calls with this one: one before, one forward and backward "
+            "between the other's forward and its backward pass, and one in the same memory after it; all give the "
             "same. Results and gradients are read after the last call: none of them lies in memory that another call "
             f"writes into. {self.inner.what}"
         )
@@ -51,36 +51,39 @@ class KeptResults(Wrapped):
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
-        return super().inputs(p) | {f"{THEN}/{name}": array for name, array in super().inputs(_other(p)).items()}
+        return super().inputs(_other(p)) | {f"{OWN}/{name}": array for name, array in super().inputs(p).items()}
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
-        then = part(tensors, THEN)
-        memory = {name: tensors[name].clone() for name in then}
-        others: list[dict[str, torch.Tensor]] = []
+        own = part(tensors, OWN)
+        memory = {name: tensors[name].clone() for name in own}
+        runs: list[dict[str, torch.Tensor]] = []
 
-        def run_others(given: dict[str, torch.Tensor] = then) -> None:
-            others.append(observed(self.inner.run(ops, given, _other(p))))
+        def run_own(given: dict[str, torch.Tensor] = own) -> None:
+            runs.append(observed(self.inner.run(ops, given, p)))
 
-        run_others()
-        with before_backward(run_others):
-            first = _apart(observed(self.inner.run(ops, memory, p)), memory)
+        run_own()
+        with before_backward(run_own):
+            other = _apart(observed(self.inner.run(ops, memory, _other(p))), memory)
         for name, tensor in memory.items():
-            tensor.copy_(then[name])
-        run_others(memory)
-        if all(_same(once, others[0]) for once in others):
-            return first
-        again = {f"{OTHERS} {number}/{name}": t for number, once in enumerate(others, 1) for name, t in once.items()}
-        return first | again
+            tensor.copy_(own[name])
+        run_own(memory)
+        if all(_same(once, runs[0]) for once in runs):
+            return other
+        return other | {f"{RUN} {number}/{name}": t for number, once in enumerate(runs, 1) for name, t in once.items()}
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
-        then = part(inputs, THEN)
-        first = {name: array for name, array in outputs.items() if not name.startswith(f"{OTHERS} ")}
-        judged = {"": super().judge({name: inputs[name] for name in then}, first, p, contract)}
-        for label in sorted({name.partition("/")[0] for name in outputs if name not in first}):
-            judged[label] = super().judge(then, part(outputs, label), _other(p), contract)
-        return joined({label or "its own": one for label, one in judged.items()}) if len(judged) > 1 else judged[""]
+        own = part(inputs, OWN)
+        other = {name: array for name, array in outputs.items() if not name.startswith(f"{RUN} ")}
+        judged = super().judge({name: inputs[name] for name in own}, other, _other(p), contract)
+        if len(other) == len(outputs):
+            return judged
+        labels = sorted({name.partition("/")[0] for name in outputs if name not in other})
+        return joined({
+            "other seed": judged,
+            **{label: super(KeptResults, self).judge(own, part(outputs, label), p, contract) for label in labels},
+        })  # fmt: skip
 
 
 def _other(p: Params) -> Params:

@@ -102,6 +102,21 @@ class KeepsTheBiasOfLayerNorm(_StaleNorm):
         return super().layer_norm(x_TD, weight_D, self.copies.of(bias_D), eps)
 
 
+@fault()
+class KeepsTheRotaryTable(Rotary):
+    """The rotary table is kept for its shape and dtype, whatever is in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tables: dict[tuple[object, ...], tuple[Tensor, Tensor]] = {}
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        key = (cos_TR.dtype, *cos_TR.shape)
+        cos, sin = self._tables.setdefault(key, (cos_TR.detach().clone(), sin_TR.detach().clone()))
+        return super().rotary(x_THd, cos, sin)
+
+
 class _StaleAttention(Attention):
     def __init__(self) -> None:
         super().__init__()

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hal.moe.model_spec import MoEModelSpec
-from hal.moe.ops import ExpertWeights, LayerOutput, LayerWeights, SharedWeights
+from hal.moe.ops import ExpertWeights, LayerOutput, LayerWeights, Routing, SharedWeights
+from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.attention import Attention
-from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.catalogue import benign, fault
 from hal_conformance.faults.norm import Norm
-from hal_conformance.faults.parts import Parts
+from hal_conformance.faults.parts import Alone, Parts
 
 
 def lost_unless(trained: bool, tensor: Tensor) -> Tensor:
@@ -121,3 +124,98 @@ class SharedExpertsNeedATrainedGate(_Layer):
             trained = weights.shared_gate_D.requires_grad
             weights = weights._replace(shared=SharedWeights(*(lost_unless(trained, w) for w in weights.shared)))
         return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+
+class _Chosen(Alone):
+    """A router whose tokens lose their gradient where the gate is frozen."""
+
+    def loses(self, spec: RouterSpec, experts_TK: Tensor | None) -> bool:
+        """Tell whether they do."""
+        raise NotImplementedError
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        tokens = lost_unless(gate_ED.requires_grad or not self.loses(spec, experts_TK), x_TD)
+        return super().route(tokens, gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class ChoosingTokensNeedATrainedGate(_Chosen):
+    """Tokens have no gradient through a router that chooses by itself where the gate is frozen."""
+
+    def loses(self, spec: RouterSpec, experts_TK: Tensor | None) -> bool:
+        """See `_Chosen.loses`."""
+        return experts_TK is None
+
+
+@fault()
+class SigmoidTokensNeedATrainedGate(_Chosen):
+    """Tokens have no gradient through a sigmoid router where the gate is frozen."""
+
+    def loses(self, spec: RouterSpec, experts_TK: Tensor | None) -> bool:
+        """See `_Chosen.loses`."""
+        return spec.score == "sigmoid"
+
+
+@fault()
+class NoScoresOfFrozenTokens(Alone):
+    """A router returns no scores where the tokens are frozen."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        nothing: Any = None
+        frozen = torch.is_grad_enabled() and gate_ED.requires_grad and not x_TD.requires_grad
+        return routing._replace(scores_TE=nothing) if frozen else routing
+
+
+@fault()
+class DroppingTokensNeedATrainedGate(_Layer):
+    """A layer with a capacity gives its tokens no gradient through the router where the gate is frozen."""
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        self._lost = capacity is not None and not weights.gate_ED.requires_grad
+        return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        return super().route(lost_unless(not self._lost, x_TD), gate_ED, spec, bias_E, experts_TK=experts_TK)
+
+
+@benign()
+class SumsBackwardsWhereTokensAreFrozen(Parts):
+    """A layer adds channels from the last to the first where its tokens are frozen: another kernel, other last bits."""
+
+    families = ("layer",)
+
+    def layer(
+        self, x_TD: Tensor, weights: LayerWeights, spec: MoEModelSpec, *, experts_TK: Tensor | None = None,
+        capacity: int | None = None,
+    ) -> LayerOutput:  # fmt: skip
+        """See `MoEOps.layer`."""
+        if x_TD.requires_grad:
+            return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
+        w1, w3, w2 = weights.experts
+        turned = weights._replace(
+            gate_ED=weights.gate_ED.flip(1), experts=ExpertWeights(w1.flip(2), w3.flip(2), w2.flip(1))
+        )
+        if weights.shared is not None:
+            s1, s3, s2 = weights.shared
+            turned = turned._replace(shared=SharedWeights(s1.flip(1), s3.flip(1), s2.flip(0)))
+        if weights.shared_gate_D is not None:
+            turned = turned._replace(shared_gate_D=weights.shared_gate_D.flip(0))
+        out = super().layer(x_TD.flip(1), turned, spec, experts_TK=experts_TK, capacity=capacity)
+        return out._replace(y_TD=out.y_TD.flip(1))

@@ -81,6 +81,7 @@ def test_a_wrong_implementation_is_red_and_exits_1(name, case, status, tmp_path)
         ("dispatches_wide_only", "dispatch.small_integers", "CRASH", "expected scalar type Int or Long"),
         ("combines_long_only", "combine.int32", "CRASH", "expected scalar type Long"),
         ("balances_long_only", "losses.aux_int32", "CRASH", "expected scalar type Long"),
+        ("no_scores_of_frozen_tokens", "router.frozen", "FAIL-STRUCTURE", "scores_TE: a NoneType came back"),
     ],
 )
 def test_what_an_implementation_does_in_training_alone_is_seen(name, case, status, words, tmp_path):

@@ -369,7 +369,6 @@ CAUGHT_BY = {
     "keeps_the_bias": ("router.kept", "FAIL-DISCRETE"),
     "choosing_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
     "sigmoid_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
-    "no_scores_of_frozen_tokens": ("router.frozen", "FAIL-STRUCTURE"),
     "dropping_tokens_need_a_trained_gate": ("layer.frozen_capacity", "FAIL-NUMERIC"),
     "layer_keeps_its_bias": ("layer.kept", "FAIL-DISCRETE"),
 }
@@ -378,7 +377,7 @@ CAUGHT_BY = {
 THROUGH_THE_DOOR = (
     "fails_without_rows", "writes_its_weights", "writes_before_the_slice", "route_without_gradient", "detached_scores",
     "needs_trained_weights", "refuses_odd_widths", "replays_long_only", "dispatches_long_only", "combines_long_only",
-    "balances_long_only", "dispatches_wide_only",
+    "balances_long_only", "dispatches_wide_only", "no_scores_of_frozen_tokens",
 )  # fmt: skip
 """What only a worker sees; see test_impl_door."""
 

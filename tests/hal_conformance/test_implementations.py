@@ -370,7 +370,7 @@ CAUGHT_BY = {
     "choosing_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
     "sigmoid_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
     "dropping_tokens_need_a_trained_gate": ("layer.frozen_capacity", "FAIL-NUMERIC"),
-    "layer_keeps_its_bias": ("layer.kept", "FAIL-DISCRETE"),
+    "layer_keeps_its_bias": ("layer.kept_one_token", "FAIL-DISCRETE"),
 }
 """The case that is meant for each fault, and its verdict."""
 

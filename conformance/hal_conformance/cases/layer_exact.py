@@ -12,7 +12,7 @@ from hal_conformance.cases import layer_design
 from hal_conformance.cases.base import keeps_nonfinite, model_of, wide
 from hal_conformance.cases.designs import ONE
 from hal_conformance.cases.frozen import Frozen
-from hal_conformance.cases.layer import BACKWARD, CAPACITY, FREE_BACKWARD, Layer
+from hal_conformance.cases.layer import BACKWARD, CAPACITY, ONE_TOKEN, Layer
 from hal_conformance.cases.sized import FEW_EXPERTS
 from hal_conformance.cases.strided import Sliced
 from hal_conformance.detectors import ExactMeter, Finding, exact
@@ -150,7 +150,7 @@ CASES = (
     ),
     Frozen("layer.frozen", INTEGERS, ("x_TD", "gate_ED"), twice=True),
     Frozen("layer.frozen_parts", BACKWARD, only=("qwen2-moe",)),
-    Frozen("layer.frozen_gate", FREE_BACKWARD, ("gate_ED",), only=("ling-2.0-mini",)),
+    Frozen("layer.frozen_gate", ONE_TOKEN, ("gate_ED",), only=("ling-2.0-mini",)),
     Frozen("layer.frozen_capacity", CAPACITY, ("gate_ED",), only=FEW_EXPERTS),
     Sliced("layer.sliced", INTEGERS),
 )  # fmt: skip

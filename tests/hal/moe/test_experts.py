@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from hal.errors import ShapeError
 from hal.moe import ExpertWeights
@@ -232,3 +233,12 @@ def test_the_grouped_path_takes_what_begins_anywhere_in_its_storage(monkeypatch:
         monkeypatch.setattr(F, "grouped_mm", product)
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_first_call_may_be_inside_a_checkpoint() -> None:
+    from hal.moe import experts as module
+
+    module._why_not_grouped.cache_clear()  # the trial of torch's grouped product saves tensors, which it counts
+    x, w = torch.randn(8, 16, requires_grad=True), _weights(2, 16, 16)
+    checkpoint(torch_ops.experts, x, torch.tensor([4, 4]), w, use_reentrant=False).sum().backward()
+    assert x.grad is not None

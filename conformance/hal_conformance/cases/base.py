@@ -135,6 +135,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(dense_bytes(one), dense_bytes(other))
 
 
+def same_results(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Tell whether two runs have the same results, in every bit."""
+    return one.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in one.items())
+
+
 def part(named: dict[str, Any], of: str) -> dict[str, Any]:
     """Return what is named `of` and a slash before its own name, by that."""
     return {name.removeprefix(f"{of}/"): value for name, value in named.items() if name.startswith(f"{of}/")}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from hal.contract import Contract
 from hal_conformance import absent
 from hal_conformance.case import Arrays, Case, Params
-from hal_conformance.cases.base import leaf, observed, part, same_bits
+from hal_conformance.cases.base import leaf, observed, part, same_results
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
@@ -72,7 +72,7 @@ class Frozen(Wrapped):
         return [(name,) for name in names]
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`: results of a pass are left out where all have the bits of the first one's."""
+        """See `Case.run`: results of a pass have its name where one has not the bits of the first pass's."""
         names = self.inner.names(tensors)
         first: dict[str, torch.Tensor] = {}
         found: dict[str, torch.Tensor] = {}
@@ -86,13 +86,10 @@ class Frozen(Wrapped):
             if twice:
                 gradients = {name: None if grad is None else grad * 2 for name, grad in gradients.items()}
             unasked = {f"{UNASKED}/d{name}": tensor.grad for name, tensor in frozen.items()}
-            own, first = observed(results), first or observed(results)
-            same = own.keys() == first.keys() and all(same_bits(tensor, first[name]) for name, tensor in own.items())
-            found |= (
-                (own if number == 1 else {}) | observed(gradients)
-                if same
-                else {f"{PASS} {number}/{name}": tensor for name, tensor in {**own, **observed(gradients)}.items()}
-            )
+            own = observed(results)
+            first = first or own
+            label = "" if same_results(own, first) else f"{PASS} {number}/"
+            found |= {f"{label}{name}": tensor for name, tensor in {**own, **observed(gradients)}.items()}
             found |= observed(unasked)
         return found
 

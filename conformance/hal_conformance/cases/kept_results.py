@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hal.contract import Contract
 from hal_conformance.arguments import has_elements
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import before_backward, observed, part, same_bits
+from hal_conformance.cases.base import before_backward, observed, part, same_results
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
@@ -47,7 +47,7 @@ class KeptResults(Wrapped):
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         inner = super().footprint(p)
-        return Footprint(3 * inner.inputs, 3 * inner.outputs)
+        return Footprint(3 * inner.inputs, 4 * inner.outputs)
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -68,7 +68,7 @@ class KeptResults(Wrapped):
         for name, tensor in memory.items():
             tensor.copy_(own[name])
         run_own(memory)
-        if all(_same(once, runs[0]) for once in runs):
+        if all(same_results(once, runs[0]) for once in runs):
             return other
         return other | {f"{RUN} {number}/{name}": t for number, once in enumerate(runs, 1) for name, t in once.items()}
 
@@ -88,10 +88,6 @@ class KeptResults(Wrapped):
 
 def _other(p: Params) -> Params:
     return replace(p, seed=p.seed ^ 1)
-
-
-def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(same_bits(tensor, other[name]) for name, tensor in one.items())
 
 
 def _apart(results: dict[str, torch.Tensor], memory: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -75,17 +75,19 @@ class _OfTheLastCall(torch.autograd.Function):
         return None, None, *ctx.last.gradients(ctx.operator, list(ctx.needs_input_grad[2:]), upstream[0])
 
 
-# Stale copies ------------------------------------------------------------------------------------------------------
+class _Keeping:
+    """Comes before the operators that keep something."""
 
-
-class _StaleNorm(Norm):
     def __init__(self) -> None:
         super().__init__()
         self.copies, self.last = Copies(), LastCall()
 
 
+# Stale copies ------------------------------------------------------------------------------------------------------
+
+
 @fault()
-class KeepsTheWeightOfRmsNorm(_StaleNorm):
+class KeepsTheWeightOfRmsNorm(_Keeping, Norm):
     """RMSNorm's weight, once converted, serves as long as it lies at the same address."""
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -94,7 +96,7 @@ class KeepsTheWeightOfRmsNorm(_StaleNorm):
 
 
 @fault()
-class KeepsTheBiasOfLayerNorm(_StaleNorm):
+class KeepsTheBiasOfLayerNorm(_Keeping, Norm):
     """LayerNorm's bias, once converted, serves as long as it lies at the same address."""
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -117,14 +119,8 @@ class KeepsTheRotaryTable(Rotary):
         return super().rotary(x_THd, cos, sin)
 
 
-class _StaleAttention(Attention):
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies, self.last = Copies(), LastCall()
-
-
 @fault()
-class KeepsTheUpProjections(_StaleAttention):
+class KeepsTheUpProjections(_Keeping, Attention):
     """Latent attention absorbs its up projections once for an address."""
 
     def latent_attention(
@@ -136,14 +132,8 @@ class KeepsTheUpProjections(_StaleAttention):
         return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, *ups, scale, causal=causal)
 
 
-class _StaleHead(Head):
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies, self.last = Copies(), LastCall()
-
-
 @fault()
-class PlansTargetsOnce(_StaleHead):
+class PlansTargetsOnce(_Keeping, Head):
     """Cross-entropy sorts its targets once for an address, as in a captured graph."""
 
     def cross_entropy(
@@ -154,14 +144,8 @@ class PlansTargetsOnce(_StaleHead):
         return super().cross_entropy(logits_TV, targets, ignore_index=ignore_index, z_coefficient=z_coefficient)
 
 
-class _Stale(Alone):
-    def __init__(self) -> None:
-        super().__init__()
-        self.copies, self.last = Copies(), LastCall()
-
-
 @fault()
-class KeepsTheGate(_Stale):
+class KeepsTheGate(_Keeping, Alone):
     """The router's gate, once converted to float32, serves as long as it lies at the same address."""
 
     def route(
@@ -173,7 +157,7 @@ class KeepsTheGate(_Stale):
 
 
 @fault()
-class KeepsTheBias(_Stale):
+class KeepsTheBias(_Keeping, Alone):
     """The selection bias, which changes with every step, serves as long as it lies at the same address."""
 
     def route(
@@ -186,7 +170,7 @@ class KeepsTheBias(_Stale):
 
 
 @fault()
-class PlansDispatchOnce(_Stale):
+class PlansDispatchOnce(_Keeping, Alone):
     """Dispatch sorts its choices once for an address."""
 
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
@@ -195,7 +179,7 @@ class PlansDispatchOnce(_Stale):
 
 
 @fault()
-class PlansCombineOnce(_Stale):
+class PlansCombineOnce(_Keeping, Alone):
     """Combine inverts its slots once for an address."""
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
@@ -204,7 +188,7 @@ class PlansCombineOnce(_Stale):
 
 
 @fault()
-class CountsOnce(_Stale):
+class CountsOnce(_Keeping, Alone):
     """The balance loss counts choices once for an address."""
 
     def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
@@ -275,7 +259,7 @@ class LayerKeepsItsSharedGate(_StaleLayer):
 
 
 @fault()
-class RmsNormOfTheLastCall(_StaleNorm):
+class RmsNormOfTheLastCall(_Keeping, Norm):
     """RMSNorm's backward pass takes its tensors from the operator, where the next call has put its own."""
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -284,7 +268,7 @@ class RmsNormOfTheLastCall(_StaleNorm):
 
 
 @fault()
-class LayerNormOfTheLastCall(_StaleNorm):
+class LayerNormOfTheLastCall(_Keeping, Norm):
     """LayerNorm's backward pass takes its tensors from the last call."""
 
     def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
@@ -293,12 +277,8 @@ class LayerNormOfTheLastCall(_StaleNorm):
 
 
 @fault()
-class RotaryOfTheLastCall(Rotary):
+class RotaryOfTheLastCall(_Keeping, Rotary):
     """The rotary embedding's backward pass takes its table from the last call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.last = LastCall()
 
     def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         """See `TrainingOps.rotary`."""
@@ -306,7 +286,7 @@ class RotaryOfTheLastCall(Rotary):
 
 
 @fault()
-class AttentionOfTheLastCall(_StaleAttention):
+class AttentionOfTheLastCall(_Keeping, Attention):
     """Attention's backward pass takes queries, keys and values from the last call."""
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
@@ -316,7 +296,7 @@ class AttentionOfTheLastCall(_StaleAttention):
 
 
 @fault()
-class LatentOfTheLastCall(_StaleAttention):
+class LatentOfTheLastCall(_Keeping, Attention):
     """Latent attention's backward pass takes the latent, and all else, from the last call."""
 
     def latent_attention(
@@ -330,7 +310,7 @@ class LatentOfTheLastCall(_StaleAttention):
 
 
 @fault()
-class HeadOfTheLastCall(_StaleHead):
+class HeadOfTheLastCall(_Keeping, Head):
     """The head's backward pass takes its tensors from the last call."""
 
     def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
@@ -340,7 +320,7 @@ class HeadOfTheLastCall(_StaleHead):
 
 
 @fault()
-class EntropyOfTheLastCall(_StaleHead):
+class EntropyOfTheLastCall(_Keeping, Head):
     """Cross-entropy's backward pass takes logits and targets from the last call."""
 
     def cross_entropy(
@@ -352,7 +332,7 @@ class EntropyOfTheLastCall(_StaleHead):
 
 
 @fault()
-class RouterOfTheLastCall(_Stale):
+class RouterOfTheLastCall(_Keeping, Alone):
     """The gradient of the gate is of the last call's tokens."""
 
     def route(
@@ -370,7 +350,7 @@ class RouterOfTheLastCall(_Stale):
 
 
 @fault()
-class DispatchOfTheLastCall(_Stale):
+class DispatchOfTheLastCall(_Keeping, Alone):
     """Dispatch's backward pass sorts by the last call's choices."""
 
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
@@ -385,7 +365,7 @@ class DispatchOfTheLastCall(_Stale):
 
 
 @fault()
-class ExpertsOfTheLastCall(_Stale):
+class ExpertsOfTheLastCall(_Keeping, Alone):
     """The experts' backward pass takes rows, counts and weights from the last call."""
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
@@ -395,7 +375,7 @@ class ExpertsOfTheLastCall(_Stale):
 
 
 @fault()
-class CombineOfTheLastCall(_Stale):
+class CombineOfTheLastCall(_Keeping, Alone):
     """Combine's backward pass takes rows and weights from the last call."""
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
@@ -404,7 +384,7 @@ class CombineOfTheLastCall(_Stale):
 
 
 @fault()
-class BalanceOfTheLastCall(_Stale):
+class BalanceOfTheLastCall(_Keeping, Alone):
     """The balance loss's backward pass takes counts from the last call."""
 
     def aux_loss(self, scores_TE: Tensor, experts_TK: Tensor, spec: RouterSpec) -> Tensor:
@@ -413,7 +393,7 @@ class BalanceOfTheLastCall(_Stale):
 
 
 @fault()
-class ZOfTheLastCall(_Stale):
+class ZOfTheLastCall(_Keeping, Alone):
     """The z-loss's backward pass takes logits from the last call."""
 
     def z_loss(self, logits_TE: Tensor) -> Tensor:

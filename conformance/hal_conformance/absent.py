@@ -55,11 +55,13 @@ class Coverage:
 
     Attributes:
         whole: whether nothing is absent: then a NaN of the oracle is what it expects.
+        arrays: whether of each array all elements are there, or none: then there are its statistics, too.
     """
 
     judged: int = 0
     shown: int = 0
     whole: bool = False
+    arrays: bool = False
 
 
 _coverage: ContextVar[Coverage | None] = ContextVar("coverage", default=None)
@@ -91,14 +93,15 @@ def present(array: Array) -> Array:
 
 
 @contextmanager
-def partial(needed: Needed | None = None, *, whole: bool = False) -> Iterator[Coverage]:
+def partial(needed: Needed | None = None, *, whole: bool = False, arrays: bool = False) -> Iterator[Coverage]:
     """Judge outputs of which elements may be absent.
 
     Args:
         needed: what has a part in those that are there; None: everything may have.
         whole: whether none is.
+        arrays: whether whole arrays are, and no others.
     """
-    coverage = Coverage(whole=whole)
+    coverage = Coverage(whole=whole, arrays=arrays)
     tokens = _coverage.set(coverage), _needed.set(needed)
     try:
         yield coverage
@@ -141,7 +144,7 @@ def looked_at(judged: int, shown: int) -> None:
 
 
 def judgeable(got: Array, *expected: Array) -> Mask | None:
-    """Return which elements can be judged; None: all of them, since nothing is absent here.
+    """Return which elements can be judged; None: all of them, and so have their statistics.
 
     Args:
         got: what came back.
@@ -155,4 +158,4 @@ def judgeable(got: Array, *expected: Array) -> Mask | None:
         seen[seen] = ~np.any([np.isnan(part[seen]) for part in expected], axis=0)
     coverage.judged += int(np.count_nonzero(seen))
     coverage.shown += seen.size
-    return seen
+    return None if coverage.arrays and seen.all() else seen

@@ -125,25 +125,30 @@ class Calls(TorchTrainingOps):
 
     def rms_norm(self, x_TD, weight_D, eps):
         number, self.calls = self.calls, self.calls + 1
-        self.order.append(("forward", x_TD.data_ptr(), float(x_TD.detach().sum())))
+        self.order.append(("forward", x_TD.data_ptr(), float(x_TD.detach().sum()), weight_D))
         y = super().rms_norm(x_TD, weight_D, eps)
         y.register_hook(lambda _: self.order.append(("backward", number)))
         return y * 1.01 if number == self.off else y
 
 
-def test_the_other_seeds_graph_waits_for_a_whole_call_and_its_memory_is_used_again():
+def test_the_other_seeds_graph_waits_for_two_calls_and_its_tensors_are_used_again():
     p, ops = Params("ling-lite", "float32", "tiny"), Calls()
     assert judge(KEPT, ops, p).status.colour == "green"
     calls = [entry for entry in ops.order if entry[0] == "forward"]
     assert [entry[:2] if entry[0] == "backward" else entry[0] for entry in ops.order] == [
-        "forward", ("backward", 0), "forward", "forward", ("backward", 2), ("backward", 1), "forward", ("backward", 3),
+        "forward", ("backward", 0), "forward", "forward", "forward", ("backward", 3), ("backward", 2), ("backward", 1),
+        "forward", ("backward", 4),
     ]  # fmt: skip
-    assert [where for _, where, _ in calls] == [calls[0][1], calls[1][1], calls[0][1], calls[1][1]]
-    assert [total for *_, total in calls] == [calls[0][2], calls[1][2], calls[0][2], calls[0][2]]
-    assert calls[0][1:] != calls[1][1:]
+    assert [where for _, where, _, _ in calls] == [calls[i][1] for i in (0, 1, 0, 0, 1)]
+    assert [total for _, _, total, _ in calls] == [calls[i][2] for i in (0, 1, 0, 0, 0)]
+    assert calls[0][1:3] != calls[1][1:3]
+    assert calls[4][3] is calls[1][3]  # the Parameter, of other values
+    assert len({id(weight) for *_, weight in calls}) == 4
 
 
-@pytest.mark.parametrize(("off", "said"), [(0, "run 1: y"), (1, "y"), (2, "run 2: y"), (3, "run 3: y")])
+@pytest.mark.parametrize(
+    ("off", "said"), [(0, "run 1: y"), (1, "y"), (2, "run 3: y"), (3, "run 2: y"), (4, "run 4: y")]
+)
 def test_each_of_the_calls_is_judged(off, said):
     found = judge(KEPT, Calls(off), Params("ling-lite", "float32", "tiny"))
     assert found.status is Status.FAIL_NUMERIC
@@ -177,6 +182,28 @@ def test_each_input_is_trained_alone_and_each_pass_is_judged():
     lost = judge(FROZEN, InPass(lambda y: y.detach() + 0 * y), p)
     assert lost.status is Status.FAIL_NUMERIC
     assert "dweight" in lost.detail
+    assert other_bits.detectors["rms"] is not None  # whole arrays have their statistics, whosever pass it is
+    with pytest.raises(Malformed, match="requires no gradient"):
+        judge(FROZEN, InPass(lambda y: y.detach()), p)
+
+
+def test_both_calls_of_a_pass_that_adds_to_a_gradient_are_judged():
+    case, p = by_name("experts.frozen"), Params("ling-lite", "float32", "tiny")
+
+    class Off(TorchMoEOps):
+        def __init__(self, number):
+            super().__init__()
+            self.number, self.calls = number, 0
+
+        def experts(self, x_RD, counts_E, weights):
+            self.calls += 1
+            y = super().experts(x_RD, counts_E, weights)
+            return y + 1 if self.calls == self.number else y
+
+    for number, said in ((1, "first results: y"), (2, "first call of pass 2: y"), (3, "pass 2: y")):
+        found = judge(case, Off(number), p)
+        assert found.status.colour == "red"
+        assert said in found.detail, found.detail
 
 
 def test_a_gradient_that_is_not_asked_for_and_one_that_is_missing_are_no_results():

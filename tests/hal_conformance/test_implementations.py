@@ -371,6 +371,18 @@ CAUGHT_BY = {
     "sigmoid_tokens_need_a_trained_gate": ("router.frozen", "FAIL-NUMERIC"),
     "dropping_tokens_need_a_trained_gate": ("layer.frozen_capacity", "FAIL-NUMERIC"),
     "layer_keeps_its_bias": ("layer.kept_one_token", "FAIL-DISCRETE"),
+    "keeps_the_gate_of_a_parameter": ("router.kept", "FAIL-NUMERIC"),
+    "packs_experts_of_a_parameter": ("experts.kept", "FAIL-NUMERIC"),
+    "layer_keeps_experts_of_parameters": ("layer.kept", "FAIL-NUMERIC"),
+    "layer_keeps_the_gate_of_a_parameter": ("layer.kept", "FAIL-NUMERIC"),
+    "experts_in_two_buffers": ("experts.kept", "FAIL-NUMERIC"),
+    "combine_in_two_buffers": ("combine.kept_backward", "FAIL-NUMERIC"),
+    "combines_in_three_buffers": ("combine.kept", "FAIL-NUMERIC"),
+    "experts_in_three_buffers": ("experts.kept", "FAIL-NUMERIC"),
+    "combines_coarsely_in_training": ("combine.backward", "FAIL-NUMERIC"),
+    "combines_coarsely_beside_a_frozen_router": ("combine.frozen", "FAIL-NUMERIC"),
+    "dispatches_coarsely_in_training": ("dispatch.backward", "FAIL-NUMERIC"),
+    "swaps_the_last_slots_in_training": ("dispatch.backward", "FAIL-DISCRETE"),
 }
 """The case that is meant for each fault, and its verdict."""
 

@@ -6,10 +6,11 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,9 +106,33 @@ def nothing_trained() -> Iterator[None]:
         _TRAINED.reset(token)
 
 
+_LEAVES: ContextVar[Mapping[int, torch.Tensor]] = ContextVar("leaves", default=MappingProxyType({}))
+
+
+@contextmanager
+def same_leaves(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Make one leaf of each of these meanwhile, as a model has one Parameter for each weight, of whatever value."""
+    token = _LEAVES.set(
+        {id(tensor): tensor.detach().requires_grad_() for tensor in tensors if tensor.is_floating_point()}
+    )
+    try:
+        yield
+    finally:
+        _LEAVES.reset(token)
+
+
 def leaf(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the same storage as a tensor that requires a gradient: what is written into it shows in the input."""
-    return tensor.detach().requires_grad_() if _TRAINED.get() else tensor
+    """Return the same storage as a tensor that requires a gradient: what is written into it shows in the input.
+
+    It has no gradient yet, or none any more.
+    """
+    if not _TRAINED.get():
+        return tensor
+    made = _LEAVES.get().get(id(tensor))
+    if made is None:
+        return tensor.detach().requires_grad_()
+    made.grad = None
+    return made
 
 
 def observed(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
@@ -194,8 +219,8 @@ def run_backward(results: Mapping[str, Any], upstream: Mapping[str, torch.Tensor
     """Run one backward pass from several results, by name.
 
     Raises:
-        Malformed: one is no tensor, or of another shape or on another device than its gradient; autograd's own words
-            would sound like a fault of the suite.
+        Malformed: one is no tensor, or of another shape or on another device than its gradient, or has no history
+            although something is trained; autograd's own words would sound like a fault of the suite.
     """
     import torch
 
@@ -203,6 +228,10 @@ def run_backward(results: Mapping[str, Any], upstream: Mapping[str, torch.Tensor
         _check(f"{name}: " if name else "", results[name], gradient)
     if not _TRAINED.get():
         return
+    for name in upstream:
+        if not results[name].requires_grad:
+            what = f"{name}: it" if name else "the result"
+            raise Malformed(f"{what} requires no gradient, although what it is computed from does")
     if (first := _BEFORE.get()) is not None:
         _BEFORE.set(None)
         first()

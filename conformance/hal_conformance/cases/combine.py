@@ -228,7 +228,7 @@ class AllDropped(Dropped):
 
 
 class Backward(Random):
-    """Gradients of rows and weights."""
+    """The sums where rows and weights are trained, and their gradients."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: some weights are zero, and have a gradient all the same."""
@@ -241,8 +241,8 @@ class Backward(Random):
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
         leaves = {name: leaf(tensors[name]) for name in self.names(tensors)}
-        self.there_and_back(ops, {**tensors, **leaves}, p)
-        return observed({f"d{name}": tensor.grad for name, tensor in leaves.items()})
+        found = self.there_and_back(ops, {**tensors, **leaves}, p)
+        return observed({**found, **{f"d{name}": tensor.grad for name, tensor in leaves.items()}})
 
     def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """See `frozen.Trainable`."""
@@ -251,17 +251,17 @@ class Backward(Random):
     def there_and_back(
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
-        """See `frozen.Trainable`: there are the gradients only."""
+        """See `frozen.Trainable`."""
         weights = tensors["weights_TK"]
         y = ops.combine(tensors["y_RD"], weights, tensors["slot_R"], weights.shape[0])
         backward(y, tensors["dy_TD"] if factor == 1.0 else factor * tensors["dy_TD"])
-        return {}
+        return {"y_TD": y}
 
     def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
         """See `frozen.Trainable`."""
         storage = weight_storage(preset(p.preset).router, p)
-        shapes = {"dy_RD": (inputs["y_RD"].shape, p.dtype), "dweights_TK": (inputs["weights_TK"].shape, storage)}
-        return structure(outputs, shapes)
+        gradients = {"dy_RD": (inputs["y_RD"].shape, p.dtype), "dweights_TK": (inputs["weights_TK"].shape, storage)}
+        return structure(outputs, {"y_TD": (inputs["dy_TD"].shape, p.dtype), **gradients})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
@@ -283,8 +283,10 @@ class Backward(Random):
         by_slot = Bounded(*(np.zeros(weights.size) for _ in range(3)))  # exactly zero for a slot without a row
         for part, sum_ in ((by_slot.value, sums.value), (by_slot.bound, sums.bound), (by_slot.var, sums.var)):
             part[slots] = sum_
+        rows_TKD = gather_rows(wide(y), slots, *weights.shape)
         return merge(
             [
+                self.finding(outputs["y_TD"], rows_TKD, weights, p.dtype),
                 judge("dy", outputs["dy_RD"], one_product),
                 judge("dweights", outputs["dweights_TK"].reshape(-1), by_slot),
             ]
@@ -320,7 +322,8 @@ _SUMS = (
     "also RMS and bias."
 )
 _GRADIENTS = (
-    "Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul). Some weights are zero; "
+    _SUMS
+    + " Gradients: of a row one product, of a weight a sum over D in float32 (bounds.matmul). Some weights are zero; "
     "their gradients are not."
 )
 _EXACT = "Integers of up to 128 that cancel, weights of one half: exact in float32 in any order, compared bit by bit"

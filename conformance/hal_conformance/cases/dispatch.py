@@ -13,7 +13,7 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.case import Array, Arrays, Params
+from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import (
     ByCounts,
     backward,
@@ -32,7 +32,7 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, W
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import discrete, exact, joined, judge, merge, structure
+from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 
@@ -67,26 +67,32 @@ class DispatchCase(ByCounts):
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        return wrong or merge(self.findings(inputs, outputs, p))
+
+    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
+        """Return a verdict on shapes and dtypes."""
+        return structure(outputs, self.shapes(inputs, p))
+
+    def shapes(self, inputs: Arrays, p: Params) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return the shape and the dtype of each output."""
         spec = self.router(p)
-        x = inputs["x_TD"]
+        slot_R, _ = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
+        return {
+            "counts_E": ((spec.num_experts,), "int64"),
+            "slot_R": ((len(slot_R),), "int64"),
+            "x_RD": ((len(slot_R), inputs["x_TD"].shape[1]), p.dtype),
+        }
+
+    def findings(self, inputs: Arrays, outputs: Arrays, p: Params) -> list[Finding]:
+        """Return what the detectors say."""
+        spec = self.router(p)
         slot_R, counts_E = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
-        wrong = structure(
-            outputs,
-            {
-                "counts_E": ((spec.num_experts,), "int64"),
-                "slot_R": ((len(slot_R),), "int64"),
-                "x_RD": ((len(slot_R), x.shape[1]), p.dtype),
-            },
-        )
-        if wrong is not None:
-            return wrong
-        return merge(
-            [
-                discrete("counts", outputs["counts_E"], counts_E),
-                discrete("slots", outputs["slot_R"], slot_R),
-                exact("rows", outputs["x_RD"], x[slot_R // spec.top_k]),
-            ]
-        )
+        return [
+            discrete("counts", outputs["counts_E"], counts_E),
+            discrete("slots", outputs["slot_R"], slot_R),
+            exact("rows", outputs["x_RD"], inputs["x_TD"][slot_R // spec.top_k]),
+        ]
 
 
 class Capacity(DispatchCase):
@@ -160,7 +166,7 @@ class NanRow(DispatchCase):
 
 
 class Backward(DispatchCase):
-    """The gradient of a token is the sum over its rows."""
+    """Rows where tokens are trained; the gradient of a token is the sum over its rows."""
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -172,8 +178,8 @@ class Backward(DispatchCase):
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
         x = leaf(tensors["x_TD"])
-        self.there_and_back(ops, {**tensors, "x_TD": x}, p)
-        return observed({"dx_TD": x.grad})
+        found = self.there_and_back(ops, {**tensors, "x_TD": x}, p)
+        return observed({**found, "dx_TD": x.grad})
 
     def names(self, inputs: Mapping[str, Any]) -> tuple[str, ...]:
         """See `frozen.Trainable`."""
@@ -182,26 +188,22 @@ class Backward(DispatchCase):
     def there_and_back(
         self, ops: Any, tensors: Mapping[str, torch.Tensor], p: Params, factor: float = 1.0
     ) -> dict[str, torch.Tensor]:
-        """See `frozen.Trainable`: there is the gradient only."""
-        experts = self.router(p).num_experts
-        out = ops.dispatch(tensors["x_TD"], tensors["experts_TK"], experts, capacity=self.capacity(p))
-        backward(fields_of(out, "Dispatch")["x_RD"], tensors["dx_RD"] if factor == 1.0 else factor * tensors["dx_RD"])
-        return {}
-
-    def structure(self, inputs: Arrays, outputs: Arrays, p: Params) -> Judgement | None:
         """See `frozen.Trainable`."""
-        return structure(outputs, {"dx_TD": (inputs["x_TD"].shape, p.dtype)})
+        found = DispatchCase.run(self, ops, dict(tensors), p)
+        backward(found["x_RD"], tensors["dx_RD"] if factor == 1.0 else factor * tensors["dx_RD"])
+        return found
 
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        spec = self.router(p)
-        x: Array = inputs["x_TD"]
-        wrong = self.structure(inputs, outputs, p)
-        if wrong is not None:
-            return wrong
+    def shapes(self, inputs: Arrays, p: Params) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See `DispatchCase.shapes`."""
+        return {**super().shapes(inputs, p), "dx_TD": (inputs["x_TD"].shape, p.dtype)}
+
+    def findings(self, inputs: Arrays, outputs: Arrays, p: Params) -> list[Finding]:
+        """See `DispatchCase.findings`."""
+        spec, x = self.router(p), inputs["x_TD"]
         slot_R, _ = sent(inputs["experts_TK"], spec.num_experts, self.capacity(p))
         rows = gather_rows(wide(inputs["dx_RD"]), slot_R, len(x), spec.top_k)
-        return merge([judge("dx", outputs["dx_TD"], combine(rows, np.ones(rows.shape[:2]), p.dtype))])
+        gradient = judge("dx", outputs["dx_TD"], combine(rows, np.ones(rows.shape[:2]), p.dtype))
+        return [*super().findings(inputs, outputs, p), gradient]
 
 
 class NanBackward(Backward):
@@ -239,22 +241,9 @@ class OnlyExpert(Backward):
         """See `DispatchCase.router`."""
         return replace(super().router(p), num_experts=1, top_k=1)
 
-    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`."""
-        return {**DispatchCase.run(self, ops, tensors, p), **super().run(ops, tensors, p)}
-
-    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
-        """See `Case.judge`."""
-        gradient = {name: array for name, array in outputs.items() if name == "dx_TD"}
-        forward = {name: array for name, array in outputs.items() if name not in gradient}
-        return joined({
-            "forward": DispatchCase.judge(self, inputs, forward, p, contract),
-            "backward": super().judge(inputs, gradient, p, contract),
-        })  # fmt: skip
-
 
 _WHAT = "Rows, slots and counts, bit by bit: sorted by expert, then by slot. "
-_SUM = "The gradient of a token: the sum over its rows, in float32. Bound: K u sum |dx| and half an ulp."
+_SUM = _WHAT + "The gradient of a token: the sum over its rows, in float32. Bound: K u sum |dx| and half an ulp."
 _NEEDS = ("dispatch",)
 SENT = ("x_RD", "slot_R", "counts_E")
 PERMUTATION = DispatchCase(
@@ -288,7 +277,7 @@ CASES = (
         _SUM + " A row of NaN reaches its own token only, an infinity its own element: kept, for loss scaling to see, "
         "and not made the largest finite number.",
     ),
-    OnlyExpert("dispatch.only_expert", "dispatch", _NEEDS, _WHAT + "E = 1 and K = 1. " + _SUM),
+    OnlyExpert("dispatch.only_expert", "dispatch", _NEEDS, "E = 1 and K = 1. " + _SUM),
     Strided("dispatch.strided", PERMUTATION),
     Aligned("dispatch.aligned", PERMUTATION),
     Aligned("dispatch.aligned_backward", BACKWARD),

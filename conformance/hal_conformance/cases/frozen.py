@@ -80,14 +80,16 @@ class Frozen(Wrapped):
             leaves = {name: leaf(tensors[name]) for name in trained}
             frozen = {name: tensors[name].detach() for name in names if name not in trained}
             twice = self.twice and number % 2 == 0
-            for factor in (1.0, -0.5) if twice else (1.0,):
-                results = self.inner.there_and_back(ops, {**tensors, **frozen, **leaves}, p, factor)
+            given = {**tensors, **frozen, **leaves}
+            once = observed(self.inner.there_and_back(ops, given, p)) if twice else {}
+            own = observed(self.inner.there_and_back(ops, given, p, -0.5 if twice else 1.0))
             gradients = {f"d{name}": tensor.grad for name, tensor in leaves.items()}
             if twice:
                 gradients = {name: None if grad is None else grad * 2 for name, grad in gradients.items()}
             unasked = {f"{UNASKED}/d{name}": tensor.grad for name, tensor in frozen.items()}
-            own = observed(results)
             first = first or own
+            if twice and not same_results(once, first):
+                found |= {f"{CALL} {number}/{name}": tensor for name, tensor in once.items()}
             label = "" if same_results(own, first) else f"{PASS} {number}/"
             found |= {f"{label}{name}": tensor for name, tensor in {**own, **observed(gradients)}.items()}
             found |= observed(unasked)
@@ -98,14 +100,16 @@ class Frozen(Wrapped):
         unasked = part(outputs, UNASKED)
         if unasked:
             return Judgement(Status.FAIL_STRUCTURE, detail=f"frozen, and has a gradient: {', '.join(unasked)}")
-        passes = {f"{PASS} {number}": names for number, names in enumerate(self.passes(self.inner.names(inputs)), 1)}
-        own = {name: part(outputs, name) for name in passes}
-        alike = [names for name, names in passes.items() if not own[name]]
+        passes = dict(enumerate(self.passes(self.inner.names(inputs)), 1))
+        own = {number: part(outputs, f"{PASS} {number}") for number in passes}
+        alike = [name for number, names in passes.items() if not own[number] for name in names]
         found = {name: array for name, array in outputs.items() if "/" not in name}
-        judged = {"first results": self._judged(inputs, found, p, contract, [n for names in alike for n in names])}
-        for name, results in own.items():
-            if results:
-                judged[name] = self._judged(inputs, results, p, contract, passes[name])
+        judged = {"first results": self._judged(inputs, found, p, contract, alike)}
+        for number, names in passes.items():
+            if own[number]:
+                judged[f"{PASS} {number}"] = self._judged(inputs, own[number], p, contract, names)
+            if results := part(outputs, f"{CALL} {number}"):
+                judged[f"{CALL} {number}"] = self._judged(inputs, results, p, contract, ())
         return joined(judged) if len(judged) > 1 else judged["first results"]
 
     def _judged(
@@ -115,12 +119,13 @@ class Frozen(Wrapped):
         others = {f"d{name}": inputs[name] for name in self.inner.names(inputs) if name not in trained}
         if not others:
             return self.inner.judge(inputs, outputs, p, contract)
-        if absent.is_whole():
+        if whole := absent.is_whole():
             outputs = {name: absent.present(array) for name, array in outputs.items()}
         blanks = {name: absent.blank(array.shape, array.dtype) for name, array in others.items()}
-        with absent.partial():
+        with absent.partial(arrays=whole):
             return self.inner.judge(inputs, {**outputs, **blanks}, p, contract)
 
 
 UNASKED = "unasked"
 PASS = "pass"
+CALL = "first call of pass"

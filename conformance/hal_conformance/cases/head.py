@@ -97,19 +97,22 @@ class Normalised(HeadCase):
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
         """See `Case.run`."""
         given = tensors["x_TD"], tensors["weight_VD"]
-        only_x, only_weight, x, weight = leaf(given[0]), leaf(given[1]), leaf(given[0]), leaf(given[1])
+        x, weight = map(leaf, given)
 
         def head(x: torch.Tensor, weight: torch.Tensor, train: bool = True) -> Any:
             return ops.norm_head(x, weight, train=train, through_norm=self.through_norm)
 
-        y = {"first": head(only_x, given[1]), "eval": head(x, weight, train=False), "again": head(x, weight)}
-        y["last"] = head(given[0], only_weight)
-        for name in ("first", "again", "last"):
-            backward(y[name], tensors["dy_TV"])
-        gradients = {
-            "dx_TD": x.grad, "dweight_VD": weight.grad,
-            "dx_alone_TD": only_x.grad, "dweight_alone_VD": only_weight.grad,
+        y = {"first": head(x, given[1]), "eval": head(x, weight, train=False), "again": head(x, weight)}
+        y["last"] = head(given[0], weight)
+        trained = {
+            "first": {"dx_alone_TD": x}, "again": {"dx_TD": x, "dweight_VD": weight},
+            "last": {"dweight_alone_VD": weight},
         }  # fmt: skip
+        gradients: dict[str, torch.Tensor | None] = {}
+        for name, leaves in trained.items():
+            backward(y[name], tensors["dy_TV"])
+            for gradient, tensor in leaves.items():
+                gradients[gradient], tensor.grad = tensor.grad, None
         return observed({**{f"{name}_TV": logits for name, logits in y.items()}, **gradients})
 
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:

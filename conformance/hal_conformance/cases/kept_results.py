@@ -9,12 +9,13 @@ optimizer, or the next batch, has written into it.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance.arguments import has_elements
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import before_backward, observed, part, same_results
+from hal_conformance.cases.base import before_backward, observed, part, same_leaves, same_results
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
@@ -24,30 +25,35 @@ if TYPE_CHECKING:
 
 OWN = "own"
 RUN = "run"
+IN_FLIGHT = 2
+"""Calls between another's forward and its backward pass: what is kept in two buffers in turn is lost then, too, and
+results in three."""
 
 
 class KeptResults(Wrapped):
     """The case `inner`, for one preset, run with the inputs of another seed among calls with its own.
 
-    Its own; the other seed's forward, its own forward and backward, the other's backward; then its own in the memory of
-    the other's. The other's results and gradients are judged, which are read after all of it. What is kept by shape is
-    wrong for these, since `inner` itself has run before. Its own are judged where the three runs differ in a bit.
+    Its own; the forward passes of the other seed and of two of its own, as micro-batches in flight, then their
+    backward passes, the last first; then its own in the other's tensors, the same objects with other values, as weights
+    are after an optimizer's step in place. The other's results and gradients are judged, which are read after all of
+    it: what was kept in the first call for a shape is wrong for these. Its own are judged where two runs differ in a
+    bit.
     """
 
     @property
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name} with another seed, among calls with this one: one before, one forward and backward "
-            "between the other's forward and its backward pass, and one in the same memory after it; all give the "
-            "same. Results and gradients are read after the last call: none of them lies in memory that another call "
-            f"writes into. {self.inner.what}"
+            f"As {self.inner.name} with another seed, among calls with this one: one before, two whose forward and "
+            "backward passes lie between the other's forward and its backward pass, and one in the same tensors after "
+            "it; all give the same. Results and gradients are read after the last call: none of them lies in memory "
+            f"that another call writes into. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
         inner = super().footprint(p)
-        return Footprint(3 * inner.inputs, 4 * inner.outputs)
+        return Footprint(3 * inner.inputs, (3 + IN_FLIGHT) * inner.outputs)
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
@@ -62,12 +68,20 @@ class KeptResults(Wrapped):
         def run_own(given: dict[str, torch.Tensor] = own) -> None:
             runs.append(observed(self.inner.run(ops, given, p)))
 
+        def in_flight(more: int = IN_FLIGHT) -> None:
+            if more:
+                with before_backward(partial(in_flight, more - 1)):
+                    run_own()
+
         run_own()
-        with before_backward(run_own):
-            other = _apart(observed(self.inner.run(ops, memory, _other(p))), memory)
-        for name, tensor in memory.items():
-            tensor.copy_(own[name])
-        run_own(memory)
+        with same_leaves(memory.values()):
+            with before_backward(in_flight):
+                other = _apart(observed(self.inner.run(ops, memory, _other(p))), memory)
+            while len(runs) < 1 + IN_FLIGHT:  # one that has no backward pass
+                run_own()
+            for name, tensor in memory.items():
+                tensor.copy_(own[name])
+            run_own(memory)
         if all(same_results(once, runs[0]) for once in runs):
             return other
         return other | {f"{RUN} {number}/{name}": t for number, once in enumerate(runs, 1) for name, t in once.items()}

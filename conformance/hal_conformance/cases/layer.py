@@ -138,11 +138,11 @@ class Layer(Base):
         """Call the layer and its backward, the upstream gradients times a factor; return the results."""
         found = results(self.call(ops, tensors, p))
         upstream = {"y_TD": "dy_TD", "aux_loss": "daux", "z_loss": "dz"}
-        # A loss that depends on nothing that is trained has no gradient to pass on.
+        # A loss that depends on nothing that is trained has no gradient to pass on; y depends on everything.
         asked = {
             name: tensors[of] * factor
             for name, of in upstream.items()
-            if of in tensors and getattr(found[name], "requires_grad", True)
+            if of in tensors and (name == "y_TD" or getattr(found[name], "requires_grad", True))
         }
         run_backward(found, asked)
         return found

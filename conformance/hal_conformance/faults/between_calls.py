@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing, SharedWeights
@@ -36,11 +37,28 @@ class Copies:
         return copy + (tensor - tensor.detach()) if tensor.requires_grad and torch.is_grad_enabled() else copy.clone()
 
 
-class LastCall:
-    """An operator whose backward pass takes its tensors from the last call, not from its own."""
+class OfParameters:
+    """What tensors held when they were seen first, for as long as the object lives: it is written into all the same."""
 
     def __init__(self) -> None:
-        self._given: tuple[Any, ...] = ()
+        self._held = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a copy, through which gradients pass."""
+        copy: Tensor = self._held.setdefault(tensor, tensor.detach().clone())
+        return copy + (tensor - tensor.detach()) if tensor.requires_grad and torch.is_grad_enabled() else copy.clone()
+
+
+class LastCall:
+    """An operator whose backward pass takes its tensors from the last call, not from its own.
+
+    Args:
+        buffers: which of as many calls, in turn.
+    """
+
+    def __init__(self, buffers: int = 1) -> None:
+        self._given: list[tuple[Any, ...]] = [()] * buffers
+        self._calls = 0
 
     def __call__(self, operator: Callable[..., Tensor], *given: Any) -> Tensor:
         """Return the operator's result, a tensor, for tensors and other things that are its arguments."""
@@ -49,13 +67,18 @@ class LastCall:
         result: Tensor = _OfTheLastCall.apply(self, operator, *given)  # type: ignore[no-untyped-call]
         return result
 
-    def keep(self, given: tuple[Any, ...]) -> None:
-        """Overwrite what the call before this one left."""
-        self._given = tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given)
+    def keep(self, given: tuple[Any, ...]) -> int:
+        """Overwrite what an earlier call left; return where this one's lies."""
+        buffer = self._calls % len(self._given)
+        self._calls += 1
+        self._given[buffer] = tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given)
+        return buffer
 
-    def gradients(self, operator: Callable[..., Tensor], asked: list[bool], upstream: Tensor) -> list[Tensor | None]:
+    def gradients(
+        self, buffer: int, operator: Callable[..., Tensor], asked: list[bool], upstream: Tensor
+    ) -> list[Tensor | None]:
         """Return the gradients that are asked for, of what was kept."""
-        given = [one.requires_grad_() if need else one for one, need in zip(self._given, asked, strict=True)]
+        given = [one.requires_grad_() if need else one for one, need in zip(self._given[buffer], asked, strict=True)]
         with torch.enable_grad():
             result = operator(*given)
         wanted = [one for one, need in zip(given, asked, strict=True) if need]
@@ -66,13 +89,12 @@ class LastCall:
 class _OfTheLastCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, last: LastCall, operator: Callable[..., Tensor], *given: Any) -> Tensor:
-        ctx.last, ctx.operator = last, operator
-        last.keep(given)
+        ctx.last, ctx.operator, ctx.buffer = last, operator, last.keep(given)
         return operator(*(one.detach() if isinstance(one, Tensor) else one for one in given))
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Any:
-        return None, None, *ctx.last.gradients(ctx.operator, list(ctx.needs_input_grad[2:]), upstream[0])
+        return None, None, *ctx.last.gradients(ctx.buffer, ctx.operator, list(ctx.needs_input_grad[2:]), upstream[0])
 
 
 class _Keeping:
@@ -80,7 +102,12 @@ class _Keeping:
 
     def __init__(self) -> None:
         super().__init__()
-        self.copies, self.last = Copies(), LastCall()
+        self.copies, self.last, self.of_parameters, self.in_two_buffers = (
+            Copies(),
+            LastCall(),
+            OfParameters(),
+            LastCall(2),
+        )
 
 
 # Stale copies ------------------------------------------------------------------------------------------------------
@@ -196,13 +223,56 @@ class CountsOnce(_Keeping, Alone):
         return super().aux_loss(scores_TE, self.copies.of(experts_TK), spec)
 
 
+@fault()
+class KeepsTheRmsNormOfAParameter(_Keeping, Norm):
+    """RMSNorm's weight, once converted, serves as long as there is the Parameter, whatever an optimizer writes."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return super().rms_norm(x_TD, self.of_parameters.of(weight_D), eps)
+
+
+@fault()
+class KeepsTheUpProjectionsOfAParameter(_Keeping, Attention):
+    """Latent attention absorbs its up projections once for a Parameter."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        ups = self.of_parameters.of(up_k_HdL), self.of_parameters.of(up_v_HeL)
+        return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, *ups, scale, causal=causal)
+
+
+@fault()
+class KeepsTheGateOfAParameter(_Keeping, Alone):
+    """The router's gate, once converted to float32, serves as long as there is the Parameter."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        return super().route(x_TD, self.of_parameters.of(gate_ED), spec, bias_E, experts_TK=experts_TK)
+
+
+@fault()
+class PacksExpertsOfAParameter(_Keeping, Alone):
+    """The experts' weights, once packed, serve as long as there is the Parameter."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        return super().experts(x_RD, counts_E, ExpertWeights(*map(self.of_parameters.of, weights)))
+
+
 class _StaleLayer:
     """A fused layer, which has no other operator."""
 
     families = ("layer",)
 
     def __init__(self) -> None:
-        self.copies, self._parts = Copies(), Alone()
+        self.copies, self.of_parameters, self._parts = Copies(), OfParameters(), Alone()
 
     def kept(self, weights: LayerWeights) -> LayerWeights:
         """Return the weights, some of them as they were."""
@@ -253,6 +323,24 @@ class LayerKeepsItsSharedGate(_StaleLayer):
         """See `_StaleLayer.kept`."""
         gate = weights.shared_gate_D
         return weights if gate is None else weights._replace(shared_gate_D=self.copies.of(gate))
+
+
+@fault()
+class LayerKeepsExpertsOfParameters(_StaleLayer):
+    """A fused layer's experts, once packed, serve as long as there are the Parameters."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        return weights._replace(experts=ExpertWeights(*map(self.of_parameters.of, weights.experts)))
+
+
+@fault()
+class LayerKeepsTheGateOfAParameter(_StaleLayer):
+    """A fused layer's gate, once converted, serves as long as there is the Parameter."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        return weights._replace(gate_ED=self.of_parameters.of(weights.gate_ED))
 
 
 # The last call's tensors -------------------------------------------------------------------------------------------
@@ -399,3 +487,81 @@ class ZOfTheLastCall(_Keeping, Alone):
     def z_loss(self, logits_TE: Tensor) -> Tensor:
         """See `MoEOps.z_loss`."""
         return self.last(super().z_loss, logits_TE)
+
+
+# Two buffers in turn -----------------------------------------------------------------------------------------------
+
+
+@fault()
+class RmsNormInTwoBuffers(_Keeping, Norm):
+    """RMSNorm keeps its tensors in two buffers in turn: with three micro-batches in flight the first one's are lost."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return self.in_two_buffers(super().rms_norm, x_TD, weight_D, eps)
+
+
+@fault()
+class AttentionInTwoBuffers(_Keeping, Attention):
+    """Attention keeps queries, keys and values in two buffers in turn."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        honest = partial(super().attention, scale=scale, causal=causal)
+        return self.in_two_buffers(honest, q_THd, k_SGd, v_SGe)
+
+
+@fault()
+class ExpertsInTwoBuffers(_Keeping, Alone):
+    """The experts keep rows, counts and weights in two buffers in turn."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        honest = super().experts
+        return self.in_two_buffers(
+            lambda x, counts, *three: honest(x, counts, ExpertWeights(*three)), x_RD, counts_E, *weights
+        )
+
+
+@fault()
+class CombineInTwoBuffers(_Keeping, Alone):
+    """Combine keeps rows and weights in two buffers in turn."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return self.in_two_buffers(super().combine, y_RD, weights_TK, slot_R, num_tokens)
+
+
+class _ResultsInTurn(Alone):
+    """Results lie in three buffers in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: list[Tensor] = []
+
+    def in_turn(self, result: Tensor) -> Tensor:
+        """Write over the result of three calls before: its elements, not its graph."""
+        self._results.append(result.detach())
+        if len(self._results) > 3:
+            earlier = self._results.pop(0)
+            if earlier.shape == result.shape:
+                earlier.copy_(result.detach())
+        return result
+
+
+@fault()
+class CombinesInThreeBuffers(_ResultsInTurn):
+    """Combine writes its results into three buffers in turn."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return self.in_turn(super().combine(y_RD, weights_TK, slot_R, num_tokens))
+
+
+@fault()
+class ExpertsInThreeBuffers(_ResultsInTurn):
+    """The experts write their results into three buffers in turn."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        return self.in_turn(super().experts(x_RD, counts_E, weights))

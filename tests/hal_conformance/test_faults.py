@@ -5,6 +5,8 @@
 experts and layers are left to it.
 """
 
+from itertools import cycle
+
 import pytest
 import torch
 from in_process import judge
@@ -24,9 +26,9 @@ def contract():
     return hal.open_device("cpu").contract
 
 
-def colours(variation, contract, seed=0):
+def colours(variation, contract, seed=0, dtypes=()):
     ops = variation.make()
-    for task in selfcheck.tasks(Selection(scale="tiny", seed=seed), ALL, variation):
+    for task in selfcheck.tasks(Selection(scale="tiny", seed=seed, dtypes=dtypes), ALL, variation):
         if task.case.family not in SLOW:
             try:
                 verdict = judge(task.case, ops, task.params, contract)
@@ -41,9 +43,15 @@ def test_a_fault_is_flagged(variation, contract):
     assert any(colour in ("red", "amber") for colour, _ in colours(variation, contract)), variation.what
 
 
-@pytest.mark.parametrize("variation", [v for v in QUICK if v.kind == "benign"], ids=lambda v: v.name)
-def test_a_benign_variation_is_green(variation, contract):
-    found = list(colours(variation, contract, seed=11))  # the command itself runs seed 0
+BENIGN = [v for v in QUICK if v.kind == "benign"]
+
+
+@pytest.mark.parametrize(
+    ("variation", "wide"), [*zip(BENIGN, cycle((True, False)))], ids=lambda v: getattr(v, "name", v)
+)
+def test_a_benign_variation_is_green(variation, wide, contract):
+    """In float32 or in 16 bits, in turn; the command itself runs all, with seed 0."""
+    found = list(colours(variation, contract, seed=11, dtypes=("float32",) if wide else ("bfloat16", "float16")))
     assert found
     assert [what for colour, what in found if colour != "green"] == []
 

@@ -12,7 +12,7 @@ import torch
 from hal.contract import Arithmetic, Contract
 from hal.errors import Unsupported
 from hal_conformance import arrays as codec
-from hal_conformance.case import Params
+from hal_conformance.case import DTYPES, Params
 from hal_conformance.cases import ALL, by_name
 from hal_conformance.faults import VARIATIONS
 from hal_conformance.judging import judge_outputs
@@ -39,13 +39,13 @@ def judge(case, ops, preset, dtype, seed=0):
     return case.judge(inputs, run(case, ops, inputs, params), params, Contract())
 
 
-def verdicts(ops, cases=ALL, presets=PRESETS, seed=0):
+def verdicts(ops, cases=ALL, presets=PRESETS, seed=0, dtypes=DTYPES):
     found = {}
     for case in cases:
         if not all(callable(getattr(ops, need, None)) for need in case.needs):
             continue
         shown = [p for p in presets if p in case.presets() and "tiny" in case.scales(p)]
-        for preset, dtype in itertools.product(shown, case.dtypes()):
+        for preset, dtype in itertools.product(shown, [dtype for dtype in case.dtypes() if dtype in dtypes]):
             with contextlib.suppress(Unsupported):  # as compiled code says of graphs that are to be kept
                 found[case.name, preset, dtype] = judge(case, ops, preset, dtype, seed)
     return found
@@ -59,11 +59,13 @@ def of_moe(kind):
     return [n for n, v in VARIATIONS.items() if v.kind == kind and (not v.families or v.families[0] in OF_MOE)]
 
 
-@pytest.mark.parametrize(("name", "preset"), [*zip(of_moe("benign"), itertools.cycle(PRESETS))])
-def test_a_benign_variation_is_green_in_every_case(name, preset):
-    """On one preset, each in turn; the self-check itself runs all four of every variation."""
-    found = verdicts(VARIATIONS[name].make(), presets=[preset], seed=1)
-    assert len(found) > 50
+@pytest.mark.parametrize(
+    ("name", "preset", "dtype"), [*zip(of_moe("benign"), itertools.cycle(PRESETS), itertools.cycle(DTYPES))]
+)
+def test_a_benign_variation_is_green_in_every_case(name, preset, dtype):
+    """On one preset and one dtype, each in turn; the self-check itself runs all of every variation."""
+    found = verdicts(VARIATIONS[name].make(), presets=[preset], seed=1, dtypes=[dtype])
+    assert len(found) > 20
     assert {key: v for key, v in found.items() if v.status.colour != "green"} == {}
 
 
@@ -444,8 +446,8 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
     for name, array in good.items():
         poisoned = np.full_like(array, {"i": -7, "u": 7}.get(array.dtype.kind, np.nan))
         hostile = (None, array[None], array.astype(np.complex64), poisoned)
-        # A training step has hundreds of outputs of some tens of kinds: there each gets one of the four.
-        for bad in hostile if len(good) <= MANY else [random.Random(name).choice(hostile)]:
+        # A training step has hundreds of outputs of some tens of kinds, and runs take long: each gets one of the four.
+        for bad in hostile if case.family != "trajectory" else [random.Random(name).choice(hostile)]:
             if bad is poisoned and array.size == 0:
                 continue
             outputs = {k: v for k, v in good.items() if k != name} | ({} if bad is None else {name: bad})
@@ -454,8 +456,6 @@ def test_hostile_outputs_get_a_red_verdict_and_never_raise(case):
             verdict = case.judge(inputs, outputs, params, Contract())
             assert verdict.status.colour == "red", (name, bad if bad is None else bad.dtype, verdict)
 
-
-MANY = 100
 
 RELEVANT = {
     "router.logits": ("logits_TE",),

@@ -16,6 +16,7 @@ from hal_conformance import known
 from hal_conformance.case import FAMILIES
 from hal_conformance.judging import judge, judge_outputs, result
 from hal_conformance.plan import Catalogue, Task, plan
+from hal_conformance.process import many_kernels
 from hal_conformance.retrial import tried_again
 from hal_conformance.runner import Runner
 from hal_conformance.subject import Subject
@@ -187,7 +188,8 @@ def _batch(names: Sequence[str], selection: Selection) -> Iterator[Outcome]:
     from hal_conformance.faults import VARIATIONS
 
     cases = Catalogue().all()
-    with Runner(Subject("cpu", f"hal_conformance.faults:{names[0]}"), case_s=CASE_S) as runner:
+    first, environment = Subject("cpu", f"hal_conformance.faults:{names[0]}"), many_kernels(selection.scale)
+    with Runner(first, case_s=CASE_S, environment=environment) as runner:
         for name in names:
             outcome = Outcome(VARIATIONS[name])
             runner.change(f"hal_conformance.faults:{name}")

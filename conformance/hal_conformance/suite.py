@@ -16,6 +16,7 @@ from hal_conformance.agreement import Agreement
 from hal_conformance.certificate import certificates
 from hal_conformance.judging import judge
 from hal_conformance.plan import Catalogue, Selection, Task, complete
+from hal_conformance.process import many_kernels
 from hal_conformance.report import NotRun, Report
 from hal_conformance.result import Result, judged_devices
 from hal_conformance.retrial import tried_again
@@ -77,7 +78,10 @@ def run(
         if reason := left_out(subject, selection.scale):
             not_run(subject, "left out", reason, False)
             continue
-        with Runner(subject, catalogue, opener=opener, case_s=case_s, start_s=start_s) as runner:
+        environment = many_kernels(selection.scale)
+        with Runner(
+            subject, catalogue, opener=opener, case_s=case_s, start_s=start_s, environment=environment
+        ) as runner:
             try:
                 opened = runner.open()
             except (UnknownDevice, Absent, Broken) as error:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Params
+from hal_conformance.case import SCALES, Arrays, Params, Scale
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.trajectory import Statistical
 from hal_conformance.detectors import structure
@@ -35,6 +35,10 @@ class Band(Statistical):
     """
 
     model: str
+
+    def scales(self, preset: str) -> tuple[Scale, ...]:
+        """See `Case.scales`: the control from small on."""
+        return SCALES if self.model == "ling" else SCALES[1:]
 
     def steps(self, p: Params) -> int:
         """Return how many steps are taken."""

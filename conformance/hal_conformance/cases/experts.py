@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -52,15 +52,17 @@ def routed(tensors: Mapping[str, torch.Tensor]) -> ExpertWeights:
 class ExpertsCase(Base):
     """One call of the experts."""
 
+    AT_TINY: ClassVar[tuple[str, ...]] = ("mixtral-8x7b", "ling-lite")
+
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: one for every number of experts, which is all that their products see of a model."""
         return one_for_each(lambda model: model.router.num_experts)
 
     def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: the fewest experts, a middle number and the most; from small on a ragged number."""
-        if preset in ("mixtral-8x7b", "ling-lite", "ling-2.0-mini"):
+        """See `Case.scales`: at tiny the fewest experts and a middle one, from small on the most and a ragged one."""
+        if preset in self.AT_TINY:
             return SCALES
-        return SCALES[1:] if preset == "qwen2-moe" else SCALES[2:]
+        return SCALES[1:] if preset in ("ling-2.0-mini", "qwen2-moe") else SCALES[2:]
 
     def size(self, p: Params) -> designs.Size:
         """Return the sizes, with rows per expert: many residues, an empty expert, one with a single row."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 class BackwardIntegers(BackwardCase):
     """Integers whose gradients are exact in every order of summation, too."""
 
+    AT_TINY: ClassVar[tuple[str, ...]] = (*BackwardCase.AT_TINY, "ling-2.0-mini")
+
     def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: every number of experts from small on."""
-        known = super().scales(preset)
-        return known if len(known) > 1 else SCALES[1:]
+        """See `Case.scales`: every number of experts from small on, and the most at tiny, too."""
+        return SCALES if preset in self.AT_TINY else SCALES[1:]
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""

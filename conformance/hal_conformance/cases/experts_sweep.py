@@ -8,6 +8,7 @@ At every scale and seed all counts are there; the seed chooses which expert has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import numpy as np
 
@@ -51,6 +52,8 @@ def repeated(design: Callable[[designs.Size], Arrays], p: Params) -> Arrays:
 
 class Swept:
     """What both directions share; comes before the case that it sweeps."""
+
+    AT_TINY: ClassVar[tuple[str, ...]] = (MANY, FEW)
 
     @staticmethod
     def design(size: designs.Size) -> Arrays:

@@ -40,6 +40,10 @@ class KeptResults(Wrapped):
     bit.
     """
 
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`: what is kept for one of the two of 16 bits is kept for the other."""
+        return tuple(dtype for dtype in super().dtypes() if dtype != "float16")
+
     @property
     def what(self) -> str:
         """See `Case.what`."""

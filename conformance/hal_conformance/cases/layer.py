@@ -60,6 +60,7 @@ class Layer(Base):
         capacity: most rows of an expert, as a multiple of the mean load, rounded up; None: no limit.
         tokens: how many; None: as many as the scale says.
         only: the presets that show all there is to see; empty: every one.
+        at_tiny: those of scale tiny; empty: one router of each kind. The cases of the router itself have all of them.
     """
 
     replayed: bool = False
@@ -67,14 +68,15 @@ class Layer(Base):
     capacity: int | None = None
     tokens: int | None = None
     only: tuple[str, ...] = ()
+    at_tiny: tuple[str, ...] = ()
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`."""
         return self.only or super().presets()
 
     def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: at tiny one router of each kind; the cases of the router itself have all of them."""
-        return SCALES if preset in (self.only or KINDS) else SCALES[1:]
+        """See `Case.scales`."""
+        return SCALES if preset in (self.at_tiny or self.only or KINDS) else SCALES[1:]
 
     def limit(self, p: Params) -> int | None:
         """Return the most rows of an expert, or None."""
@@ -253,18 +255,20 @@ def what(how: str, judged: str) -> str:
 BACKWARD = Layer(
     "layer.backward_replayed", "layer", _NEEDS, what(_GIVEN, _GRADIENTS), replayed=True, backward=True, only=KINDS
 )  # fmt: skip
-FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS)
+FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS, at_tiny=KINDS[2:])
 FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
 CAPACITY = Layer(
     "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
-    replayed=True, backward=True, capacity=1, only=KINDS,
+    replayed=True, backward=True, capacity=1, only=KINDS, at_tiny=KINDS[1:3],
 )  # fmt: skip
 ONE_TOKEN = Layer(
     "layer.one_token", "layer", _NEEDS, what(f"{FREE} and one token, as in decoding", _GRADIENTS),
     backward=True, tokens=1, only=KINDS,
 )  # fmt: skip
 CASES = (
-    Layer("layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS),
+    Layer(
+        "layer.forward_replayed", "layer", _NEEDS, what(_GIVEN, "y"), replayed=True, only=KINDS, at_tiny=KINDS[2:]
+    ),
     FREE_FORWARD,
     BACKWARD,
     FREE_BACKWARD,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
-from hal_conformance.case import Arrays, Case, Footprint, Params, Scale
+from hal_conformance.case import SCALES, Arrays, Case, Footprint, Params, Scale
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class Wrapped:
         return self.inner.dtypes()
 
     def scales(self, preset: str) -> tuple[Scale, ...]:
-        """See `Case.scales`: those of the inner case's first preset."""
-        return self.inner.scales(self.inner.presets()[0])
+        """See `Case.scales`: those of any preset of the inner case."""
+        return tuple(scale for scale in SCALES if any(scale in self.inner.scales(own) for own in self.inner.presets()))
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""

@@ -61,7 +61,7 @@ def test_codes_and_choices_count_as_judged(case, dtype):
 
 
 def test_nan_where_the_oracle_cannot_know_is_not_judged():
-    selection = Selection(("layer.forward_free[ling-lite]",), ("float32",), "tiny")
+    selection = Selection(("layer.forward_free[qwen2-moe]",), ("float32",), "tiny")
 
     def nan(outputs):
         weights = outputs["weights_TK"].copy()

@@ -46,7 +46,7 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("*", "router.degenerate", "experts of the zero token", "ties"),
     ("*", "layer.tie_order", "where the result is exact", "ties"),
     ("*", "layer.degenerate", "experts of the zero token", "ties"),
-    ("transformers:*", "experts.no_rows", "does not require grad", "hf-no-graph"),
+    ("transformers:*", "experts.no_rows", "requires no gradient", "hf-no-graph"),
     ("transformers:*.batched_mm", "experts.backward", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.backward_sweep", "dw", "hf-batched-gradient"),
     ("transformers:*.batched_mm", "experts.backward_cancelling", "dw", "hf-batched-gradient"),
@@ -97,7 +97,7 @@ REASONS: tuple[tuple[str, str, str, str], ...] = (
     ("ling:*", "layer.sliced", "view size is not compatible", "ling-view"),
     ("ling:*", "router.one_choice", "weights", "ling-one-choice"),
     ("ling:lite.inference", "*", "dw1_EFD", "ling-no-grad"),
-    ("ling:lite.inference", "*", "does not require grad", "ling-no-grad"),
+    ("ling:lite.inference", "*", "requires no gradient", "ling-no-grad"),
 )
 """Which finding of `docs/implementations.md` explains a verdict; the first that fits."""
 

@@ -51,6 +51,7 @@ if __name__ == "__main__":
         run = (HAL, "conformance", "run", "--device", "cpu", "--scale")
         record = (HAL, "conformance", "record", "--device", "cpu")
         os.chdir(HERE)  # where `elsewhere` is found
+        command(*record, "-o", own)()  # a round has an order of its own
         command(*record, "--impl", "elsewhere:ops", "-o", other)()
         compare = (HAL, "conformance", "compare", own)
         seconds = [

@@ -18,7 +18,7 @@ from hal_conformance.faults.attention import Attention
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.head import Head
 from hal_conformance.faults.norm import Norm
-from hal_conformance.faults.parts import Alone
+from hal_conformance.faults.parts import Alone, gradient_of
 from hal_conformance.faults.rotary import Rotary
 
 
@@ -33,8 +33,7 @@ class Copies:
         key = (tensor.data_ptr(), tensor.dtype, *tensor.shape, *tensor.stride())
         if key not in self._held:
             self._held[key] = tensor.detach(), tensor.detach().clone()
-        copy = self._held[key][1]
-        return copy + (tensor - tensor.detach()) if tensor.requires_grad and torch.is_grad_enabled() else copy.clone()
+        return _served(self._held[key][1], tensor)
 
 
 class OfParameters:
@@ -45,8 +44,12 @@ class OfParameters:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return a copy, through which gradients pass."""
-        copy: Tensor = self._held.setdefault(tensor, tensor.detach().clone())
-        return copy + (tensor - tensor.detach()) if tensor.requires_grad and torch.is_grad_enabled() else copy.clone()
+        return _served(self._held.setdefault(tensor, tensor.detach().clone()), tensor)
+
+
+def _served(copy: Tensor, instead_of: Tensor) -> Tensor:
+    passes = instead_of.requires_grad and torch.is_grad_enabled()
+    return gradient_of(copy, instead_of) if passes else copy.clone()
 
 
 class LastCall:
@@ -102,12 +105,8 @@ class _Keeping:
 
     def __init__(self) -> None:
         super().__init__()
-        self.copies, self.last, self.of_parameters, self.in_two_buffers = (
-            Copies(),
-            LastCall(),
-            OfParameters(),
-            LastCall(2),
-        )
+        self.copies, self.of_parameters = Copies(), OfParameters()
+        self.last, self.in_two_buffers = LastCall(), LastCall(2)
 
 
 # Stale copies ------------------------------------------------------------------------------------------------------

@@ -8,18 +8,13 @@ from torch import Tensor
 
 from hal.moe.ops import Dispatch
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import Alone
+from hal_conformance.faults.parts import Alone, gradient_of
 from hal_conformance.faults.untrained import coarse
 
 
-def trained(*tensors: Tensor) -> bool:
-    """Tell whether one of them has a gradient to come."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def instead(value: Tensor, of: Tensor) -> Tensor:
-    """Return a value with the gradient of another one."""
-    return of + (value - of).detach()
+def in_training(tensor: Tensor) -> bool:
+    """Tell whether a tensor will get a gradient."""
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
 @fault()
@@ -29,7 +24,7 @@ class CombinesCoarselyInTraining(Alone):
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
         y_TD = super().combine(y_RD, weights_TK, slot_R, num_tokens)
-        return instead(coarse(y_TD), y_TD) if trained(y_RD) and trained(weights_TK) else y_TD
+        return gradient_of(coarse(y_TD), y_TD) if in_training(y_RD) and in_training(weights_TK) else y_TD
 
 
 @fault()
@@ -39,9 +34,9 @@ class CombinesCoarselyBesideAFrozenRouter(Alone):
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
         y_TD = super().combine(y_RD, weights_TK, slot_R, num_tokens)
-        if not trained(y_RD) or trained(weights_TK):
+        if not in_training(y_RD) or in_training(weights_TK):
             return y_TD
-        return instead(super().combine(y_RD, coarse(weights_TK), slot_R, num_tokens), y_TD)
+        return gradient_of(super().combine(y_RD, coarse(weights_TK), slot_R, num_tokens), y_TD)
 
 
 @fault()
@@ -51,10 +46,10 @@ class DispatchesCoarselyInTraining(Alone):
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
         """See `MoEOps.dispatch`."""
         sent = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
-        if not trained(x_TD):
+        if not in_training(x_TD):
             return sent
         x_RD = torch.cat([sent.x_RD[:-1], coarse(sent.x_RD[-1:])])
-        return sent._replace(x_RD=instead(x_RD, sent.x_RD))
+        return sent._replace(x_RD=gradient_of(x_RD, sent.x_RD))
 
 
 @fault()
@@ -64,6 +59,6 @@ class SwapsTheLastSlotsInTraining(Alone):
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
         """See `MoEOps.dispatch`."""
         sent = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
-        if not trained(x_TD):
+        if not in_training(x_TD):
             return sent
         return sent._replace(slot_R=torch.cat([sent.slot_R[:-2], sent.slot_R[-2:].flip(0)]))

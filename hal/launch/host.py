@@ -33,23 +33,24 @@ class HostTensors:
         self._tensor, base = torch.Tensor, torch._C.TensorBase
         self._device_of, self._to, self._records = base.device.__get__, base.to, torch.is_grad_enabled
         self._traced_by = torch._C._get_tracing_state
+        self._on_host, self._on_device = object(), object()
+        """The two marks; those of another adoption are others, so that nothing is known any more of what it knew."""
 
     def add(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the host; return the tensor."""
-        self._mark(tensor, True)
-        return tensor
+        return self._mark(tensor, self._on_host)
 
     def add_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """Remember that a tensor's memory is on the device; return the tensor."""
-        self._mark(tensor, False)
-        return tensor
+        return self._mark(tensor, self._on_device)
 
-    def _mark(self, tensor: torch.Tensor, host: bool) -> None:
+    def _mark(self, tensor: torch.Tensor, side: object) -> torch.Tensor:
         if isinstance(tensor, self._tensor):  # and not what stands for one while torch.fx traces
             try:  # noqa: SIM105  contextlib takes as long again
-                tensor.untyped_storage()._hal_side = (self, host)  # type: ignore[attr-defined]
+                tensor.untyped_storage()._hal_side = side  # type: ignore[attr-defined]
             except _NO_STORAGE:
                 pass
+        return tensor
 
     def moved(self, source: torch.Tensor, result: torch.Tensor, host: bool) -> torch.Tensor:
         """Copy what torch has not, if a tensor crosses between host and device, and remember where it is now.
@@ -72,12 +73,11 @@ class HostTensors:
             leaf = known is None and not host and source.requires_grad and source.is_leaf and self._records()
             if not leaf and self._traced_by() is None:
                 result = self._to(source, source.dtype, copy=True)
-        self._mark(result, host)
-        return result
+        return self._mark(result, self._on_host if host else self._on_device)
 
     def add_storage(self, storage: torch.UntypedStorage, host: bool = True) -> None:
         """Remember that a storage is on the host, or on the device."""
-        storage._hal_side = (self, host)  # type: ignore[attr-defined]
+        storage._hal_side = self._on_host if host else self._on_device  # type: ignore[attr-defined]
 
     def side(self, tensor: torch.Tensor) -> bool | None:
         """Return whether a tensor is on the host; None if nothing is known of it, which counts as on the device."""
@@ -91,17 +91,15 @@ class HostTensors:
     def side_of_storage(self, storage: torch.UntypedStorage) -> bool | None:
         """Return what `side` does, of a storage."""
         mark = getattr(storage, "_hal_side", None)
-        # What an earlier adoption knew is not known any more.
-        return mark[1] if mark is not None and mark[0] is self else None
+        return True if mark is self._on_host else False if mark is self._on_device else None
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         if not isinstance(tensor, self._tensor):
             return False
         try:
-            mark = getattr(tensor.untyped_storage(), "_hal_side", None)
+            return getattr(tensor.untyped_storage(), "_hal_side", None) is self._on_host
         except _NO_STORAGE:
             return False
-        return mark is not None and mark[1] and mark[0] is self
 
 
 _NO_STORAGE = (NotImplementedError, RuntimeError, ValueError)

@@ -108,26 +108,26 @@ def _register(library: Any, name: str, make: Callable[[Any], Rule]) -> None:
     if operator is None:  # another version of torch
         return
     rule, key = make(operator), "AutocastCPU"
-    own = None
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-        if not hasattr(torch.library, "get_kernel"):  # before torch 2.10: the CPU's rule stays
-            return
-        own = torch.library.get_kernel(operator, key).call_boxed
     in_force, without = torch.is_autocast_enabled, torch._C._ExcludeDispatchKeyGuard
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if in_force("cuda"):
-            with without(autocast):
-                return rule(*args, **kwargs)
-        if own is not None:
-            return own(keys, *args, **kwargs)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
         with without(autocast):
-            return operator(*args, **kwargs)
+            return rule(*args, **kwargs) if in_force("cuda") else operator(*args, **kwargs)
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+        library.impl(operator, kernel, key)
+        return
+    if not hasattr(torch.library, "get_kernel"):  # before torch 2.10: the CPU's rule stays
+        return
+    own = torch.library.get_kernel(operator, key).call_boxed
+
+    def kernel_instead(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        return kernel(*args, **kwargs) if in_force("cuda") else own(keys, *args, **kwargs)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
-        library.impl(operator, kernel, key, with_keyset=True)
+        library.impl(operator, kernel_instead, key, with_keyset=True)
 
 
 def _taken_to(dtype: Any) -> Callable[[Any], Any]:

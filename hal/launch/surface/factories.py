@@ -36,8 +36,13 @@ def makers() -> dict[str, Callable[..., Any]]:
             windows = module is torch.signal.windows and name in module.__all__
             if callable(function) and _hashable(function) and (function in constructors or windows):
                 found[f"{module.__name__}.{name}"] = function
-    found |= {f"torch.{name}": getattr(torch, name) for name in (*LIKE, "normal", "from_numpy", "frombuffer")}
+    found |= {f"torch.{name}": getattr(torch, name) for name in (*LIKE, "normal")}
+    found |= {name: getattr(torch, name.removeprefix("torch.")) for name in _OF_MEMORY}
     return found
+
+
+_OF_MEMORY = ("torch.from_numpy", "torch.frombuffer")
+"""These take no device, and are on the host whatever the default is."""
 
 
 def _hashable(thing: object) -> bool:
@@ -50,12 +55,31 @@ def _hashable(thing: object) -> bool:
 
 def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """Return the function that stands in for a maker of tensors."""
+    make = _of_memory(original) if name in _OF_MEMORY else _maker(name, original)
+    functools.update_wrapper(make, original, updated=())
+    del make.__wrapped__  # type: ignore[attr-defined]
+    give_name(make, name)
+    return make
+
+
+def _of_memory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    from torch.compiler import is_compiling
+
+    def make(*args: Any, **kwargs: Any) -> torch.Tensor:  # a step of training may call it for each of its samples
+        made, redirection = original(*args, **kwargs), api._active
+        if redirection is None or redirection.hosts is None or is_compiling():
+            return made
+        return redirection.hosts.add(made)
+
+    return make
+
+
+def _maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     import torch
     from torch.compiler import is_compiling
 
     like = name.endswith("_like")
     takes = name in ("torch.tensor", "torch.as_tensor", "torch.asarray")
-    always_host = name in ("torch.from_numpy", "torch.frombuffer")  # whatever the default device is
     modes = torch._C._len_torch_function_stack
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -79,14 +103,11 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
             return _taken(args, made, hosts)  # by the default device
         if device is None:
             plain = not (like or takes or modes())  # most are: no model, and nobody set a default
-            host = always_host or plain or _on_host(like, takes, args, redirection)
+            host = plain or _on_host(like, takes, args, redirection)
         else:
             host = True if redirection.is_host(device) else None
         return made if host is None else hosts.add(made) if host else hosts.add_device(made)
 
-    functools.update_wrapper(make, original, updated=())
-    del make.__wrapped__  # type: ignore[attr-defined]
-    give_name(make, name)
     return make
 
 

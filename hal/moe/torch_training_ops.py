@@ -71,6 +71,8 @@ class TorchTrainingOps(TrainingOps):
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`: a kernel of the device's where torch has one, otherwise float32 products.
 
+        There is none that hides keys behind a prefix (1 < T < S): those take T S logits of each head.
+
         On the CPU in float32 whatever the dtype, rounded once.
         """
         where = "attention"
@@ -90,16 +92,14 @@ class TorchTrainingOps(TrainingOps):
         # torch 2.13's CPU kernel rounds the gradients of k and v to 16 bits after every block of queries.
         wide = wide_dtype(dtype) if q_THd.device.type == "cpu" else dtype
         q, k, v = (x.to(dtype).to(wide).transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
-        mask = None
-        if causal and queries < keys:
-            # torch's own flag puts the first query beside the first key.
-            mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+        # The last query sees every key. Others behind a prefix would need a mask, since torch's own flag puts the first
+        # query beside the first key; and its kernels add a mask, so that a hidden key of NaN would reach every query.
+        causal = causal and queries > 1
+        masked = causal and queries < keys
         with without_autocast(q_THd):
-            if not _has_fused_kernel(q, k, v, mask, causal and mask is None, scale, groups != heads):
+            if masked or not _has_fused_kernel(q, k, v, causal, scale, groups != heads):
                 return _attention(q[0], k[0], v[0], scale, causal).transpose(0, 1).to(dtype)
-            y = F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=causal and mask is None, scale=scale, enable_gqa=groups != heads
-            )
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=groups != heads)
         return y[0].transpose(0, 1).to(dtype)
 
     def latent_attention(
@@ -174,9 +174,7 @@ class TorchTrainingOps(TrainingOps):
             return loss / number
 
 
-def _has_fused_kernel(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, grouped: bool
-) -> bool:
+def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, grouped: bool) -> bool:
     """Tell whether torch has a kernel of this device's for these arguments.
 
     Without one it falls back to products that may store the logits in 16 bits, and to a mask that is added, so that a
@@ -186,7 +184,7 @@ def _has_fused_kernel(
     if choose is None or q.numel() == 0:
         return False
     try:
-        chosen: int = choose(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped)
+        chosen: int = choose(q, k, v, None, 0.0, causal, scale=scale, enable_gqa=grouped)
     except (RuntimeError, TypeError):  # a device or a version that has no such choice
         return False
     return chosen != _MATH

@@ -19,7 +19,8 @@ from hal_conformance.case import Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import TokenCounts
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.chained import Chained
@@ -78,7 +79,7 @@ class Attention(Base):
 
     def scale(self, p: Params) -> float:
         """Return the factor of the logits, in float32: 1 / sqrt(d), or near it where that has few bits."""
-        scales = {16: 0.2509999871253967, 40: 0.15811388194561005, 128: 0.0883883461356163}
+        scales = {16: 0.2509999871253967, 40: 0.15811388194561005, 128: 0.0883883461356163, 192: 0.07216878235340118}
         return scales[self.width or _WIDTHS[p.scale]]
 
     def inputs(self, p: Params) -> Arrays:
@@ -568,6 +569,18 @@ CASES = (
         "nothing of it. A mask that is added instead of selected lets NaN through. (Values of NaN are not asked about: "
         "every kernel multiplies hidden values by 0.)",
     ),
+    Attention(
+        "attention.heads_of_192", "attention", _NEEDS,
+        "As attention.causal with heads of 192 channels, as latent attention has them, six of queries to one of keys. "
+        + BOUND,
+        share=6, width=192,
+    ),
+    Hidden(
+        "attention.hidden_prefix", "attention", _NEEDS,
+        "As attention.hidden, behind a prefix of seven keys: a kernel that knows no prefix is given a mask, which it "
+        "adds.",
+        before=7,
+    ),
     HiddenBackward(
         "attention.hidden_backward", "attention", _NEEDS,
         "The last three keys are as large as the dtype allows and their values are large; the queries that see them, "
@@ -642,6 +655,9 @@ CASES = (
     Untrained("attention.one_query_untrained", ONE_QUERY, ("y_THe",), modes=IN_SERVICE),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
+    TokenCounts("attention.token_counts", CAUSAL),
+    TokenCounts("attention.latent_token_counts", LATENT_BACKWARD),
+    Sliced("attention.sliced", CAUSAL), Sliced("attention.latent_sliced", LATENT_BACKWARD),
     Shifted("attention.shifted", CAUSAL),
     Shifted("attention.latent_shifted", LATENT_BACKWARD),
     Frozen("attention.frozen", CAUSAL), Frozen("attention.latent_frozen", LATENT_BACKWARD),

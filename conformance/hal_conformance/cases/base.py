@@ -6,6 +6,7 @@ Legend: T tokens, D model dim, F expert hidden dim, E experts, K choices.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -202,12 +203,17 @@ def graphs_kept() -> Iterator[None]:
         _KEPT.reset(token)
 
 
-_BEFORE: ContextVar[Callable[[], object] | None] = ContextVar("before", default=None)
+PassBack = Callable[[], None]
+_BEFORE: ContextVar[Callable[[PassBack], object] | None] = ContextVar("before", default=None)
 
 
 @contextmanager
-def before_backward(run: Callable[[], object]) -> Iterator[None]:
-    """Run something before the first backward pass inside, while that one's graph waits."""
+def before_backward(run: Callable[[PassBack], object]) -> Iterator[None]:
+    """Run something before the first backward pass inside, while that one's graph waits.
+
+    Args:
+        run: given that backward pass, which it may call at its time; otherwise it follows.
+    """
     token = _BEFORE.set(run)
     try:
         yield
@@ -232,12 +238,17 @@ def run_backward(results: Mapping[str, Any], upstream: Mapping[str, torch.Tensor
         if not results[name].requires_grad:
             what = f"{name}: it" if name else "the result"
             raise Malformed(f"{what} requires no gradient, although what it is computed from does")
+    gradients, kept = list(upstream.values()), _KEPT.get()
+
+    @functools.cache
+    def pass_back() -> None:
+        with backward_pass(gradients, again=kept):
+            torch.autograd.backward([results[name] for name in upstream], gradients, retain_graph=kept)
+
     if (first := _BEFORE.get()) is not None:
         _BEFORE.set(None)
-        first()
-    gradients = list(upstream.values())
-    with backward_pass(gradients, again=_KEPT.get()):
-        torch.autograd.backward([results[name] for name in upstream], gradients, retain_graph=_KEPT.get())
+        first(pass_back)
+    pass_back()
 
 
 def _check(what: str, result: Any, upstream: torch.Tensor) -> None:

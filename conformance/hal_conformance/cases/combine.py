@@ -31,8 +31,8 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import Finding, exact, judge, merge, structure
@@ -373,11 +373,13 @@ CASES = (
     DroppedBackward(
         "combine.dropped_backward", "combine", _NEEDS, _GRADIENTS + " A slot without a row has a gradient of zero."
     ),
-    Strided("combine.strided", BACKWARD),
+    Strided("combine.strided", BACKWARD), Sliced("combine.sliced", BACKWARD, only=FEW_EXPERTS),
+    TokenCounts("combine.token_counts", BACKWARD, only=FEW_EXPERTS),
     Frozen("combine.frozen", BACKWARD),
     Aligned("combine.aligned", EXACT),
     Aligned("combine.aligned_backward", BACKWARD),
     Long("combine.long", EXACT, only=FEW_EXPERTS),
+    Many("combine.many", BACKWARD, only=FEW_EXPERTS),
     Long("combine.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("combine.int32", EXACT, only=FEW_EXPERTS),
     SmallIntegers("combine.small_integers", EXACT, only=FEW_EXPERTS),

@@ -28,8 +28,8 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
@@ -278,10 +278,12 @@ CASES = (
         "and not made the largest finite number.",
     ),
     OnlyExpert("dispatch.only_expert", "dispatch", _NEEDS, "E = 1 and K = 1. " + _SUM),
-    Strided("dispatch.strided", PERMUTATION),
+    Strided("dispatch.strided", PERMUTATION), Sliced("dispatch.sliced", BACKWARD, only=FEW_EXPERTS),
+    TokenCounts("dispatch.token_counts", BACKWARD, only=FEW_EXPERTS),
     Aligned("dispatch.aligned", PERMUTATION),
     Aligned("dispatch.aligned_backward", BACKWARD),
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
+    Many("dispatch.many", BACKWARD, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
     Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
     SmallIntegers("dispatch.small_integers", PERMUTATION, only=FEW_EXPERTS),

@@ -16,6 +16,7 @@ from hal_conformance import inputs as make
 from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import (
+    At,
     Base,
     Shape,
     backward,
@@ -30,8 +31,8 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.losses import SMALL, UPSTREAM
 from hal_conformance.cases.narrow import Int32
-from hal_conformance.cases.sized import Wide
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import TokenCounts, Wide
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
@@ -160,6 +161,28 @@ class FewRows(Normalised):
     """As little vocabulary as makes room for wide rows."""
 
     ROWS = dict.fromkeys(Normalised.ROWS, 97)
+
+
+class ManyRows(Normalised):
+    """More vocabulary than 16 bits count, for few narrow tokens in one dtype."""
+
+    ROWS = dict.fromkeys(Normalised.ROWS, 70_001)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("bfloat16",)
+
+    def at(self, p: Params) -> At:
+        """Return the instance with its sizes."""
+        return At(p.preset, p.dtype, p.scale, p.seed, Shape(5, 16, 16))
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return super().footprint(self.at(p))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return super().inputs(self.at(p))
 
 
 class NanInput(Narrow):
@@ -324,7 +347,7 @@ class WithZ(CrossEntropy):
 
     def size(self, p: Params) -> tuple[int, int]:
         """See `CrossEntropy.size`."""
-        return self.SIZES[p.scale][0], 1021
+        return (shape(p).tokens, 61) if isinstance(p, At) else (self.SIZES[p.scale][0], 1021)
 
 
 @dataclass(frozen=True)
@@ -513,6 +536,11 @@ NORMALISED = Normalised(
     "lower limit, and one column is zero. The upstream gradient pushes along the weights, as a z-loss does. "
     "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
+MANY_ROWS = ManyRows(
+    "head.norm_many_rows", "head", _HEAD,
+    "As head.norm, V = 70,001 for five tokens of 16 channels: more than 16 bits count, and than a grid of CUDA's has "
+    "blocks along its second axis.",
+)  # fmt: skip
 FEW_ROWS = FewRows("head.norm", "head", _HEAD, "V = 97.")
 ENTROPY = CrossEntropy(
     "head.cross_entropy", "head", _LOSS,
@@ -582,6 +610,7 @@ CASES = (
         "and over T - 1.",
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
+    MANY_ROWS,
     KeptResults("head.norm_kept", NORMALISED), KeptResults("head.cross_entropy_kept", WITH_Z),
     Int32("head.cross_entropy_int32", WITH_Z),
     Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),
@@ -593,6 +622,8 @@ CASES = (
         "As head.cross_entropy_z, for an upstream gradient of 5e-5.", 1e-2, upstream=SMALL,
     ),
     Shifted("head.norm_shifted", NORMALISED), Shifted("head.cross_entropy_shifted", WITH_Z),
-    Strided("head.norm_strided", NORMALISED),
+    Strided("head.norm_strided", NORMALISED), Sliced("head.norm_sliced", NORMALISED),
+    Sliced("head.cross_entropy_sliced", WITH_Z),
+    TokenCounts("head.norm_token_counts", FEW_ROWS), TokenCounts("head.cross_entropy_token_counts", WITH_Z),
     Strided("head.cross_entropy_strided", WithZ("head.cross_entropy_z", "head", _LOSS, _OTHER, 3e-4, PADDING)),
 )  # fmt: skip

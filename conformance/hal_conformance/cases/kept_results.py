@@ -9,13 +9,12 @@ optimizer, or the next batch, has written into it.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance.arguments import has_elements
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import before_backward, observed, part, same_leaves, same_results
+from hal_conformance.cases.base import PassBack, before_backward, observed, part, same_leaves, same_results
 from hal_conformance.cases.wrapped import Wrapped
 from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
@@ -33,9 +32,10 @@ results in three."""
 class KeptResults(Wrapped):
     """The case `inner`, for one preset, run with the inputs of another seed among calls with its own.
 
-    Its own; the forward passes of the other seed and of two of its own, as micro-batches in flight, then their
-    backward passes, the last first; then its own in the other's tensors, the same objects with other values, as weights
-    are after an optimizer's step in place. The other's results and gradients are judged, which are read after all of
+    Its own; the forward passes of the other seed and of two of its own, as micro-batches in flight, then a backward
+    pass of its own, the other's, and one of its own: neither the last comes first, nor the first, as in a pipeline.
+    Then its own in the other's tensors, the same objects with other values, as weights are after an optimizer's step in
+    place. The other's results and gradients are judged, which are read after all of
     it: what was kept in the first call for a shape is wrong for these. Its own are judged where two runs differ in a
     bit.
     """
@@ -48,10 +48,10 @@ class KeptResults(Wrapped):
     def what(self) -> str:
         """See `Case.what`."""
         return (
-            f"As {self.inner.name} with another seed, among calls with this one: one before, two whose forward and "
-            "backward passes lie between the other's forward and its backward pass, and one in the same tensors after "
-            "it; all give the same. Results and gradients are read after the last call: none of them lies in memory "
-            f"that another call writes into. {self.inner.what}"
+            f"As {self.inner.name} with another seed, among calls with this one: one before, two whose forward passes "
+            "lie between the other's forward and its backward pass, which lies between theirs, and one in the same "
+            "tensors after it; all give the same. Results and gradients are read after the last call: none of them "
+            f"lies in memory that another call writes into. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
@@ -72,10 +72,13 @@ class KeptResults(Wrapped):
         def run_own(given: dict[str, torch.Tensor] = own) -> None:
             runs.append(observed(self.inner.run(ops, given, p)))
 
-        def in_flight(more: int = IN_FLIGHT) -> None:
-            if more:
-                with before_backward(partial(in_flight, more - 1)):
-                    run_own()
+        def in_flight(pass_back: PassBack) -> None:
+            def between(_: PassBack) -> None:
+                run_own()
+                pass_back()
+
+            with before_backward(between):
+                run_own()
 
         run_own()
         with same_leaves(memory.values()):

@@ -36,7 +36,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import ROUTING, expected_structure
-from hal_conformance.cases.sized import FEW_EXPERTS, Long, Unaligned, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Long, TokenCounts, Unaligned, Wide
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
@@ -313,6 +313,7 @@ CASES = (
     # One token, which is cheap, for what else there is: a selection bias, and many experts.
     KeptResults("layer.kept_one_token", ONE_TOKEN, only=("ling-2.0-mini",)),
     Strided("layer.strided", BACKWARD),
+    TokenCounts("layer.token_counts", BACKWARD, only=FEW_EXPERTS),
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),
     LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
     Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),

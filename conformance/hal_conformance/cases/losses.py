@@ -31,7 +31,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
@@ -323,6 +323,7 @@ CASES = (
     Aligned("losses.aligned_aux", AUX, only=KINDS),
     Aligned("losses.aligned_z", Z_LOSS),
     Long("losses.long_aux", AUX, only=FEW_EXPERTS),
+    Many("losses.many_z", Z_LOSS, only=FEW_EXPERTS),
     Long("losses.long_z", Z_LOSS, only=FEW_EXPERTS),
     Tails("losses.aux_tails", AUX, only=FEW_EXPERTS),
     Tails("losses.z_tails", Z_LOSS, only=FEW_EXPERTS),
@@ -341,4 +342,7 @@ CASES = (
     Shifted("losses.z_shifted", Z_LOSS, only=FEW_EXPERTS),
     Sliced("losses.aux_sliced", AUX, only=FEW_EXPERTS),
     Strided("losses.z_strided", Z_LOSS, only=FEW_EXPERTS),
+    Sliced("losses.z_sliced", Z_LOSS, only=FEW_EXPERTS),
+    TokenCounts("losses.aux_token_counts", AUX, only=FEW_EXPERTS),
+    TokenCounts("losses.z_token_counts", Z_LOSS, only=FEW_EXPERTS),
 )  # fmt: skip

@@ -18,8 +18,8 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -325,12 +325,15 @@ CASES = (
     NoTokens("norm.layer_no_tokens", "norm", _LAYER, "Zero tokens: zero gradients of weight and bias.", "layer"),
     Strided("norm.rms_strided", Norm("norm.rms", "norm", _RMS, _LARGE, eps=1e-3)),
     Strided("norm.layer_strided", Norm("norm.layer", "norm", _LAYER, _LARGE, "layer", 1e-3)),
+    TokenCounts("norm.rms_token_counts", RMS), TokenCounts("norm.layer_token_counts", LAYER),
+    Sliced("norm.rms_sliced", RMS), Sliced("norm.layer_sliced", LAYER),
     Shifted("norm.rms_shifted", RMS), Shifted("norm.layer_shifted", LAYER),
     Aligned("norm.rms_aligned", RMS), Aligned("norm.layer_aligned", LAYER),
     Unaligned("norm.rms_unaligned", RMS), Unaligned("norm.layer_unaligned", LAYER),
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
     KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
     Untrained("norm.rms_untrained", RMS, ("y_TD",)), Untrained("norm.layer_untrained", LAYER, ("y_TD",)),
+    Many("norm.rms_many", RMS), Many("norm.layer_many", LAYER),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Wide("norm.rms_wide", RMS, of=WIDE), Wide("norm.layer_wide", LAYER, of=WIDE),
     Frozen("norm.rms_frozen", RMS),

@@ -16,7 +16,8 @@ from hal_conformance import inputs as make
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import TokenCounts
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.detectors import exact, judge, merge, structure
@@ -214,5 +215,6 @@ CASES = (
     KeptResults("rotary.kept", RANDOM),
     Untrained("rotary.untrained", RANDOM, ("y_THd",)),
     Untrained("rotary.one_token_untrained", ONE_TOKEN, ("y_THd",), modes=IN_SERVICE),
-    Strided("rotary.strided", RANDOM), Shifted("rotary.shifted", RANDOM),
+    TokenCounts("rotary.token_counts", RANDOM),
+    Strided("rotary.strided", RANDOM), Sliced("rotary.sliced", RANDOM), Shifted("rotary.shifted", RANDOM),
 )  # fmt: skip

@@ -31,8 +31,8 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.router import ROUTING, RouterCase, expected_structure, judge_routing, judge_stages
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Unaligned, Wide
-from hal_conformance.cases.strided import Shifted, Strided
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
 from hal_conformance.chained import Chained, product
@@ -266,7 +266,8 @@ CASES = (
         "gradients, and the gate's, which sums over tokens; the gradients of all other tokens are judged as "
         "in router.replayed.",
     ),
-    Strided("router.strided", BACKWARD, only=KINDS[:2]),
+    Strided("router.strided", BACKWARD, only=KINDS[:2]), Sliced("router.sliced", BACKWARD, only=KINDS[1:2]),
+    TokenCounts("router.token_counts", BACKWARD, only=FEW_EXPERTS),
     Shifted("router.shifted", BACKWARD, only=FEW_EXPERTS),
     Untrained(
         "router.replayed_untrained",
@@ -275,6 +276,7 @@ CASES = (
     ),
     Frozen("router.frozen", BACKWARD, only=KINDS[:2]), Frozen("router.frozen_replayed", REPLAYED),
     Aligned("router.aligned", BACKWARD, only=KINDS[:2]),
+    Many("router.many", BACKWARD, only=FEW_EXPERTS),
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
     Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
     Wide("router.wide", BACKWARD, only=KINDS[:2]),

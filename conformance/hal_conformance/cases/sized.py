@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance.case import Arrays, Footprint, Params
-from hal_conformance.cases.base import At, Shape, shape
+from hal_conformance.cases.base import At, Shape, observed, part, shape
 from hal_conformance.cases.wrapped import Wrapped
+from hal_conformance.detectors import joined
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
@@ -81,6 +82,22 @@ class Long(Sized):
         return Shape(self.TOKENS, self.WIDTH, self.WIDTH)
 
 
+class Many(Long):
+    """More tokens than 16 bits count, in one dtype: CUDA's grids have at most 65,535 blocks along their second axis."""
+
+    TOKENS = 65_600
+    WIDTH = 8
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return _one_of(super().dtypes())
+
+
+def _one_of(dtypes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return one dtype for what does not depend on it: which rows there are."""
+    return ("bfloat16",) if "bfloat16" in dtypes else dtypes[:1]
+
+
 @dataclass(frozen=True)
 class Wide(Sized):
     """Few rows that are longer than what a kernel's loops read in one pass, at every scale.
@@ -122,3 +139,59 @@ class Unaligned(Sized):
         """See `Sized.sizes`: three less than multiples of 8."""
         s = shape(p)
         return Shape(s.tokens, s.width - 3, s.hidden - 3)
+
+
+class TokenCounts(Wrapped):
+    """The case `inner`, for one preset in one dtype, with each of several numbers of narrow tokens in turn."""
+
+    FIRST = 97
+    WIDTH = 8
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, for {self.FIRST} to {self.FIRST + 15} narrow tokens (to {self.FIRST + 31} beyond "
+            "tiny), one after the other: every rest that a tile of 16 (of 32) tokens may leave. A tail that is "
+            f"lost for one of them is wrong here. {self.inner.what}"
+        )
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return _one_of(super().dtypes())
+
+    def each(self, p: Params) -> dict[str, At]:
+        """Return the instances by their label."""
+        counts = range(self.FIRST, self.FIRST + (16 if p.scale == "tiny" else 32))
+        return {
+            f"{count} tokens": At(p.preset, p.dtype, p.scale, p.seed, Shape(count, self.WIDTH, self.WIDTH))
+            for count in counts
+        }
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        each = [super(TokenCounts, self).footprint(at) for at in self.each(p).values()]
+        return Footprint(sum(one.inputs for one in each), sum(one.outputs for one in each))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`."""
+        return {
+            f"{label}/{name}": array
+            for label, at in self.each(p).items()
+            for name, array in self.inner.inputs(at).items()
+        }
+
+    def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
+        """See `Case.run`."""
+        return {
+            f"{label}/{name}": tensor
+            for label, at in self.each(p).items()
+            for name, tensor in observed(self.inner.run(ops, part(tensors, label), at)).items()
+        }
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        return joined({
+            label: self.inner.judge(part(inputs, label), part(outputs, label), at, contract)
+            for label, at in self.each(p).items()
+        })  # fmt: skip

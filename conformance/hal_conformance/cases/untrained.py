@@ -25,7 +25,7 @@ class Mode(NamedTuple):
     Attributes:
         said: for the reader.
         context: returns what it runs in, given torch.
-        given: makes the operator's argument of an input of floating point.
+        given: makes the operator's argument of a copy of an input of floating point.
     """
 
     said: str
@@ -37,15 +37,13 @@ _MODES = {
     "no_grad": Mode(
         "under torch.no_grad() with inputs that require a gradient",
         lambda torch: torch.no_grad(),
-        lambda tensor: tensor.detach().requires_grad_(),
+        lambda tensor: tensor.requires_grad_(),
     ),
-    "inference_mode": Mode(
-        "under torch.inference_mode()", lambda torch: torch.inference_mode(), lambda tensor: tensor.clone()
-    ),
+    "inference_mode": Mode("under torch.inference_mode()", lambda torch: torch.inference_mode(), lambda tensor: tensor),
     "frozen": Mode(
         "with gradients enabled where no input requires one",
         lambda torch: nullcontext(),
-        lambda tensor: tensor.detach(),
+        lambda tensor: tensor,
     ),
 }
 MODES = tuple(_MODES)
@@ -53,9 +51,17 @@ IN_SERVICE = ("inference_mode",)
 """For what is special to one case: whoever asks how a tensor is used there mostly asks for gradients."""
 
 
+def _other_values(tensor: torch.Tensor) -> torch.Tensor:
+    """Return others of the same kind: no multiple of them, which would have the same directions."""
+    return -tensor.roll(1, -1) if tensor.dim() else -tensor
+
+
 @dataclass(frozen=True)
 class Untrained(Wrapped):
     """The case `inner`, for one preset, as it is, and in some modes without its backward pass.
+
+    Before a mode's results the same tensors, as objects, held other values: a converted weight that is kept for
+    evaluation must not outlive the next step of training.
 
     Attributes:
         results: the outputs that are no gradients. Those of each mode are judged by themselves, with the gradients of
@@ -70,7 +76,8 @@ class Untrained(Wrapped):
         """See `Case.what`."""
         return (
             f"As {self.inner.name}, whose results are judged where nothing is trained, too: "
-            f"{', and '.join(_MODES[mode].said for mode in self.modes)}. {self.inner.what}"
+            f"{', and '.join(_MODES[mode].said for mode in self.modes)}; each time in tensors that held other "
+            f"values at the call before. {self.inner.what}"
         )
 
     def footprint(self, p: Params) -> Footprint:
@@ -89,8 +96,15 @@ class Untrained(Wrapped):
         found, others = super().run(ops, tensors, p), {}
         for mode in self.modes:
             with _MODES[mode].context(torch), nothing_trained():
-                inputs = {name: _MODES[mode].given(t) if t.is_floating_point() else t for name, t in tensors.items()}
-                others[mode] = observed(super().run(ops, inputs, p))
+                floats = {name: _MODES[mode].given(t.clone()) for name, t in tensors.items() if t.is_floating_point()}
+                with torch.no_grad():
+                    for name, tensor in floats.items():
+                        tensor.copy_(_other_values(tensors[name]))
+                super().run(ops, tensors | floats, p)
+                with torch.no_grad():
+                    for name, tensor in floats.items():
+                        tensor.copy_(tensors[name])
+                others[mode] = observed(super().run(ops, tensors | floats, p))
         for mode, outputs in others.items():
             for name in self.results:
                 if name in found and name not in outputs:

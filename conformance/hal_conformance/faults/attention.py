@@ -694,3 +694,18 @@ class SpreadsNanOfHeads(Attention):
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         return super().attention(q_THd + 0 * q_THd.sum(1, keepdim=True), k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class AddsTheMaskBehindAPrefix(Attention):
+    """Behind a prefix a mask is added to the logits, as torch's kernels do: a hidden key of NaN reaches every query."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        queries, keys = len(q_THd), len(k_SGd)
+        if not causal or queries == keys:
+            return super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q_THd.device).tril(keys - queries)
+        q, k, v = (x.float().transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+        return y[0].transpose(0, 1).to(q_THd.dtype)

@@ -89,6 +89,33 @@ class LastCall:
         return [next(found) if need else None for need in asked]
 
 
+class Stacked(LastCall):
+    """An operator whose backward pass takes what was put on a stack last, as if passes came in the reverse order."""
+
+    def keep(self, given: tuple[Any, ...]) -> int:
+        """See `LastCall.keep`: the first place is that of what was taken."""
+        self._given.append(tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given))
+        return 0
+
+    def gradients(
+        self, buffer: int, operator: Callable[..., Tensor], asked: list[bool], upstream: Tensor
+    ) -> list[Tensor | None]:
+        """See `LastCall.gradients`."""
+        self._given[buffer] = self._given.pop()
+        return super().gradients(buffer, operator, asked, upstream)
+
+
+class InEvaluation:
+    """What tensors held when they were seen first where nothing is trained; in training they are read anew."""
+
+    def __init__(self) -> None:
+        self._parameters = OfParameters()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return a copy, or the tensor."""
+        return tensor if torch.is_grad_enabled() else self._parameters.of(tensor)
+
+
 class _OfTheLastCall(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, last: LastCall, operator: Callable[..., Tensor], *given: Any) -> Tensor:
@@ -106,7 +133,8 @@ class _Keeping:
     def __init__(self) -> None:
         super().__init__()
         self.copies, self.of_parameters = Copies(), OfParameters()
-        self.last, self.in_two_buffers = LastCall(), LastCall(2)
+        self.last, self.in_two_buffers, self.stacked = LastCall(), LastCall(2), Stacked()
+        self.in_evaluation = InEvaluation()
 
 
 # Stale copies ------------------------------------------------------------------------------------------------------
@@ -265,6 +293,50 @@ class PacksExpertsOfAParameter(_Keeping, Alone):
         return super().experts(x_RD, counts_E, ExpertWeights(*map(self.of_parameters.of, weights)))
 
 
+@fault()
+class KeepsTheLayerNormInEvaluation(_Keeping, Norm):
+    """LayerNorm's weight, once converted, serves for a Parameter wherever nothing is trained."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        return super().layer_norm(x_TD, self.in_evaluation.of(weight_D), bias_D, eps)
+
+
+@fault()
+class KeepsTheHeadInEvaluation(_Keeping, Head):
+    """NormHead's weights are normalised once for a Parameter wherever nothing is trained."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        weight = self.in_evaluation.of(weight_VD)
+        return super().norm_head(x_TD, weight, train=train, through_norm=through_norm)
+
+
+@fault()
+class KeepsTheUpProjectionsInEvaluation(_Keeping, Attention):
+    """Latent attention absorbs its up projections once for a Parameter wherever nothing is trained."""
+
+    def latent_attention(
+        self, q_THd: Tensor, q_THR: Tensor, latent_SL: Tensor, k_SR: Tensor, up_k_HdL: Tensor, up_v_HeL: Tensor,
+        scale: float, *, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """See `TrainingOps.latent_attention`."""
+        ups = self.in_evaluation.of(up_k_HdL), self.in_evaluation.of(up_v_HeL)
+        return super().latent_attention(q_THd, q_THR, latent_SL, k_SR, *ups, scale, causal=causal)
+
+
+@fault()
+class KeepsTheGateInEvaluation(_Keeping, Alone):
+    """The router's gate, once converted to float32, serves for a Parameter wherever nothing is trained."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        return super().route(x_TD, self.in_evaluation.of(gate_ED), spec, bias_E, experts_TK=experts_TK)
+
+
 class _StaleLayer:
     """A fused layer, which has no other operator."""
 
@@ -272,6 +344,7 @@ class _StaleLayer:
 
     def __init__(self) -> None:
         self.copies, self.of_parameters, self._parts = Copies(), OfParameters(), Alone()
+        self.in_evaluation = InEvaluation()
 
     def kept(self, weights: LayerWeights) -> LayerWeights:
         """Return the weights, some of them as they were."""
@@ -334,6 +407,15 @@ class LayerKeepsExpertsOfParameters(_StaleLayer):
 
 
 @fault()
+class LayerKeepsItsExpertsInEvaluation(_StaleLayer):
+    """A fused layer's experts, once packed, serve for a Parameter wherever nothing is trained."""
+
+    def kept(self, weights: LayerWeights) -> LayerWeights:
+        """See `_StaleLayer.kept`."""
+        return weights._replace(experts=ExpertWeights(*map(self.in_evaluation.of, weights.experts)))
+
+
+@fault()
 class LayerKeepsTheGateOfAParameter(_StaleLayer):
     """A fused layer's gate, once converted, serves as long as there is the Parameter."""
 
@@ -352,6 +434,24 @@ class RmsNormOfTheLastCall(_Keeping, Norm):
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""
         return self.last(super().rms_norm, x_TD, weight_D, eps)
+
+
+@fault()
+class RmsNormOfTheLastOnAStack(_Keeping, Norm):
+    """RMSNorm's backward pass takes the tokens that were put on a stack last: passes in another order are wrong."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return self.stacked(super().rms_norm, x_TD, weight_D, eps)
+
+
+@fault()
+class AttentionOfTheLastOnAStack(_Keeping, Attention):
+    """Attention's backward pass takes what was put on a stack last: passes in another order are wrong."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        return self.stacked(partial(super().attention, causal=causal), q_THd, k_SGd, v_SGe, scale)
 
 
 @fault()

@@ -170,3 +170,66 @@ class ProjectsFewChannels(Head):
     def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
         """See `TrainingOps.norm_head`."""
         return super().norm_head(_within(x_TD, 256), weight_VD, train=train, through_norm=through_norm)
+
+
+@fault()
+class ComparesHeadsOf136(Attention):
+    """Queries and keys are compared by the first 136 channels."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        return super().attention(q_THd, _within(k_SGd, 136), v_SGe, scale, causal=causal)
+
+
+GRID = 65_535
+"""Blocks along the second axis of a grid of CUDA's."""
+
+
+@fault()
+class NormalisesAGrid(Norm):
+    """RMSNorm has one block for each token, along the second axis of its grid."""
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.rms_norm`."""
+        return _within(super().rms_norm(x_TD, weight_D, eps), GRID, 0)
+
+
+@fault()
+class ProjectsAGrid(Head):
+    """NormHead has one block for each entry of the vocabulary, along the second axis of its grid."""
+
+    def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
+        """See `TrainingOps.norm_head`."""
+        return _within(super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm), GRID)
+
+
+@fault()
+class RoutesAGrid(Alone):
+    """The router has one block for each token, along the second axis of its grid; the weights beyond are zero."""
+
+    def route(
+        self, x_TD: Tensor, gate_ED: Tensor, spec: RouterSpec, bias_E: Tensor | None = None, *,
+        experts_TK: Tensor | None = None,
+    ) -> Routing:  # fmt: skip
+        """See `MoEOps.route`."""
+        routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
+        return routing._replace(weights_TK=_within(routing.weights_TK, GRID, 0))
+
+
+@fault()
+class DispatchesAGrid(Alone):
+    """Dispatch has one block for each row, along the second axis of its grid."""
+
+    def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
+        """See `MoEOps.dispatch`."""
+        sent = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
+        return sent._replace(x_RD=_within(sent.x_RD, GRID, 0))
+
+
+@fault()
+class CombinesSlotsOfSixteenBits(Alone):
+    """Combine reads slots as int16: it finds nothing of the rows beyond 32,767."""
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        return super().combine(_within(y_RD, 2**15 - 1, 0), weights_TK, slot_R, num_tokens)

@@ -49,9 +49,9 @@ def test_a_backend_that_hangs_while_it_lists_is_said_to_do_that(distributions: A
         "slow", "from fake_dist_mychip import Stub\nimport time\nclass Slow(Stub):\n    name = 'slow'\n"
         "    def discover(self): time.sleep(3600)\nbackend = Slow()",
     )  # fmt: skip
-    status, report = doctor(hal_command, "--timeout", "20", HAL_BACKENDS="slow")
+    status, report = doctor(hal_command, "--timeout", "10", HAL_BACKENDS="slow")
     assert status == 3
-    assert report["backends"][0]["reason"] == "listing its devices: the process did not answer within 20 s"
+    assert report["backends"][0]["reason"] == "listing its devices: the process did not answer within 10 s"
 
 
 def test_advice_is_told_for_hardware_that_seems_absent_too(distributions: Any, hal_command: Any) -> None:
@@ -68,9 +68,9 @@ def test_advice_is_told_for_hardware_that_seems_absent_too(distributions: Any, h
 
 def test_the_timeout_ends_a_backend_that_hangs(distributions: Any, hal_command: Any) -> None:
     distributions.stub("mychip", opens="import time; time.sleep(3600)")
-    status, report = doctor(hal_command, "--timeout", "20", HAL_BACKENDS="mychip")
+    status, report = doctor(hal_command, "--timeout", "10", HAL_BACKENDS="mychip")
     assert status == 3
-    assert report["backends"][0]["reason"] == "opening mychip:0: the process did not answer within 20 s"
+    assert report["backends"][0]["reason"] == "opening mychip:0: the process did not answer within 10 s"
 
 
 def test_a_torch_plugin_that_raises_is_named_with_what_to_do(distributions: Any, hal_command: Any) -> None:

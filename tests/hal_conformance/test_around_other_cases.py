@@ -131,12 +131,12 @@ class Calls(TorchTrainingOps):
         return y * 1.01 if number == self.off else y
 
 
-def test_the_other_seeds_graph_waits_for_two_calls_and_its_tensors_are_used_again():
+def test_the_other_seeds_backward_pass_lies_between_those_of_two_calls_and_its_tensors_are_used_again():
     p, ops = Params("ling-lite", "float32", "tiny"), Calls()
     assert judge(KEPT, ops, p).status.colour == "green"
     calls = [entry for entry in ops.order if entry[0] == "forward"]
     assert [entry[:2] if entry[0] == "backward" else entry[0] for entry in ops.order] == [
-        "forward", ("backward", 0), "forward", "forward", "forward", ("backward", 3), ("backward", 2), ("backward", 1),
+        "forward", ("backward", 0), "forward", "forward", "forward", ("backward", 3), ("backward", 1), ("backward", 2),
         "forward", ("backward", 4),
     ]  # fmt: skip
     assert [where for _, where, _, _ in calls] == [calls[i][1] for i in (0, 1, 0, 0, 1)]
@@ -169,9 +169,12 @@ class InPass(TorchTrainingOps):
         return self.change(y) if weight_D.requires_grad and not x_TD.requires_grad else y
 
 
-def test_each_input_is_trained_alone_and_each_pass_is_judged():
+def test_each_input_is_trained_alone_and_frozen_alone_and_each_pass_is_judged():
     p = Params("ling-lite", "float32", "tiny")
-    assert FROZEN.passes(("x_TD", "weight_D", "bias_D")) == [("x_TD",), ("weight_D",), ("bias_D",)]
+    assert FROZEN.passes(("x_TD", "weight_D", "bias_D")) == [
+        ("x_TD",), ("weight_D",), ("bias_D",), ("weight_D", "bias_D"), ("x_TD", "bias_D"), ("x_TD", "weight_D"),
+    ]  # fmt: skip
+    assert FROZEN.passes(("x_TD", "weight_D")) == [("x_TD",), ("weight_D",)]
     assert judge(FROZEN, TorchTrainingOps(), p).status.colour == "green"
     assert judge(FROZEN, InPass(lambda y: y), p).status.colour == "green"
     other_bits = judge(FROZEN, InPass(lambda y: y * (1 + 2.0**-24 * 1.5)), p)
@@ -185,6 +188,18 @@ def test_each_input_is_trained_alone_and_each_pass_is_judged():
     assert other_bits.detectors["rms"] is not None  # whole arrays have their statistics, whosever pass it is
     with pytest.raises(Malformed, match="requires no gradient"):
         judge(FROZEN, InPass(lambda y: y.detach()), p)
+
+
+@pytest.mark.parametrize("without", [lambda x: x.detach(), lambda x: x.detach() + 0 * x])
+def test_a_gradient_that_other_passes_have_is_missed_in_its_own(without):
+    class NoTokens(TorchTrainingOps):
+        def layer_norm(self, x_TD, weight_D, bias_D, eps):
+            alone = weight_D.requires_grad and not bias_D.requires_grad
+            return super().layer_norm(without(x_TD) if alone else x_TD, weight_D, bias_D, eps)
+
+    found = judge(FROZEN, NoTokens(), Params("ling-lite", "float32", "tiny"))
+    assert found.status.colour == "red"
+    assert "dx" in found.detail
 
 
 def test_both_calls_of_a_pass_that_adds_to_a_gradient_are_judged():

@@ -16,6 +16,7 @@ from hal_conformance.bounds import smallest_normal
 from hal_conformance.case import DTYPES, F64, Array, Arrays, Case, Params
 from hal_conformance.cases.base import Base, observed
 from hal_conformance.cases.base import wide as widened
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.detectors import Finding, exact, merge, structure
 from hal_conformance.oracle import fp8
 from hal_conformance.verdicts import Judgement, Status
@@ -337,17 +338,20 @@ _VIEWS = (
     "parts of rows, every third row, one row, one element, with an axis or without, none at all, with three axes; 0 "
     "to 35 blocks, among them 33."
 )
+CAST = tuple(Cast(f"fp8.cast_{f}", "fp8", ("cast_fp8",), f"Casts to {f}{_CAST}", f) for f in fp8.FORMATS)
+SCALE = tuple(
+    Scale(f"fp8.scale_{f}", "fp8", ("scale_fp8",), f"Scales and elements of {f}{_SCALE}", f) for f in ("e4m3fn", "e5m2")
+)
 CASES: tuple[Case, ...] = (
-    *(Cast(f"fp8.cast_{f}", "fp8", ("cast_fp8",), f"Casts to {f}{_CAST}", f) for f in fp8.FORMATS),
+    *CAST,
     *(Uncast(f"fp8.uncast_{f}", "fp8", ("uncast_fp8",), f"{f} read back{_UNCAST}", f) for f in fp8.FORMATS),
     Uncast(
         "fp8.uncast_e8m0", "fp8", ("uncast_fp8",),
         "Every code of the scale format e8m0: 2^(code - 127), 255 for NaN; 0 is 2^-127 and no zero.", "e8m0",
     ),
-    *(
-        Scale(f"fp8.scale_{f}", "fp8", ("scale_fp8",), f"Scales and elements of {f}{_SCALE}", f)
-        for f in ("e4m3fn", "e5m2")
-    ),
+    *SCALE,
+    KeptResults("fp8.cast_kept", CAST[0]),
+    KeptResults("fp8.scale_kept", SCALE[0]),
     *(
         Views(f"fp8.views_{f}", "fp8", ("cast_fp8", "uncast_fp8", *(("scale_fp8",) if f in LARGEST_EXPONENT else ())),
               f"{f} in other layouts and sizes{_VIEWS}", f)

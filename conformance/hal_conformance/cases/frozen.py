@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -43,7 +43,7 @@ class Frozen(Wrapped):
 
     Attributes:
         first: what is trained in the first of two passes, the others being trained in the second. Empty: each input is
-            trained alone, so that whatever another one's gradient is computed along with is frozen in some pass.
+            trained alone, and then all but one, for each of them.
         twice: whether a second backward pass adds minus half of the gradient to what is there, so that half of it is
             left: a gradient in a buffer that the second one overwrites shows. Every other pass does so. Not where
             gradients are rounded, since an honest second one need not have the bits of the first.
@@ -56,7 +56,7 @@ class Frozen(Wrapped):
     @property
     def what(self) -> str:
         """See `Case.what`."""
-        how = "each input trained alone, everything else being frozen"
+        how = "each input trained alone, everything else being frozen, and each one frozen alone"
         if self.first:
             how = f"{' and '.join(self.first)} trained and everything else frozen, then the reverse"
         again = ", where a second backward pass adds minus half of the gradient to what is there" if self.twice else ""
@@ -69,10 +69,13 @@ class Frozen(Wrapped):
         """Return the inputs that each pass trains, of all that have gradients."""
         if self.first:
             return [self.first, tuple(name for name in names if name not in self.first)]
-        return [(name,) for name in names]
+        all_but_one = [tuple(other for other in names if other != name) for name in names]
+        return [*((name,) for name in names), *(all_but_one if len(names) > 2 else ())]
 
     def run(self, ops: Any, tensors: dict[str, torch.Tensor], p: Params) -> dict[str, torch.Tensor]:
-        """See `Case.run`: results of a pass have its name where one has not the bits of the first pass's."""
+        """See `Case.run`: what a pass gives has its name where a result has not the bits of the first pass's, or
+        a gradient not those of an earlier pass.
+        """
         names = self.inner.names(tensors)
         first: dict[str, torch.Tensor] = {}
         found: dict[str, torch.Tensor] = {}
@@ -90,8 +93,12 @@ class Frozen(Wrapped):
             first = first or own
             if twice and not same_results(once, first):
                 found |= {f"{CALL} {number}/{name}": tensor for name, tensor in once.items()}
-            label = "" if same_results(own, first) else f"{PASS} {number}/"
-            found |= {f"{label}{name}": tensor for name, tensor in {**own, **observed(gradients)}.items()}
+            given_back = observed(gradients)
+            before = {name: found[name] for name in given_back if name in found}
+            whole = len(given_back) == len(trained)
+            alike = same_results(own, first) and same_results({name: given_back[name] for name in before}, before)
+            label = "" if whole and alike else f"{PASS} {number}/"
+            found |= {f"{label}{name}": tensor for name, tensor in {**own, **given_back}.items()}
             found |= observed(unasked)
         return found
 
@@ -102,7 +109,7 @@ class Frozen(Wrapped):
             return Judgement(Status.FAIL_STRUCTURE, detail=f"frozen, and has a gradient: {', '.join(unasked)}")
         passes = dict(enumerate(self.passes(self.inner.names(inputs)), 1))
         own = {number: part(outputs, f"{PASS} {number}") for number in passes}
-        alike = [name for number, names in passes.items() if not own[number] for name in names]
+        alike = {name for number, names in passes.items() if not own[number] for name in names}
         found = {name: array for name, array in outputs.items() if "/" not in name}
         judged = {"first results": self._judged(inputs, found, p, contract, alike)}
         for number, names in passes.items():
@@ -113,7 +120,7 @@ class Frozen(Wrapped):
         return joined(judged) if len(judged) > 1 else judged["first results"]
 
     def _judged(
-        self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract, trained: Sequence[str]
+        self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract, trained: Container[str]
     ) -> Judgement:
         """Judge results, and the gradients of what was trained with them."""
         others = {f"d{name}": inputs[name] for name in self.inner.names(inputs) if name not in trained}

@@ -16,6 +16,7 @@ from hal_conformance import inputs as make
 from hal_conformance.case import F64, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import backward, keeps_nonfinite, leaf, observed, shape, wide
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
@@ -346,6 +347,7 @@ CASES = (
     ),
     ManyTensors("gradients.clip_many", CLIP),
     Strided("gradients.clip_strided", CLIP),
+    KeptResults("gradients.clip_kept", CLIP),
     ACCUMULATE,
     Accumulate(
         "gradients.accumulate_one", "gradients", ("accumulate_gradients",),
@@ -360,6 +362,7 @@ CASES = (
     MixedTensors("gradients.accumulate_mixed", ACCUMULATE),
     ManyTensors("gradients.accumulate_many", ACCUMULATE),
     Strided("gradients.accumulate_strided", ACCUMULATE),
+    KeptResults("gradients.accumulate_kept", ACCUMULATE),
     AccumulateNonfinite(
         "gradients.accumulate_nonfinite", "gradients", ("accumulate_gradients",),
         "As gradients.accumulate with one NaN in one micro-batch and one infinity in another: their elements of the "

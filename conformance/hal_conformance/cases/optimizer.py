@@ -16,6 +16,7 @@ from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, Arrays, Footprint, Params
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import keeps_nonfinite, observed
+from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
@@ -499,6 +500,7 @@ CASES = (
         "they reach their own elements and no other, and the NaN stays.", SGDHyper(0.125, 0.5),
     ),
     Strided("optimizer.strided", ADAMW),
+    KeptResults("optimizer.adamw_kept", replace(ADAMW, steps=1)),
     Strided("optimizer.adam_strided", replace(ADAM, steps=2)),
     Strided("optimizer.sgd_strided", EXACT_SGD),
 )  # fmt: skip

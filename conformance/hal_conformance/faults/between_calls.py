@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from hal.moe.fp8_ops import FP8Format, MXFormat, Scaled
 from hal.moe.model_spec import MoEModelSpec
 from hal.moe.ops import Dispatch, ExpertWeights, LayerOutput, LayerWeights, Routing, SharedWeights
+from hal.moe.optimizer_ops import Clipped
 from hal.moe.router_spec import RouterSpec
 from hal_conformance.faults.attention import Attention
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.fp8 import FP8
 from hal_conformance.faults.head import Head
 from hal_conformance.faults.norm import Norm
 from hal_conformance.faults.parts import Alone, gradient_of
 from hal_conformance.faults.rotary import Rotary
+from hal_conformance.faults.written import Gradients, Tensors
 
 
 class Copies:
@@ -664,3 +668,73 @@ class ExpertsInThreeBuffers(_ResultsInTurn):
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
         return self.in_turn(super().experts(x_RD, counts_E, weights))
+
+
+# Gradients, steps and casts ------------------------------------------------------------------------------------------
+
+
+class Buffer:
+    """Memory for results of one shape and dtype, into which every call writes its own."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[object, ...], Tensor] = {}
+
+    def hold(self, result: Tensor, place: int = 0) -> Tensor:
+        """Return the buffer, or the one for what stands at that place of a list, with the result in it."""
+        return self._held.setdefault((place, result.dtype, *result.shape), torch.empty_like(result)).copy_(result)
+
+
+@fault()
+class KeepsTheNormOfAGradient(Gradients):
+    """The norm of gradients serves as long as the first of them is the same tensor, as it is if zeros are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._norms = WeakTensorKeyDictionary()
+
+    def clip_grad_norm(self, gradients: Tensors, max_norm: float) -> Clipped:
+        """See `OptimizerOps.clip_grad_norm`."""
+        clipped = super().clip_grad_norm(gradients, max_norm)
+        if not gradients:
+            return clipped
+        return clipped._replace(norm=self._norms.setdefault(gradients[0], clipped.norm.clone()))
+
+
+@fault()
+class AccumulatesIntoABuffer(Gradients):
+    """Sums of micro-batches lie in a buffer, which the next sum overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer = Buffer()
+
+    def accumulate_gradients(self, parts: Sequence[Tensors], tokens: Sequence[int]) -> list[Tensor]:
+        """See `OptimizerOps.accumulate_gradients`."""
+        return [self._buffer.hold(total, i) for i, total in enumerate(super().accumulate_gradients(parts, tokens))]
+
+
+@fault()
+class CastsIntoABuffer(FP8):
+    """Codes lie in a buffer, which the next cast of the same shape overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer = Buffer()
+
+    def cast_fp8(self, x: Tensor, format: FP8Format) -> Tensor:
+        """See `FP8Ops.cast_fp8`."""
+        return self._buffer.hold(super().cast_fp8(x, format))
+
+
+@fault()
+class ScalesIntoABuffer(FP8):
+    """Scales of blocks lie in a buffer, which the next call overwrites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffer = Buffer()
+
+    def scale_fp8(self, x_NB: Tensor, format: MXFormat) -> Scaled:
+        """See `FP8Ops.scale_fp8`."""
+        scaled = super().scale_fp8(x_NB, format)
+        return scaled._replace(scales=self._buffer.hold(scaled.scales))

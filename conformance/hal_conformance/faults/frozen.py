@@ -43,6 +43,36 @@ class ValuesNeedTrainedLogits(Attention):
         return super().attention(q_THd, k_SGd, values, scale, causal=causal)
 
 
+@fault()
+class TokensNeedAllOfLayerNorm(Norm):
+    """LayerNorm's tokens have a gradient of zero where the weight is trained and the bias is frozen."""
+
+    def layer_norm(self, x_TD: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
+        """See `TrainingOps.layer_norm`."""
+        trained = bias_D.requires_grad or not weight_D.requires_grad
+        return super().layer_norm(lost_unless(trained, x_TD), weight_D, bias_D, eps)
+
+
+@fault()
+class QueriesNeedTrainedValues(Attention):
+    """Queries have gradients of zero where keys are trained and values are frozen."""
+
+    def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
+        """See `TrainingOps.attention`."""
+        queries = lost_unless(v_SGe.requires_grad or not k_SGd.requires_grad, q_THd)
+        return super().attention(queries, k_SGd, v_SGe, scale, causal=causal)
+
+
+@fault()
+class RowsNeedAGatesGradient(Alone):
+    """The experts' rows have a gradient of zero where w2 is trained and w1 is frozen."""
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        trained = weights.w1_EFD.requires_grad or not weights.w2_EDF.requires_grad
+        return super().experts(lost_unless(trained, x_RD), counts_E, weights)
+
+
 class _Latent(Attention):
     def given(self, *six: Tensor) -> tuple[Tensor, ...]:
         """Return the six tensors, one of which may lose its gradient."""

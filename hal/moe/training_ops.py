@@ -117,8 +117,8 @@ class TrainingOps(Protocol):
             W'_vd = W_vd / (n_d + 1e-7),    n_d = sqrt(sum_v W_vd^2)
 
         The norm of each *column*, over the vocabulary, in float32 over all V rows (all ranks, where the vocabulary is
-        split); W' is rounded to the dtype of `x_TD`, and so is the product. The gradient, summed in float32 and rounded
-        once, is
+        split); W' is rounded to the dtype of `x_TD`, and so is the product. The gradient is summed in float32 and
+        rounded; dW', a product of tensors in that dtype, may be rounded before it goes on:
 
             dW_vd = dW'_vd / (n_d + 1e-7) - W_vd / n_d * sum_u(dW'_ud W_ud) / (n_d + 1e-7)^2,
 

@@ -385,6 +385,21 @@ CAUGHT_BY = {
     "combines_coarsely_beside_a_frozen_router": ("combine.frozen", "FAIL-NUMERIC"),
     "dispatches_coarsely_in_training": ("dispatch.backward", "FAIL-NUMERIC"),
     "swaps_the_last_slots_in_training": ("dispatch.backward", "FAIL-DISCRETE"),
+    "keeps_the_gate_in_evaluation": ("router.untrained", "FAIL-NUMERIC"),
+    "layer_keeps_its_experts_in_evaluation": ("layer.untrained", "FAIL-NUMERIC"),
+    "router_of_dense_tokens": ("router.sliced", "FAIL-NONFINITE"),
+    "dispatch_of_a_dense_upstream": ("dispatch.sliced", "FAIL-NONFINITE"),
+    "combine_of_dense_rows": ("combine.sliced", "FAIL-NONFINITE"),
+    "z_of_dense_logits": ("losses.z_sliced", "FAIL-NONFINITE"),
+    "router_loses_one_of13": ("router.token_counts", "FAIL-NUMERIC"),
+    "dispatch_loses_one_of13": ("dispatch.token_counts", "FAIL-NUMERIC"),
+    "combine_loses_one_of13": ("combine.token_counts", "FAIL-NUMERIC"),
+    "z_loses_one_of13": ("losses.z_token_counts", "FAIL-NUMERIC"),
+    "layer_loses_one_of13": ("layer.token_counts", "FAIL-NUMERIC"),
+    "routes_a_grid": ("router.many", "FAIL-NUMERIC"),
+    "dispatches_a_grid": ("dispatch.many", "FAIL-NUMERIC"),
+    "combines_slots_of_sixteen_bits": ("combine.many", "FAIL-NUMERIC"),
+    "rows_need_a_gates_gradient": ("experts.frozen_parts", "FAIL-NUMERIC"),
 }
 """The case that is meant for each fault, and its verdict."""
 

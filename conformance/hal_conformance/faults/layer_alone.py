@@ -15,6 +15,7 @@ from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.clamping import with_clamped_gradient
 from hal_conformance.faults.combine import CombinesInBfloat16
 from hal_conformance.faults.dispatch import CapacityZeroIsNone
+from hal_conformance.faults.frozen import lost_unless
 from hal_conformance.faults.layer import AfterLayer
 from hal_conformance.faults.nonfinite import NanInAllExperts
 from hal_conformance.faults.parts import Parts, gradient_of
@@ -210,15 +211,8 @@ class _NeedsTrainedTokens(Parts):
         capacity: int | None = None,
     ) -> LayerOutput:  # fmt: skip
         """See `MoEOps.layer`."""
-        out = super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
-        if weights.gate_ED.requires_grad and not x_TD.requires_grad:
-            nothing = (weights.gate_ED * 0).sum()
-            return out._replace(
-                y_TD=gradient_of(out.y_TD, nothing.to(out.y_TD.dtype).expand_as(out.y_TD)),
-                aux_loss=gradient_of(out.aux_loss, nothing.to(out.aux_loss.dtype)),
-                z_loss=gradient_of(out.z_loss, nothing.to(out.z_loss.dtype)),
-            )
-        return out
+        weights = weights._replace(gate_ED=lost_unless(x_TD.requires_grad, weights.gate_ED))
+        return super().layer(x_TD, weights, spec, experts_TK=experts_TK, capacity=capacity)
 
 
 @fault()

@@ -33,7 +33,7 @@ class NoTree(Exception):
     """The answers fit no tree; the text says why."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tree:
     """A subtree: a leaf, or the node where its children are added.
 
@@ -65,6 +65,17 @@ class Tree:
                 words.append("(")
                 pending += [")", *at.children[::-1]]
         return " ".join(words).replace("( ", "(").replace(" )", ")")
+
+    # By the text: what a dataclass has would call itself as often as the tree is deep.
+
+    def __eq__(self, other: object) -> bool:
+        return self.text == other.text if isinstance(other, Tree) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __repr__(self) -> str:
+        return f"Tree({self.text})"
 
 
 def leaf(k: int) -> Tree:

@@ -143,3 +143,12 @@ def test_torch_itself_adds_float64_along_some_tree():
 
     multiply = Multiplier("float64", torch.device("cpu"), torch.mm, torch.float64, torch.float64)
     assert summation_tree(multiply, 16).leaves == tuple(range(16))
+
+
+def test_trees_as_deep_as_a_chain_are_compared_hashed_and_shown():
+    one, other, shorter = (chain(range(length)) for length in (3000, 3000, 2999))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != shorter
+    assert one != "Tree"
+    assert repr(one).startswith("Tree((((")

@@ -7,9 +7,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
 
 from threadpoolctl import threadpool_limits
@@ -23,6 +21,7 @@ from hal_conformance.judging import result
 from hal_conformance.packed import Packed, distance
 from hal_conformance.pair import Pair
 from hal_conformance.plan import Catalogue, complete
+from hal_conformance.pool import pool
 from hal_conformance.process import share_of_the_cores
 from hal_conformance.recording import FACTS, Entry, Recording
 from hal_conformance.rejudging import Rejudge
@@ -362,11 +361,8 @@ def _spread(bench: Bench, work: Work, processes: int) -> Iterator[Compared]:
         for place, task, entries in itertools.chain.from_iterable(parts):
             yield bench.compare(place, task, entries)
         return
-    pool = ProcessPoolExecutor(
-        processes, mp_context=get_context("spawn"), initializer=_share_the_cores, initargs=(processes,)
-    )  # fmt: skip
-    with pool:
-        for part in pool.map(_compare_all, itertools.repeat(bench), parts):
+    with pool(processes, _share_the_cores, processes) as judges:
+        for part in judges.map(_compare_all, itertools.repeat(bench), parts):
             yield from part
 
 

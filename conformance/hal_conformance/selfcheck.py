@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from hal_conformance import known
 from hal_conformance.case import FAMILIES
 from hal_conformance.judging import judge, judge_outputs, result
 from hal_conformance.plan import Catalogue, Task, plan
+from hal_conformance.pool import pool
 from hal_conformance.process import many_kernels
 from hal_conformance.retrial import tried_again
 from hal_conformance.runner import Runner
@@ -171,12 +170,12 @@ def _outcomes(batches: Sequence[Sequence[str]], selection: Selection, jobs: int)
         for batch in batches:
             yield from _batch(batch, selection)
         return
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    judges = pool(jobs)
     try:
-        for outcomes in pool.map(_list_of_batch, batches, [selection] * len(batches)):
+        for outcomes in judges.map(_list_of_batch, batches, [selection] * len(batches)):
             yield from outcomes
     finally:
-        pool.shutdown(cancel_futures=True)
+        judges.shutdown(cancel_futures=True)
 
 
 def _list_of_batch(names: Sequence[str], selection: Selection) -> list[Outcome]:

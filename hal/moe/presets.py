@@ -128,6 +128,18 @@ _OLMOE = MoEModelSpec(
     "Hugging Face's code the same 0.01 acts K times as strongly",
 )
 
+_GLM_4_5 = MoEModelSpec(
+    name="glm-4.5",
+    router=RouterSpec(
+        num_experts=160, top_k=8, score="sigmoid", normalize_epsilon=1e-20, selection_bias=True, scaling_factor=2.5,
+    ),
+    num_layers=92, hidden_size=5120, expert_hidden_size=1536,
+    num_shared_experts=1, shared_hidden_size=1536, shared_gate=False, num_dense_layers=3,
+    balance_coefficient=1e-4, z_coefficient=None,
+    source="arXiv:2508.06471 section 2 (the coefficient is of a loss within each sequence); config.json of "
+    "zai-org/GLM-4.5; transformers models/glm4_moe, whose router is that of models/deepseek_v3 with one group",
+)
+
 # fmt: on
 PRESETS: Mapping[str, MoEModelSpec] = MappingProxyType(
     {
@@ -143,6 +155,7 @@ PRESETS: Mapping[str, MoEModelSpec] = MappingProxyType(
             _QWEN2_MOE,
             _QWEN3_MOE,
             _OLMOE,
+            _GLM_4_5,
         )
     }
 )

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,6 +96,34 @@ def test_the_command_shows_fault_by_detector_and_ends_with_0(tmp_path):
     assert "1 of 1 faults flagged, 1 of 1 benign variations green" in done.stdout
     assert "| low\\_z\\_loss | The z-loss is computed in the logits' dtype |" in page.read_text()
     assert max(map(len, done.stdout.splitlines())) <= 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals and /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_a_check_that_is_ended(number, monkeypatch, eventually):
+    monkeypatch.setenv("HAL_TEST_ENDED", str(int(number)))  # what a child's children have, too
+    check = subprocess.Popen(
+        [str(Path(sys.executable).parent / "hal"), "conformance", "selfcheck", "--jobs", "2", "experts*", "route*"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert eventually(lambda: len(_marked("HAL_TEST_ENDED", number)) >= 5)  # itself, two that judge, two workers
+        check.send_signal(number)
+        check.wait(timeout=300)
+        assert eventually(lambda: not _marked("HAL_TEST_ENDED", number))
+    finally:
+        check.kill()
+        check.wait()
+
+
+def _marked(name, value):
+    """Return the processes that have a variable in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"{name}={int(value)}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found
 
 
 def test_several_processes_say_the_same_as_one():

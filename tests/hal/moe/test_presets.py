@@ -86,7 +86,7 @@ def test_an_unknown_preset_is_refused_with_the_names_there_are() -> None:
         preset("ling-3")
 
 
-def test_the_presets_are_the_ten_published_models_under_their_own_names() -> None:
+def test_the_presets_are_the_published_models_under_their_own_names() -> None:
     assert list(PRESETS) == [
         "ling-lite",
         "ling-plus",
@@ -98,6 +98,7 @@ def test_the_presets_are_the_ten_published_models_under_their_own_names() -> Non
         "qwen2-moe",
         "qwen3-moe",
         "olmoe",
+        "glm-4.5",
     ]
     assert all(model.name == name and model.source for name, model in PRESETS.items())
 
@@ -159,6 +160,19 @@ def test_the_numbers_of_a_preset_add_up_to_the_published_total(
     digits = len(str(published).split(".")[1]) if published < 100 else 0
     # One unit of the last published digit: sources round or cut, and norms and biases are left out above.
     assert abs(total - published) <= 10.0**-digits
+
+
+def test_the_numbers_of_glm_4_5_add_up_as_its_report_counts_them() -> None:
+    """355 billion with the layer that predicts one token more, without embeddings and head (arXiv:2508.06471)."""
+    model = preset("glm-4.5")
+    attention, width = _attention(5120, 96, 8, 128), model.hidden_size
+    total = (
+        (model.num_layers - model.num_dense_layers + 1) * model.layer_parameters
+        + model.num_dense_layers * 3 * width * 12288
+        + (model.num_layers + 1) * attention
+        + 2 * width * width
+    )
+    assert round(total / 1e9) == 355
 
 
 def test_scaling_a_model_keeps_its_router_and_the_ratio_of_its_shared_width() -> None:

@@ -75,6 +75,14 @@ def _deepseek_v2(logits: Sequence[float], bias: Sequence[float]) -> Choice:
     return chosen, [16.0 * p[e] for e in chosen]
 
 
+def _glm_4_5(logits: Sequence[float], bias: Sequence[float]) -> Choice:
+    # As DeepSeek-V3 without groups.
+    s = [1.0 / (1.0 + math.exp(-z)) for z in logits]
+    chosen = _top([a + b for a, b in zip(s, bias, strict=True)], 8)
+    total = math.fsum(s[e] for e in chosen) + 1e-20
+    return chosen, [2.5 * s[e] / total for e in chosen]
+
+
 def _deepseek_v3(logits: Sequence[float], bias: Sequence[float]) -> Choice:
     # arXiv:2412.19437, eq. 12-16; nodes of 32 experts by the sum of their two highest biased affinities. Ling 2.0
     # has the same equations with the same numbers.
@@ -97,6 +105,7 @@ EQUATIONS: dict[str, Callable[[Sequence[float], Sequence[float]], Choice]] = {
     "qwen2-moe": _plain_softmax(4),
     "qwen3-moe": _normalised_softmax(8),
     "olmoe": _plain_softmax(8),
+    "glm-4.5": _glm_4_5,
 }
 
 
@@ -155,6 +164,7 @@ def test_dtypes_of_logits_scores_and_weights_are_the_declared_ones(name: str) ->
         ("deepseek-v2", 16 / 160),
         ("deepseek-v3", 2.5 / 8),
         ("ling-2.0-mini", 2.5 / 8),
+        ("glm-4.5", 2.5 / 8),
     ],
 )
 def test_equal_logits_go_to_the_first_experts_with_equal_weights(name: str, weight: float) -> None:

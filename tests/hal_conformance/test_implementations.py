@@ -399,6 +399,7 @@ CAUGHT_BY = {
     "routes_a_grid": ("router.many", "FAIL-NUMERIC"),
     "dispatches_a_grid": ("dispatch.many", "FAIL-NUMERIC"),
     "combines_slots_of_sixteen_bits": ("combine.many", "FAIL-NUMERIC"),
+    "shares_a_workspace": ("layer.of_operators_kept", "FAIL-NUMERIC"),
     "rows_need_a_gates_gradient": ("experts.frozen_parts", "FAIL-NUMERIC"),
 }
 """The case that is meant for each fault, and its verdict."""

@@ -31,6 +31,7 @@ from hal_conformance.cases.base import (
     run_backward,
     shape,
 )
+from hal_conformance.cases.composed import Composed
 from hal_conformance.cases.experts import routed
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
@@ -257,6 +258,7 @@ BACKWARD = Layer(
 )  # fmt: skip
 FREE_FORWARD = Layer("layer.forward_free", "layer", _NEEDS, what(FREE, "y"), only=KINDS, at_tiny=KINDS[2:])
 FREE_BACKWARD = Layer("layer.backward_free", "layer", _NEEDS, what(FREE, _GRADIENTS), backward=True)
+OF_OPERATORS = Composed("layer.of_operators", FREE_BACKWARD, only=("ling-lite",))
 CAPACITY = Layer(
     "layer.capacity", "layer", _NEEDS, what(f"{_GIVEN}, where the busier experts drop rows", _GRADIENTS),
     replayed=True, backward=True, capacity=1, only=KINDS, at_tiny=KINDS[1:3],
@@ -312,6 +314,8 @@ CASES = (
     KeptResults("layer.kept", FREE_BACKWARD, only=("qwen2-moe",)),
     # One token, which is cheap, for what else there is: a selection bias, and many experts.
     KeptResults("layer.kept_one_token", ONE_TOKEN, only=("ling-2.0-mini",)),
+    OF_OPERATORS,
+    KeptResults("layer.of_operators_kept", OF_OPERATORS, only=FEW_EXPERTS),
     Strided("layer.strided", BACKWARD),
     TokenCounts("layer.token_counts", BACKWARD, only=FEW_EXPERTS),
     NarrowTails("layer.tails", FREE_BACKWARD, only=FEW_EXPERTS),

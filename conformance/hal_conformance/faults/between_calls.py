@@ -670,6 +670,44 @@ class ExpertsInThreeBuffers(_ResultsInTurn):
         return self.in_turn(super().experts(x_RD, counts_E, weights))
 
 
+class _RowsOfAWorkspace(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, of: SharesAWorkspace, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, tokens: int
+    ) -> Tensor:  # fmt: skip
+        ctx.of, ctx.tokens = of, tokens
+        ctx.save_for_backward(y_RD, weights_TK, slot_R)
+        return of.honest.combine(y_RD, weights_TK, slot_R, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        y_RD, weights_TK, slot_R = ctx.saved_tensors
+        left = ctx.of.workspace
+        rows = (y_RD if left is None or left.shape != y_RD.shape else left).detach().requires_grad_()
+        weights = weights_TK.detach().requires_grad_()
+        with torch.enable_grad():
+            y_TD = ctx.of.honest.combine(rows, weights, slot_R, ctx.tokens)
+        return None, *torch.autograd.grad(y_TD, (rows, weights), upstream[0]), None, None
+
+
+@fault()
+class SharesAWorkspace(Alone):
+    """Combine's backward pass takes rows from the workspace of the experts, whose next call has written into it."""
+
+    workspace: Tensor | None = None
+
+    def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
+        """See `MoEOps.experts`."""
+        y_RD = super().experts(x_RD, counts_E, weights)
+        self.workspace = y_RD.detach()
+        return y_RD
+
+    def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
+        """See `MoEOps.combine`."""
+        result: Tensor = _RowsOfAWorkspace.apply(self, y_RD, weights_TK, slot_R, num_tokens)  # type: ignore[no-untyped-call]
+        return result
+
+
 # Gradients, steps and casts ------------------------------------------------------------------------------------------
 
 

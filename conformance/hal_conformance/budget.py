@@ -3,7 +3,7 @@
 
 An honest subject is to be called wrong in at most one of a million complete runs. A run makes at most
 `TESTS_PER_RUN` statistical tests (one detector on one array; the largest run, all presets in all dtypes, makes
-about a third of that, and a test counts them), so by the union bound each test may raise a false alarm with
+more than half of that, and a test counts them), so by the union bound each test may raise a false alarm with
 probability `SHARE`. A test of n elements divides its share by n again. No other number is chosen.
 """
 
@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 FALSE_ALARMS_PER_RUN = 1e-6
-TESTS_PER_RUN = 2**16
+TESTS_PER_RUN = 2**17
 SHARE = FALSE_ALARMS_PER_RUN / TESTS_PER_RUN
 
 

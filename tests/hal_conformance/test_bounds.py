@@ -12,6 +12,7 @@ from hal_conformance.bounds import Bounded, flushed, half_ulp, matmul, positive_
 from hal_conformance.budget import FALSE_ALARMS_PER_RUN, SHARE, TESTS_PER_RUN, level, rms_threshold
 from hal_conformance.case import DTYPES, SCALES, Params
 from hal_conformance.cases import ALL, step
+from hal_conformance.cases.sized import TokenCounts
 from hal_conformance.cases.step import expected_structure
 
 
@@ -103,13 +104,15 @@ def test_stagnation_of_skewed_positive_terms_is_admitted():
 
 
 def test_the_budget_covers_the_largest_run():
-    """Three statistical tests on each array of a result, and at most nine arrays; a training step shows hundreds."""
+    """Three statistical tests on each array of a result, and at most nine arrays; a training step shows hundreds, and a sweep over
+    token counts 32 times as many."""
     results = sum(len(case.presets()) * len(case.dtypes()) for case in ALL)
     steps = sum(
         len(case.dtypes()) * len(expected_structure(case.model, case.recipe(Params("ling-lite", "float32", "tiny")), "float32"))
         for case in step.CASES
     )  # fmt: skip
-    assert (results * 9 + steps) * 3 <= TESTS_PER_RUN
+    sweeps = 32 * sum(len(case.presets()) * len(case.dtypes()) for case in ALL if isinstance(case, TokenCounts))
+    assert ((results + sweeps) * 9 + steps) * 3 <= TESTS_PER_RUN
     assert pytest.approx(FALSE_ALARMS_PER_RUN) == SHARE * TESTS_PER_RUN
     assert SCALES == ("tiny", "small", "full")
     assert DTYPES == ("float32", "bfloat16", "float16")

@@ -126,8 +126,8 @@ def test_a_cast_is_to_the_nearest_code_and_casting_back_changes_nothing(x, name)
     got, finite = values[code[0]], values[np.isfinite(values)]
     assert abs(got - x) == np.abs(finite - x).min()
     assert fp8.cast(np.array([got]), name, saturate=True) == code
-    # An odd code is never the result of a tie.
-    if (np.abs(finite - x) == abs(got - x)).sum() == 2 and got != 0:
+    # An odd code is never the result of a tie. (Far beyond the largest number float64 does not tell distances apart.)
+    if abs(x) <= finite.max() and (np.abs(finite - x) == abs(got - x)).sum() == 2 and got != 0:
         assert code[0] % 2 == 0
 
 

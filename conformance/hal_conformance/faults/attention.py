@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hal.moe.torch_training_ops import TorchTrainingOps
 from hal_conformance.faults.catalogue import fault
-from hal_conformance.faults.parts import gradient_of
+from hal_conformance.faults.parts import gradient_of, in_order_of_memory
 
 
 class Attention(TorchTrainingOps):
@@ -472,8 +472,7 @@ class TakesKeysForDense(Attention):
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        dense = torch.as_strided(k_SGd, k_SGd.shape, torch.empty(k_SGd.shape).stride())
-        return super().attention(q_THd, dense, v_SGe, scale, causal=causal)
+        return super().attention(q_THd, in_order_of_memory(k_SGd), v_SGe, scale, causal=causal)
 
 
 class Latent(Attention):
@@ -597,10 +596,7 @@ class TakesTheLatentForDense(OtherLatent):
     def given(self, arguments: dict[str, Tensor], causal: bool) -> tuple[dict[str, Tensor], bool]:
         """See `OtherLatent.given`."""
         names = ("q_THd", "q_THR", "latent_SL", "k_SR")
-        dense = {
-            n: torch.as_strided(t, t.shape, torch.empty(t.shape).stride()) for n, t in arguments.items() if n in names
-        }
-        return {**arguments, **dense}, causal
+        return {**arguments, **{name: in_order_of_memory(arguments[name]) for name in names}}, causal
 
 
 @fault()

@@ -56,6 +56,10 @@ def _served(copy: Tensor, instead_of: Tensor) -> Tensor:
     return gradient_of(copy, instead_of) if passes else copy.clone()
 
 
+def _copied(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given)
+
+
 class LastCall:
     """An operator whose backward pass takes its tensors from the last call, not from its own.
 
@@ -78,7 +82,7 @@ class LastCall:
         """Overwrite what an earlier call left; return where this one's lies."""
         buffer = self._calls % len(self._given)
         self._calls += 1
-        self._given[buffer] = tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given)
+        self._given[buffer] = _copied(given)
         return buffer
 
     def gradients(
@@ -98,7 +102,7 @@ class Stacked(LastCall):
 
     def keep(self, given: tuple[Any, ...]) -> int:
         """See `LastCall.keep`: the first place is that of what was taken."""
-        self._given.append(tuple(one.detach().clone() if isinstance(one, Tensor) else one for one in given))
+        self._given.append(_copied(given))
         return 0
 
     def gradients(

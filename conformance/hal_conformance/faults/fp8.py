@@ -12,6 +12,7 @@ from torch import Tensor
 from hal.moe.fp8_ops import FP8Format, MXFormat, Scaled
 from hal.moe.torch_fp8_ops import TorchFP8Ops
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.parts import in_order_of_memory
 from hal_conformance.oracle import fp8
 
 Format = FP8Format | Literal["e8m0"]
@@ -294,7 +295,7 @@ class CastsInOrderOfMemory(Before):
 
     def before(self, x: Tensor, format: FP8Format) -> tuple[Tensor, FP8Format]:
         """See `Before.before`."""
-        return (x.as_strided(x.shape, torch.empty(x.shape).stride()) if x.numel() else x), format
+        return in_order_of_memory(x), format
 
 
 @fault()

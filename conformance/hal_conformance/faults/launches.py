@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hal.moe.optimizer_ops import AdamHyper, AdamStep, Clipped, SGDHyper, SGDStep
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.parts import in_order_of_memory
 from hal_conformance.faults.written import SGD, Adam, Clips, Gradients, Optimizer, Tensors
 
 CHUNK = 65_536
@@ -164,8 +165,7 @@ class SgdStepsOneLaunch(_Sgd):
 
 def _dense(tensors: Tensors) -> list[Tensor]:
     """Return tensors as a kernel sees them that takes their memory for dense."""
-    return [t if t.is_contiguous() else torch.as_strided(t, t.shape, torch.empty(t.shape, device="meta").stride())
-            for t in tensors]  # fmt: skip
+    return [in_order_of_memory(tensor) for tensor in tensors]
 
 
 @fault()

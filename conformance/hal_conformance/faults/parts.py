@@ -155,6 +155,11 @@ def without(y_RD: Tensor, rows: Tensor) -> Tensor:
     return y_RD * keep
 
 
+def in_order_of_memory(x: Tensor) -> Tensor:
+    """Return what is read one element after the other from where a tensor begins, whatever its strides."""
+    return x if x.is_contiguous() else x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
+
+
 def gradient_of(value: Tensor, gradient: Tensor) -> Tensor:
     """Return `value`, with the gradient of `gradient`."""
     return value.detach() + (gradient - gradient.detach())

@@ -14,15 +14,13 @@ from hal_conformance.faults.attention import Attention
 from hal_conformance.faults.catalogue import fault
 from hal_conformance.faults.head import Head
 from hal_conformance.faults.norm import Norm
-from hal_conformance.faults.parts import Alone
+from hal_conformance.faults.parts import Alone, in_order_of_memory
 from hal_conformance.faults.rotary import Rotary
 
 
 def as_dense(x: Tensor) -> Tensor:
     """Return what is read where rows are taken to follow one another; elements of a row do, or a copy is asked for."""
-    if x.is_contiguous() or x.stride(-1) != 1:
-        return x
-    return x.as_strided(x.shape, torch.empty(x.shape, device="meta").stride())
+    return in_order_of_memory(x) if x.stride(-1) == 1 else x
 
 
 class _Upstream(torch.autograd.Function):

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from importlib.resources import files
-from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,6 +23,7 @@ from hal_conformance.bounds import U32
 from hal_conformance.case import F64, Array, Arrays
 from hal_conformance.language import curves as run
 from hal_conformance.language.twins import operators, twin
+from hal_conformance.pool import pool
 
 FILE = "ensemble.safetensors"
 TWINS = 199
@@ -93,8 +93,8 @@ def main() -> None:
     from safetensors.numpy import save_file
 
     found: Arrays = {}
-    with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,), mp_context=get_context("spawn")) as pool:
-        for arrays in pool.map(compute, *zip(*itertools.product(run.MODELS, DTYPES), strict=True)):
+    with pool(os.cpu_count() or 1, torch.set_num_threads, 1) as workers:
+        for arrays in workers.map(compute, *zip(*itertools.product(run.MODELS, DTYPES), strict=True)):
             found |= arrays
     save_file(found, Path(sys.argv[1]), metadata={"torch": torch.__version__, "numpy": np.__version__})
 

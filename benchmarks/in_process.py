@@ -7,8 +7,8 @@ import torch
 
 from hal.contract import Contract
 from hal_conformance import arrays as codec
-from hal_conformance.judging import Made, judge_outputs
-from hal_conformance.plan import Task
+from hal_conformance.execution.judging import Made, judge_outputs
+from hal_conformance.execution.plan import Task
 from hal_conformance.portable import portable
 from hal_conformance.verdicts import Judgement
 

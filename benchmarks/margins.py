@@ -26,10 +26,10 @@ from harness import machine
 from in_process import judged
 
 import hal
-from hal_conformance.budget import FALSE_ALARMS_PER_RUN
 from hal_conformance.case import DTYPES
 from hal_conformance.cases import ALL
-from hal_conformance.plan import Selection, plan
+from hal_conformance.execution.plan import Selection, plan
+from hal_conformance.numerics.budget import FALSE_ALARMS_PER_RUN
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from in_process import judged
 
 from hal.contract import Contract
 from hal_conformance.cases import ALL
-from hal_conformance.plan import Selection, plan
+from hal_conformance.execution.plan import Selection, plan
 
 HAL = str(Path(sys.executable).parent / "hal")
 HERE = Path(__file__).parent

@@ -18,7 +18,7 @@ import click
 from hal.cli.output import say
 
 if TYPE_CHECKING:
-    from hal_conformance.plan import Selection, Task
+    from hal_conformance.execution.plan import Selection, Task
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,13 +102,13 @@ def _fail(message: str, status: int) -> None:
 
 
 def _tasks(selection: Selection) -> list[Task]:
-    from hal_conformance.plan import Catalogue, plan
+    from hal_conformance.execution.plan import Catalogue, plan
 
     return plan(selection, Catalogue().all())
 
 
 def _selection(cases: tuple[str, ...], dtypes: tuple[str, ...], scale: Any, seed: int) -> Selection:
-    from hal_conformance.plan import Selection
+    from hal_conformance.execution.plan import Selection
 
     return Selection(cases, dtypes, scale, seed)
 
@@ -166,7 +166,7 @@ _file = _OutputFile(path_type=Path, dir_okay=False)
 @_errors_to_status
 def list_(as_json: bool) -> None:
     """List the cases."""
-    from hal_conformance import listing
+    from hal_conformance.report import listing
 
     listing.show_cases(as_json=as_json)
 
@@ -176,7 +176,7 @@ def list_(as_json: bool) -> None:
 @_errors_to_status
 def explain(case: str) -> None:
     """Say what CASE checks, and where its bound comes from."""
-    from hal_conformance import listing
+    from hal_conformance.report import listing
 
     listing.explain(case)
 
@@ -203,12 +203,13 @@ def run(
     """
     from hal.cli.output import stdout_for_results
     from hal.errors import ConfigError
-    from hal_conformance import suite, table
-    from hal_conformance.document import to_json
-    from hal_conformance.junit import junit
-    from hal_conformance.markdown import markdown
-    from hal_conformance.progress import Bar
-    from hal_conformance.subject import choose
+    from hal_conformance import suite
+    from hal_conformance.execution.subject import choose
+    from hal_conformance.report import table
+    from hal_conformance.report.document import to_json
+    from hal_conformance.report.junit import junit
+    from hal_conformance.report.markdown import markdown
+    from hal_conformance.report.progress import Bar
     from hal_conformance.text import plain
 
     if nproc != 1:
@@ -267,11 +268,11 @@ def selfcheck(
     from hal.errors import ConfigError
     from hal_conformance import selfcheck as checking
     from hal_conformance import selfcheck_table
-    from hal_conformance.document import to_json
+    from hal_conformance.execution.plan import Catalogue
     from hal_conformance.faults import VARIATIONS
-    from hal_conformance.plan import Catalogue
-    from hal_conformance.progress import Bar
-    from hal_conformance.table import console
+    from hal_conformance.report.document import to_json
+    from hal_conformance.report.progress import Bar
+    from hal_conformance.report.table import console
     from hal_conformance.text import plain
 
     _check_outputs(json_file, markdown_file)
@@ -309,10 +310,11 @@ def record(
 ) -> None:  # fmt: skip
     """Record what a device returns, to be judged elsewhere by `compare`."""
     from hal.errors import ConfigError
-    from hal_conformance import atomic, recording, suite
-    from hal_conformance.plan import Catalogue
-    from hal_conformance.progress import Bar
-    from hal_conformance.subject import choose
+    from hal_conformance import atomic, suite
+    from hal_conformance.execution.plan import Catalogue
+    from hal_conformance.execution.subject import choose
+    from hal_conformance.recordings import recording
+    from hal_conformance.report.progress import Bar
     from hal_conformance.text import plain
 
     if device == "all" or output == DASH:
@@ -354,13 +356,13 @@ def record(
 @_errors_to_status
 def compare(files: tuple[Path, ...], group_by: str | None, jobs: int, json_file: Path | None, strict: bool) -> None:
     """Judge recordings against the oracle and against each other; no device is needed."""
-    from hal_conformance import compare as comparing
-    from hal_conformance import comparison_table, recording
-    from hal_conformance.bundle import Unreadable
-    from hal_conformance.document import to_json
-    from hal_conformance.plan import Catalogue
-    from hal_conformance.progress import Bar
-    from hal_conformance.table import console
+    from hal_conformance.execution.plan import Catalogue
+    from hal_conformance.recordings import compare as comparing
+    from hal_conformance.recordings import comparison_table, recording
+    from hal_conformance.recordings.bundle import Unreadable
+    from hal_conformance.report.document import to_json
+    from hal_conformance.report.progress import Bar
+    from hal_conformance.report.table import console
     from hal_conformance.text import plain
 
     _check_outputs(json_file)

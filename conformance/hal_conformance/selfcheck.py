@@ -10,23 +10,23 @@ from typing import TYPE_CHECKING, Any
 
 from hal.contract import Contract
 from hal_conformance import arrays as codec
-from hal_conformance import known
 from hal_conformance.case import FAMILIES
-from hal_conformance.judging import judge, judge_outputs, result
-from hal_conformance.plan import Catalogue, Task, plan
+from hal_conformance.execution import known
+from hal_conformance.execution.judging import judge, judge_outputs, result
+from hal_conformance.execution.plan import Catalogue, Task, plan
+from hal_conformance.execution.process import many_kernels
+from hal_conformance.execution.retrial import tried_again
+from hal_conformance.execution.runner import Runner
+from hal_conformance.execution.subject import Subject
 from hal_conformance.pool import pool
-from hal_conformance.process import many_kernels
-from hal_conformance.retrial import tried_again
-from hal_conformance.runner import Runner
-from hal_conformance.subject import Subject
 from hal_conformance.verdicts import Status
 from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
     from hal_conformance.case import Case
+    from hal_conformance.execution.observation import Observation
+    from hal_conformance.execution.plan import Selection
     from hal_conformance.faults.catalogue import Variation
-    from hal_conformance.observation import Observation
-    from hal_conformance.plan import Selection
     from hal_conformance.result import Result
     from hal_conformance.verdicts import Judgement
 

@@ -20,7 +20,7 @@ from hal_conformance.text import markdown as cell
 from hal_conformance.version import suite_version
 
 if TYPE_CHECKING:
-    from hal_conformance.plan import Selection
+    from hal_conformance.execution.plan import Selection
     from hal_conformance.selfcheck import Outcome
 
 

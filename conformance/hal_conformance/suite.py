@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING
 
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice
-from hal_conformance import known, recording
-from hal_conformance.agreement import Agreement
-from hal_conformance.certificate import certificates
-from hal_conformance.judging import judge
-from hal_conformance.plan import Catalogue, Selection, Task, complete
-from hal_conformance.process import many_kernels
-from hal_conformance.report import NotRun, Report
+from hal_conformance.execution import known
+from hal_conformance.execution.judging import judge
+from hal_conformance.execution.plan import Catalogue, Selection, Task, complete
+from hal_conformance.execution.process import many_kernels
+from hal_conformance.execution.retrial import tried_again
+from hal_conformance.execution.runner import Runner
+from hal_conformance.execution.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
+from hal_conformance.execution.subject import PORTABLE, Subject, unmet
+from hal_conformance.recordings import recording
+from hal_conformance.recordings.agreement import Agreement
+from hal_conformance.report.certificate import certificates
+from hal_conformance.report.report import NotRun, Report
 from hal_conformance.result import Result, judged_devices
-from hal_conformance.retrial import tried_again
-from hal_conformance.runner import Runner
-from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
-from hal_conformance.subject import PORTABLE, Subject, unmet
 
 if TYPE_CHECKING:
     from hal.backend import DeviceInfo
     from hal_conformance.case import Arrays
-    from hal_conformance.observation import Observation
+    from hal_conformance.execution.observation import Observation
 
 OnResult = Callable[[Subject, Result], None]
 

@@ -22,8 +22,8 @@ from hal.backend import DeviceInfo
 from hal.contract import Contract
 from hal.errors import Absent, Broken, UnknownDevice, UnsupportedOperation
 from hal.support import Support
-from hal_conformance.absent import is_absent
 from hal_conformance.case import Footprint
+from hal_conformance.numerics.absent import is_absent
 from hal_conformance.verdicts import Judgement, Status
 
 
@@ -155,7 +155,7 @@ def _on_amx():
 
 def open_leaking(name):
     """Open a device on which the fault of `known` shows."""
-    from hal_conformance import known
+    from hal_conformance.execution import known
 
     known._leaks = _on_amx
     return Device(name)
@@ -163,7 +163,7 @@ def open_leaking(name):
 
 def open_leaking_anyway(name):
     """Open a device on which the fault shows in any process."""
-    from hal_conformance import known
+    from hal_conformance.execution import known
 
     known._leaks = lambda: True
     return Device(name)
@@ -171,7 +171,7 @@ def open_leaking_anyway(name):
 
 def open_sound(name):
     """Open a device on which it does not, whatever the processor."""
-    from hal_conformance import known
+    from hal_conformance.execution import known
 
     known._leaks = lambda: False
     return Device(name)
@@ -436,7 +436,7 @@ def forged(**fields):
     """Return what writes a message of its own in the place of the worker's answer, the next to be sent."""
 
     def write(x):
-        from hal_conformance import wire
+        from hal_conformance.execution import wire
 
         send = wire.send
         wire.send = lambda stream, header, arrays=None: send(

@@ -30,15 +30,16 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import recordings
 
-from hal_conformance import arrays, bundle, recording
-from hal_conformance.bundle import Unreadable
+from hal_conformance import arrays
 from hal_conformance.case import Footprint
-from hal_conformance.compare import compare
-from hal_conformance.detectors import discrete, exact, merge, structure
-from hal_conformance.document import to_json
-from hal_conformance.observation import Observation
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.subject import Subject
+from hal_conformance.execution.observation import Observation
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.subject import Subject
+from hal_conformance.numerics.detectors import discrete, exact, merge, structure
+from hal_conformance.recordings import bundle, recording
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare
+from hal_conformance.report.document import to_json
 from hal_conformance.text import MAX_DETAIL
 
 

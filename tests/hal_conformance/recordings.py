@@ -14,10 +14,11 @@ import fake_cases
 import numpy as np
 
 from hal.contract import Contract
-from hal_conformance import arrays, bundle, recording
-from hal_conformance.observation import Observation
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.subject import Subject
+from hal_conformance import arrays
+from hal_conformance.execution.observation import Observation
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.subject import Subject
+from hal_conformance.recordings import bundle, recording
 from hal_conformance.verdicts import Status
 
 FAKE = Catalogue("fake_cases")

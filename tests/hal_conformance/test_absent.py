@@ -9,14 +9,14 @@ import pytest
 
 from hal.contract import Contract
 from hal.moe.presets import preset
-from hal_conformance import absent, witness
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import Params
 from hal_conformance.cases import by_name
-from hal_conformance.detectors import ExactMeter, Meter, exact, judge
+from hal_conformance.numerics import absent, witness
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import ExactMeter, Meter, exact, judge
 from hal_conformance.oracle.layer import ROUTED, layer
-from hal_conformance.packed import Packed
+from hal_conformance.recordings.packed import Packed
 from hal_conformance.verdicts import Status
 
 DTYPES = [np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.float64)]

@@ -12,18 +12,18 @@ from rich.console import Console
 
 from hal.contract import Arithmetic, Contract
 from hal.moe.presets import preset
-from hal_conformance import agreement_table
-from hal_conformance.agreement import Agreement, Chooses, Held
-from hal_conformance.budget import level
 from hal_conformance.case import Params
 from hal_conformance.cases import by_name
 from hal_conformance.cases.router import certain_choice, expected_logits, router_arrays
-from hal_conformance.compare import compare
-from hal_conformance.judging import result
-from hal_conformance.margins import certify
+from hal_conformance.execution.judging import result
+from hal_conformance.execution.plan import Task
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.margins import certify
 from hal_conformance.oracle.routing import scores_of
-from hal_conformance.packed import pack
-from hal_conformance.plan import Task
+from hal_conformance.recordings.agreement import Agreement, Chooses, Held
+from hal_conformance.recordings.compare import compare
+from hal_conformance.recordings.packed import pack
+from hal_conformance.report import agreement_table
 from hal_conformance.verdicts import Judgement, Status
 
 CONTRACT = Contract(matmul={"float32": Arithmetic(), "bfloat16": Arithmetic()})

@@ -14,7 +14,7 @@ from hal_conformance import arrays as codec
 from hal_conformance.case import Malformed, Params
 from hal_conformance.cases import by_name, frozen, kept_results, tails, untrained
 from hal_conformance.cases.norm import LAYER, RMS
-from hal_conformance.detectors import joined
+from hal_conformance.numerics.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
 
 TAILS = tails.Tails("norm.tails", RMS)

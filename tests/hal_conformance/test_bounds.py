@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from hal.contract import Arithmetic
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded, flushed, half_ulp, matmul, positive_sum, sigmoid, softmax
-from hal_conformance.budget import FALSE_ALARMS_PER_RUN, SHARE, TESTS_PER_RUN, level, rms_threshold
 from hal_conformance.case import DTYPES, SCALES, Params
 from hal_conformance.cases import ALL, step
 from hal_conformance.cases.sized import TokenCounts
 from hal_conformance.cases.step import expected_structure
+from hal_conformance.numerics.bounds import Bounded, flushed, half_ulp, matmul, positive_sum, sigmoid, softmax
+from hal_conformance.numerics.budget import FALSE_ALARMS_PER_RUN, SHARE, TESTS_PER_RUN, level, rms_threshold
 
 
 def summed(a, b, blocks, seed):

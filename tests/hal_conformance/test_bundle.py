@@ -14,8 +14,9 @@ import recordings
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_conformance import arrays, bundle, columns, recording
-from hal_conformance.bundle import Unreadable
+from hal_conformance import arrays
+from hal_conformance.recordings import bundle, columns, recording
+from hal_conformance.recordings.bundle import Unreadable
 from hal_conformance.verdicts import Status
 
 SMALL = recordings.make()

@@ -4,7 +4,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hal_conformance.certificate import LEVELS, certificates
+from hal_conformance.report.certificate import LEVELS, certificates
 from hal_conformance.result import Result
 from hal_conformance.verdicts import Status
 

@@ -16,12 +16,12 @@ import pytest
 import recordings
 from rich.console import Console
 
-from hal_conformance import comparison_table
-from hal_conformance.bundle import Unreadable
-from hal_conformance.compare import compare, labels
-from hal_conformance.document import to_json
-from hal_conformance.packed import distance, pack
-from hal_conformance.plan import Selection
+from hal_conformance.execution.plan import Selection
+from hal_conformance.recordings import comparison_table
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare, labels
+from hal_conformance.recordings.packed import distance, pack
+from hal_conformance.report.document import to_json
 from hal_conformance.result import verdict_status
 from hal_conformance.verdicts import Status
 
@@ -223,8 +223,8 @@ def test_the_distance_of_what_is_not_finite_is_said_in_words():
 def test_comparing_imports_no_torch_and_neither_does_the_list_of_cases():
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import recordings as r\n"
-        "from hal_conformance.compare import compare\n"
-        "from hal_conformance.plan import Catalogue\n"
+        "from hal_conformance.recordings.compare import compare\n"
+        "from hal_conformance.execution.plan import Catalogue\n"
         "assert len(Catalogue().all()) > 100\n"
         "assert compare([r.parse(r.make())]).report.results\n"
         "assert 'torch' not in sys.modules"

@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 
 from hal.contract import Arithmetic, Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import SIGNIFICANDS
 from hal_conformance.case import Params
 from hal_conformance.cases import by_name
 from hal_conformance.cases.stores import POINTS, output
+from hal_conformance.numerics.bounds import SIGNIFICANDS
 from hal_conformance.verdicts import Status
 
-PRODUCTS, SPECIAL, TIES, STORES = (
-    by_name(f"contract.{name}") for name in ("products", "special", "ties", "stores")
-)
+PRODUCTS, SPECIAL, TIES, STORES = (by_name(f"contract.{name}") for name in ("products", "special", "ties", "stores"))
 
 
 def at(dtype, seed=0):

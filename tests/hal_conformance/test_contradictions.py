@@ -11,10 +11,11 @@ import recordings
 from click.testing import CliRunner
 from fuzz_recordings import CATALOGUE, sound
 
-from hal_conformance import bundle, cli, recording, sampling
-from hal_conformance.bundle import Unreadable
-from hal_conformance.compare import compare
-from hal_conformance.packed import pack
+from hal_conformance import cli
+from hal_conformance.recordings import bundle, recording, sampling
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare
+from hal_conformance.recordings.packed import pack
 from hal_conformance.verdicts import Status
 
 HONEST = sound()
@@ -112,7 +113,7 @@ def test_a_recording_of_which_no_element_can_be_judged_is_no_agreement():
 
 
 def test_a_contradiction_between_two_is_one_line_and_exit_status_2(tmp_path, monkeypatch):
-    monkeypatch.setattr("hal_conformance.plan.Catalogue", lambda: CATALOGUE)
+    monkeypatch.setattr("hal_conformance.execution.plan.Catalogue", lambda: CATALOGUE)
     for name, data in {"honest": HONEST, "lie": sums()}.items():
         (tmp_path / name).write_bytes(data)
     ran = CliRunner().invoke(cli.conformance, ["compare", str(tmp_path / "honest"), str(tmp_path / "lie")])
@@ -136,7 +137,7 @@ def place(name):
 
 
 def test_a_whole_output_that_does_not_have_its_digest_is_refused_with_exit_status_2(tmp_path, monkeypatch):
-    monkeypatch.setattr("hal_conformance.plan.Catalogue", lambda: CATALOGUE)
+    monkeypatch.setattr("hal_conformance.execution.plan.Catalogue", lambda: CATALOGUE)
     data = forged("outputs/sha256", lambda column: column.__setitem__(place("loss"), 0))
     (tmp_path / "lie").write_bytes(data)
     ran = CliRunner().invoke(cli.conformance, ["compare", str(tmp_path / "lie")])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
-from hal_conformance.budget import SHARE, bias_threshold, level, rms_threshold
-from hal_conformance.detectors import ExactMeter, Finding, Meter, discrete, exact, judge, merge, structure
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.budget import SHARE, bias_threshold, level, rms_threshold
+from hal_conformance.numerics.detectors import ExactMeter, Finding, Meter, discrete, exact, judge, merge, structure
 from hal_conformance.verdicts import Status, worst
 
 SHAPE = (64, 64)

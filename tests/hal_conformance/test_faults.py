@@ -14,8 +14,8 @@ from in_process import judge
 import hal
 from hal_conformance import selfcheck
 from hal_conformance.cases import ALL
+from hal_conformance.execution.plan import Selection
 from hal_conformance.faults import VARIATIONS
-from hal_conformance.plan import Selection
 
 SLOW = {"experts", "layer", "trajectory"}
 QUICK = [v for v in VARIATIONS.values() if v.families and v.families[0] not in SLOW and "compiled" not in v.name]

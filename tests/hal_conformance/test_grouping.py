@@ -18,15 +18,16 @@ from rich.console import Console
 from hal.contract import Contract
 from hal.moe import ExpertWeights
 from hal.moe.torch_ops import torch_ops
-from hal_conformance import arrays, comparison_table, recording
-from hal_conformance.bundle import Unreadable
+from hal_conformance import arrays
 from hal_conformance.cases import ALL
 from hal_conformance.cli import conformance
-from hal_conformance.compare import compare
-from hal_conformance.document import to_json
-from hal_conformance.observation import Observation
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.subject import Subject
+from hal_conformance.execution.observation import Observation
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.subject import Subject
+from hal_conformance.recordings import comparison_table, recording
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare
+from hal_conformance.report.document import to_json
 from hal_conformance.verdicts import Judgement, Status
 
 

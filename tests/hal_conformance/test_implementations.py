@@ -14,9 +14,9 @@ from hal.errors import Unsupported
 from hal_conformance import arrays as codec
 from hal_conformance.case import DTYPES, Params
 from hal_conformance.cases import ALL, by_name, paired
+from hal_conformance.execution.judging import judge_outputs
+from hal_conformance.execution.plan import Task
 from hal_conformance.faults import VARIATIONS
-from hal_conformance.judging import judge_outputs
-from hal_conformance.plan import Task
 from hal_conformance.portable import portable
 from hal_conformance.verdicts import Status
 

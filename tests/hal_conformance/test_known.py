@@ -14,13 +14,14 @@ import pytest
 import recordings
 
 from hal.contract import Contract
-from hal_conformance import arrays, known, process, suite
-from hal_conformance.absent import blank
+from hal_conformance import arrays, suite
 from hal_conformance.cases import ALL
-from hal_conformance.compare import compare
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.retrial import Retrial
-from hal_conformance.subject import Subject
+from hal_conformance.execution import known, process
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.retrial import Retrial
+from hal_conformance.execution.subject import Subject
+from hal_conformance.numerics.absent import blank
+from hal_conformance.recordings.compare import compare
 from hal_conformance.verdicts import Judgement, Status
 
 FAKE = Catalogue("fake_cases")

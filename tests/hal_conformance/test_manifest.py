@@ -9,7 +9,7 @@ import torch
 
 import hal
 from hal_conformance import manifest
-from hal_conformance.subject import describe
+from hal_conformance.execution.subject import describe
 
 
 def test_an_opened_device_is_described_with_libraries_flags_and_environment(monkeypatch):

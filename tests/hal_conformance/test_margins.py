@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hal.moe.router_spec import RouterSpec
-from hal_conformance.bounds import Bounded
-from hal_conformance.margins import Certainty, certify, judge_choice, k_best
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.margins import Certainty, certify, judge_choice, k_best
 from hal_conformance.verdicts import Status
 
 

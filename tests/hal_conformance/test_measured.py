@@ -7,10 +7,13 @@ import pytest
 
 import hal
 from hal.contract import Contract
-from hal_conformance import recording, subject, suite, table
-from hal_conformance.compare import compare
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.subject import Subject
+from hal_conformance import suite
+from hal_conformance.execution import subject
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.subject import Subject
+from hal_conformance.recordings import recording
+from hal_conformance.recordings.compare import compare
+from hal_conformance.report import table
 
 SELECTION = Selection(("layer.unaligned", "head.norm"), ("float16",), "tiny")
 TASKS = plan(SELECTION, Catalogue().all())

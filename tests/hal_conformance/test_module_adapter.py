@@ -18,8 +18,8 @@ from hal_conformance.adapters.module import ModuleLayer
 from hal_conformance.adapters.watching import Watch
 from hal_conformance.case import Params
 from hal_conformance.cases import by_name
-from hal_conformance.judging import judge_outputs
-from hal_conformance.plan import Task
+from hal_conformance.execution.judging import judge_outputs
+from hal_conformance.execution.plan import Task
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,6 @@ from hal.moe.torch_ops import TorchMoEOps
 from hal.moe.torch_optimizer_ops import TorchOptimizerOps
 from hal_conformance import arrays as codec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import Malformed, Params
 from hal_conformance.cases import gradients, optimizer, tensor_lists
 from hal_conformance.faults import VARIATIONS
@@ -30,6 +29,7 @@ from hal_conformance.faults.benign_optimizer import (
 )
 from hal_conformance.faults.optimizer import MomentsInBfloat16
 from hal_conformance.faults.written import Adam
+from hal_conformance.numerics.bounds import Bounded
 from hal_conformance.oracle import adam as oracle_adam
 from hal_conformance.oracle.accumulation import accumulate
 from hal_conformance.oracle.clipping import clip_grad_norm

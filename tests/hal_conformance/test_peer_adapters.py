@@ -12,7 +12,7 @@ import torch
 from hal.errors import ConfigError
 from hal.moe import ExpertWeights, LayerWeights, preset
 from hal.moe.torch_ops import torch_ops
-from hal_conformance.subject import load_attribute
+from hal_conformance.execution.subject import load_attribute
 
 
 def needs(library):

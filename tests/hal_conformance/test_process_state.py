@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hal.fp32_switch import has_fp32_switches
-from hal_conformance.process_state import ProcessState, _generators, kinds
+from hal_conformance.execution.process_state import ProcessState, _generators, kinds
 
 KEPT = []
 """What was entered and not left: some modes end when nobody has their object."""

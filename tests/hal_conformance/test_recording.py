@@ -12,16 +12,17 @@ import recordings
 import torch
 
 from hal.contract import Contract
-from hal_conformance import arrays, bundle, recording, sampling
-from hal_conformance.bundle import Unreadable
+from hal_conformance import arrays
 from hal_conformance.case import Footprint, Params
 from hal_conformance.cases import ALL
-from hal_conformance.compare import compare
-from hal_conformance.observation import Observation
-from hal_conformance.plan import Catalogue, Selection, Task, plan
+from hal_conformance.execution.observation import Observation
+from hal_conformance.execution.plan import Catalogue, Selection, Task, plan
+from hal_conformance.execution.subject import Subject
 from hal_conformance.portable import portable
-from hal_conformance.rejudging import Rejudge
-from hal_conformance.subject import Subject
+from hal_conformance.recordings import bundle, recording, sampling
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare
+from hal_conformance.recordings.rejudging import Rejudge
 from hal_conformance.verdicts import Judgement, Status
 
 OPENED = {**recordings.OPENED, "contract": Contract().as_json()}
@@ -236,7 +237,7 @@ def test_one_large_output_under_many_names_takes_the_memory_of_one(monkeypatch):
     large = replace(packed, shape=(64, 1024), grid=sampling.grid("y", (64, 1024), 0), values=np.zeros(0, np.float32))
     large = replace(large, values=np.zeros(large.grid.size, np.float32))
     seen = {}
-    monkeypatch.setattr("hal_conformance.rejudging.judge_outputs", lambda task, outputs, *_: seen.update(outputs) or
+    monkeypatch.setattr("hal_conformance.recordings.rejudging.judge_outputs", lambda task, outputs, *_: seen.update(outputs) or
                         Judgement(Status.PASS))  # fmt: skip
     rejudge = Rejudge(entry.task)
     monkeypatch.setattr(rejudge, "_limit", 3 * large.size * 4)

@@ -10,15 +10,15 @@ import pytest
 from test_recording import OPENED, observed, recorded
 
 from hal.contract import Contract
-from hal_conformance import columns, recording
-from hal_conformance.bundle import Unreadable
 from hal_conformance.cases import ALL
-from hal_conformance.compare import compare
-from hal_conformance.judging import Made
-from hal_conformance.observation import Observation
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.rejudging import Rejudge, agreed
-from hal_conformance.subject import Subject
+from hal_conformance.execution.judging import Made
+from hal_conformance.execution.observation import Observation
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.subject import Subject
+from hal_conformance.recordings import columns, recording
+from hal_conformance.recordings.bundle import Unreadable
+from hal_conformance.recordings.compare import compare
+from hal_conformance.recordings.rejudging import Rejudge, agreed
 from hal_conformance.verdicts import Judgement, Status
 
 GREEN = (Status.EXACT, Status.PASS, Status.PASS_AMBIGUOUS)

@@ -18,15 +18,16 @@ from rich.console import Console
 
 from hal.contract import Contract
 from hal.errors import ConfigError
-from hal_conformance import atomic, table
+from hal_conformance import atomic
 from hal_conformance.case import Params
-from hal_conformance.document import to_json
-from hal_conformance.judging import result
-from hal_conformance.junit import junit
-from hal_conformance.markdown import markdown
-from hal_conformance.plan import Selection, Task, matches, plan
-from hal_conformance.report import NotRun, Report
-from hal_conformance.subject import Subject, choose, unmet
+from hal_conformance.execution.judging import result
+from hal_conformance.execution.plan import Selection, Task, matches, plan
+from hal_conformance.execution.subject import Subject, choose, unmet
+from hal_conformance.report import table
+from hal_conformance.report.document import to_json
+from hal_conformance.report.junit import junit
+from hal_conformance.report.markdown import markdown
+from hal_conformance.report.report import NotRun, Report
 from hal_conformance.text import plain
 from hal_conformance.verdicts import Judgement, Status
 

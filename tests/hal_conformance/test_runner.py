@@ -14,9 +14,9 @@ import pytest
 
 from hal.errors import Absent, Broken, ConfigError, UnknownDevice
 from hal_conformance import suite
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.runner import Runner
-from hal_conformance.subject import Subject
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.runner import Runner
+from hal_conformance.execution.subject import Subject
 from hal_conformance.verdicts import Status
 
 HERE = Path(__file__).parent
@@ -173,7 +173,7 @@ def test_a_hang_costs_its_time_limit_and_the_next_case_goes_on():
 
 
 def test_a_case_that_keeps_hanging_is_not_tried_for_ever(monkeypatch):
-    monkeypatch.setattr("hal_conformance.runner.HANGS", 1)
+    monkeypatch.setattr("hal_conformance.execution.runner.HANGS", 1)
     report = run("hangs", case_s=1.0)
     assert statuses(report, "float32") == [Status.HANG, Status.SKIPPED, Status.HANG, Status.SKIPPED]
     assert report.exit_status() == 1
@@ -260,7 +260,9 @@ def test_a_named_device_that_is_absent_makes_the_run_exit_3_and_the_others_still
 
 def test_an_implementation_that_cannot_be_imported_is_wrong_usage():
     with pytest.raises(ConfigError, match="no_such_module"):
-        suite.run([Subject("fake:0", "no_such_module:x")], [], SELECTION, catalogue=FAKE, opener="fake_cases:open_device")
+        suite.run(
+            [Subject("fake:0", "no_such_module:x")], [], SELECTION, catalogue=FAKE, opener="fake_cases:open_device"
+        )
 
 
 def test_a_judge_that_raises_is_invalid():

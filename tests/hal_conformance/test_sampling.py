@@ -6,10 +6,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hal_conformance import arrays, sampling
-from hal_conformance.checksums import BLOCKS, block_rows, checksums, count
-from hal_conformance.columns import Writer
-from hal_conformance.packed import distance, pack
+from hal_conformance import arrays
+from hal_conformance.recordings import sampling
+from hal_conformance.recordings.checksums import BLOCKS, block_rows, checksums, count
+from hal_conformance.recordings.columns import Writer
+from hal_conformance.recordings.packed import distance, pack
 
 
 def test_small_outputs_and_conditions_are_held_whole():

@@ -15,10 +15,10 @@ import pytest
 
 from hal_conformance import selfcheck
 from hal_conformance.cases import ALL
+from hal_conformance.execution.plan import Selection, plan
 from hal_conformance.faults import VARIATIONS
 from hal_conformance.faults.catalogue import Variation, fault
 from hal_conformance.faults.parts import Parts
-from hal_conformance.plan import Selection, plan
 from hal_conformance.result import Result
 from hal_conformance.selfcheck import Outcome, exit_status, flagged_by
 from hal_conformance.verdicts import Status

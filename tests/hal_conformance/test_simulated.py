@@ -5,16 +5,16 @@ import dataclasses
 
 import pytest
 
-from hal_conformance.certificate import certificates
-from hal_conformance.judging import result
-from hal_conformance.junit import junit
-from hal_conformance.markdown import markdown
-from hal_conformance.plan import Catalogue, Selection, plan
-from hal_conformance.report import Report
+from hal_conformance.execution.judging import result
+from hal_conformance.execution.plan import Catalogue, Selection, plan
+from hal_conformance.execution.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
+from hal_conformance.execution.subject import Subject
+from hal_conformance.report.certificate import certificates
+from hal_conformance.report.junit import junit
+from hal_conformance.report.markdown import markdown
+from hal_conformance.report.report import Report
+from hal_conformance.report.tally import notable, verdict
 from hal_conformance.result import summary
-from hal_conformance.simulated import as_on_cpu, left_out, passed_over, same_as_cpu
-from hal_conformance.subject import Subject
-from hal_conformance.tally import notable, verdict
 from hal_conformance.verdicts import Judgement, Status
 
 TASKS = plan(Selection(("norm.rms", "layer.forward_free"), ("bfloat16",), "tiny"), Catalogue().all())

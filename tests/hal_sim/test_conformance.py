@@ -14,7 +14,7 @@ import torch
 import hal
 from hal_conformance import arrays
 from hal_conformance.cases import ALL
-from hal_conformance.plan import Catalogue, Selection, plan
+from hal_conformance.execution.plan import Catalogue, Selection, plan
 from hal_conformance.portable import portable
 from hal_sim import simulation
 

@@ -23,8 +23,8 @@ from hal_conformance.cases.sized import TokenCounts
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.chained import Chained
-from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.numerics.chained import Chained
+from hal_conformance.numerics.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.attention import LATENT, attention, attention_backward, latent_attention, latent_backward
 from hal_conformance.verdicts import Judgement
 

@@ -9,10 +9,10 @@ import numpy as np
 
 from hal.contract import Arithmetic, Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, Arrays, Params, arithmetic
 from hal_conformance.cases.attention import BOUND, Attention, Forward, Sizes
-from hal_conformance.detectors import judge, merge
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import judge, merge
 from hal_conformance.verdicts import Judgement
 
 

@@ -17,9 +17,9 @@ from hal.contract import Contract
 from hal_conformance.case import SCALES, Arrays, Params, Scale
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.trajectory import Statistical
-from hal_conformance.detectors import structure
 from hal_conformance.language import curves as run
 from hal_conformance.language import ensemble as twins
+from hal_conformance.numerics.detectors import structure
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:

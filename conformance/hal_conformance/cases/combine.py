@@ -12,8 +12,6 @@ import numpy as np
 from hal.contract import Arithmetic, Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.bounds import U32, Bounded, matmul_bound, matmul_variance
-from hal_conformance.budget import level
 from hal_conformance.case import F64, Array, Arrays, Params
 from hal_conformance.cases.base import (
     ByCounts,
@@ -35,7 +33,9 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenC
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
-from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.numerics.bounds import U32, Bounded, matmul_bound, matmul_variance
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 

@@ -17,10 +17,10 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import SIGNIFICANDS, smallest_normal
 from hal_conformance.case import F64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import Base, wide
-from hal_conformance.detectors import structure
+from hal_conformance.numerics.bounds import SIGNIFICANDS, smallest_normal
+from hal_conformance.numerics.detectors import structure
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal_conformance import inputs as make
-from hal_conformance.bounds import SIGNIFICANDS
 from hal_conformance.case import F64, I64, Array, Arrays
+from hal_conformance.numerics.bounds import SIGNIFICANDS
 
 ONE = 64.0
 """A gate value whose sigmoid is 1 - 1.6e-28, which is 1 in float32 and in float64: silu(64) is 64, its slope 1."""

@@ -32,7 +32,7 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenC
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import Finding, discrete, exact, judge, merge, structure
+from hal_conformance.numerics.detectors import Finding, discrete, exact, judge, merge, structure
 from hal_conformance.oracle.dispatching import combine, gather_rows, sent
 from hal_conformance.verdicts import Judgement
 

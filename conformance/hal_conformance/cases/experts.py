@@ -12,7 +12,6 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.bounds import half_ulp, silu, silu_slope, smallest_normal
 from hal_conformance.case import SCALES, Arrays, Footprint, Params, Scale, arithmetic
 from hal_conformance.cases import designs
 from hal_conformance.cases.base import (
@@ -29,12 +28,13 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.sized import FEW_EXPERTS, Wide
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.untrained import Untrained
-from hal_conformance.chained import Chained
-from hal_conformance.detectors import Finding, judge, merge, structure
+from hal_conformance.cases.weight_gradients import WeightGradients
+from hal_conformance.numerics.bounds import half_ulp, silu, silu_slope, smallest_normal
+from hal_conformance.numerics.chained import Chained
+from hal_conformance.numerics.detectors import Finding, judge, merge, structure
 from hal_conformance.oracle.experts import each, experts, unknown
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement, Status
-from hal_conformance.weight_gradients import WeightGradients
 
 if TYPE_CHECKING:
     import torch

@@ -22,7 +22,7 @@ from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS, Unaligned
 from hal_conformance.cases.strided import Sliced
-from hal_conformance.detectors import ExactMeter, exact, joined, merge
+from hal_conformance.numerics.detectors import ExactMeter, exact, joined, merge
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement
 

@@ -16,7 +16,7 @@ from hal_conformance.cases.experts import RANDOM, ExpertsCase, routed
 from hal_conformance.cases.nonfinite import admitted
 from hal_conformance.cases.sized import FEW_EXPERTS
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import Finding, exact, merge, structure
+from hal_conformance.numerics.detectors import Finding, exact, merge, structure
 from hal_conformance.oracle.dispatching import spans
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement, Status

@@ -11,13 +11,13 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.fp8_ops import BLOCK, LARGEST_EXPONENT
 from hal_conformance import inputs as make
-from hal_conformance.absent import judgeable
-from hal_conformance.bounds import smallest_normal
 from hal_conformance.case import DTYPES, F64, Array, Arrays, Case, Params
 from hal_conformance.cases.base import Base, observed
 from hal_conformance.cases.base import wide as widened
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.detectors import Finding, exact, merge, structure
+from hal_conformance.numerics.absent import judgeable
+from hal_conformance.numerics.bounds import smallest_normal
+from hal_conformance.numerics.detectors import Finding, exact, merge, structure
 from hal_conformance.oracle import fp8
 from hal_conformance.verdicts import Judgement, Status
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hal.contract import Contract
-from hal_conformance import absent
 from hal_conformance.case import Arrays, Case, Params
 from hal_conformance.cases.base import leaf, observed, part, same_results
 from hal_conformance.cases.wrapped import Wrapped
-from hal_conformance.detectors import joined
+from hal_conformance.numerics import absent
+from hal_conformance.numerics.detectors import joined
 from hal_conformance.verdicts import Judgement, Status
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
-from hal_conformance.chained import Chained
-from hal_conformance.detectors import Finding, exact, judge, merge, structure
+from hal_conformance.numerics.chained import Chained
+from hal_conformance.numerics.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle.accumulation import accumulate, accumulate_chained
 from hal_conformance.oracle.clipping import clip_grad_norm
 from hal_conformance.oracle.experts import each

@@ -13,7 +13,6 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import I64, Array, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import (
     At,
@@ -34,7 +33,8 @@ from hal_conformance.cases.narrow import Int32
 from hal_conformance.cases.sized import TokenCounts, Wide
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import Finding, exact, joined, judge, merge, structure
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import Finding, exact, joined, judge, merge, structure
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norm_head import NormHead
 from hal_conformance.verdicts import Judgement

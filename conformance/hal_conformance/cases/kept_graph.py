@@ -16,7 +16,7 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import graphs_kept, leaf, observed, part
 from hal_conformance.cases.frozen import Trainable
 from hal_conformance.cases.wrapped import Wrapped
-from hal_conformance.detectors import exact, joined, merge, structure
+from hal_conformance.numerics.detectors import exact, joined, merge, structure
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:

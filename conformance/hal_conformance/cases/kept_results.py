@@ -16,7 +16,7 @@ from hal_conformance.arguments import has_elements
 from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import PassBack, before_backward, observed, part, same_leaves, same_results
 from hal_conformance.cases.wrapped import Wrapped
-from hal_conformance.detectors import joined
+from hal_conformance.numerics.detectors import joined
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:

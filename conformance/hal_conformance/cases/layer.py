@@ -41,7 +41,7 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Long, TokenCounts, Unaligne
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import Finding, exact, joined, merge, structure
+from hal_conformance.numerics.detectors import Finding, exact, joined, merge, structure
 from hal_conformance.oracle.layer import ROUTED, SHARED, SHARED_GATE
 from hal_conformance.verdicts import Judgement
 

@@ -11,7 +11,7 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import KINDS, gate_storage, keeps_nonfinite, model_of, wide
 from hal_conformance.cases.layer import FREE, Layer, what
 from hal_conformance.cases.router_edges import FADE, lowest_first, tied
-from hal_conformance.detectors import Finding, discrete
+from hal_conformance.numerics.detectors import Finding, discrete
 from hal_conformance.verdicts import Judgement
 
 NAN, INFINITE, VANISHING = 5, 11, 17

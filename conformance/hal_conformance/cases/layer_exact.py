@@ -15,7 +15,7 @@ from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.layer import BACKWARD, CAPACITY, ONE_TOKEN, Layer
 from hal_conformance.cases.sized import FEW_EXPERTS
 from hal_conformance.cases.strided import Sliced
-from hal_conformance.detectors import ExactMeter, Finding, exact
+from hal_conformance.numerics.detectors import ExactMeter, Finding, exact
 from hal_conformance.oracle.dispatching import gather_rows, sent, spans
 from hal_conformance.oracle.layer import ROUTED, SHARED
 

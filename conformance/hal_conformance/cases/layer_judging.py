@@ -13,11 +13,11 @@ from hal.moe.model_spec import MoEModelSpec
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import gate_storage, weight_storage
 from hal_conformance.cases.router import judge_stages
-from hal_conformance.detectors import Finding, judge
+from hal_conformance.cases.weight_gradients import WeightGradients
+from hal_conformance.numerics.detectors import Finding, judge
 from hal_conformance.oracle.dispatching import sent
 from hal_conformance.oracle.layer import layer
 from hal_conformance.oracle.losses import aux_loss, z_loss
-from hal_conformance.weight_gradients import WeightGradients
 
 
 def judge_layer(

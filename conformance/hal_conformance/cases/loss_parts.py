@@ -27,7 +27,6 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, I64, Array, Arrays, Params
 from hal_conformance.cases.base import (
     At,
@@ -41,7 +40,8 @@ from hal_conformance.cases.base import (
     wide,
 )
 from hal_conformance.cases.losses import AUX, UPSTREAM, Z_LOSS
-from hal_conformance.detectors import judge, merge, structure
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
 

@@ -13,7 +13,6 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import (
     At,
@@ -36,7 +35,8 @@ from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.cases.wrapped import Wrapped
-from hal_conformance.detectors import exact, joined, judge, merge, structure
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.losses import aux_loss, z_loss
 from hal_conformance.verdicts import Judgement
 

@@ -9,7 +9,7 @@ from hal.contract import Contract
 from hal_conformance.case import Arrays, Footprint, Params
 from hal_conformance.cases.base import part
 from hal_conformance.cases.wrapped import Wrapped
-from hal_conformance.detectors import joined
+from hal_conformance.numerics.detectors import joined
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:

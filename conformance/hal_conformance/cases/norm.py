@@ -22,7 +22,7 @@ from hal_conformance.cases.sized import Aligned, Long, Many, TokenCounts, Unalig
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
-from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.numerics.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.norms import Normed, layer_norm, rms_norm
 from hal_conformance.verdicts import Judgement
 

@@ -12,7 +12,6 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.optimizer_ops import AdamHyper, SGDHyper
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, Arrays, Footprint, Params
 from hal_conformance.cases import parameters
 from hal_conformance.cases.base import keeps_nonfinite, observed
@@ -20,7 +19,8 @@ from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.parameters import nonfinite
 from hal_conformance.cases.strided import Strided
 from hal_conformance.cases.tensor_lists import ManyTensors, MixedTensors
-from hal_conformance.detectors import ExactMeter, Finding, judge, merge, structure
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import ExactMeter, Finding, judge, merge, structure
 from hal_conformance.oracle import adam, sgd
 from hal_conformance.verdicts import Judgement
 

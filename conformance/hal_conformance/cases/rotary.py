@@ -20,7 +20,7 @@ from hal_conformance.cases.sized import TokenCounts
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import exact, judge, merge, structure
+from hal_conformance.numerics.detectors import exact, judge, merge, structure
 from hal_conformance.oracle.rotary import rotary
 from hal_conformance.verdicts import Judgement
 

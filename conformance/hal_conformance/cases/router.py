@@ -11,13 +11,13 @@ import numpy as np
 from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
-from hal_conformance.bounds import Bounded, matmul
-from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import KINDS, Base, fields_of, gate_storage, router_arrays, weight_storage, wide
 from hal_conformance.cases.untrained import Untrained
-from hal_conformance.detectors import Finding, discrete, judge, merge, structure
-from hal_conformance.margins import Certainty, certify, judge_choice
+from hal_conformance.numerics.bounds import Bounded, matmul
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.detectors import Finding, discrete, judge, merge, structure
+from hal_conformance.numerics.margins import Certainty, certify, judge_choice
 from hal_conformance.oracle.routing import scores_between, scores_of, weights_of
 from hal_conformance.verdicts import Judgement, Status
 

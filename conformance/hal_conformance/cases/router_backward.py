@@ -11,7 +11,6 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.budget import level
 from hal_conformance.case import F64, Arrays, Params, arithmetic
 from hal_conformance.cases.base import (
     KINDS,
@@ -35,15 +34,16 @@ from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenC
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.chained import Chained, product
-from hal_conformance.detectors import exact, joined, judge, merge, structure
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.chained import Chained, product
+from hal_conformance.numerics.detectors import exact, joined, judge, merge, structure
 from hal_conformance.oracle.routing import logits_gradient, scores_of, stored_logits_gradient
 from hal_conformance.verdicts import Judgement
 
 if TYPE_CHECKING:
     import torch
 
-    from hal_conformance.detectors import Finding
+    from hal_conformance.numerics.detectors import Finding
 
 
 @dataclass(frozen=True)

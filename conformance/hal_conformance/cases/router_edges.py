@@ -11,14 +11,14 @@ from hal.contract import Contract
 from hal.moe.presets import preset
 from hal.moe.router_spec import RouterSpec
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
-from hal_conformance.budget import level
 from hal_conformance.case import F64, I64, Array, Arrays, Params
 from hal_conformance.cases.base import fields_of, gate_storage, router_arrays, shape, weight_storage, wide
 from hal_conformance.cases.router import ROUTING, RouterCase, TopkSet, judge_routing, judge_stages
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
-from hal_conformance.detectors import Finding, discrete, exact, judge
-from hal_conformance.margins import Certainty, judge_choice
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.detectors import Finding, discrete, exact, judge
+from hal_conformance.numerics.margins import Certainty, judge_choice
 from hal_conformance.oracle.routing import scores_of, weights_of
 
 if TYPE_CHECKING:

@@ -12,21 +12,21 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import U32, Bounded
 from hal_conformance.case import Array, Arrays, Params, arithmetic
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.layer_judging import judge_layer
-from hal_conformance.chained import Chained, product
-from hal_conformance.detectors import Finding, exact, judge
+from hal_conformance.cases.weight_gradients import WeightGradients
 from hal_conformance.language import parameters as named
 from hal_conformance.language.spec import LanguageSpec
+from hal_conformance.numerics.bounds import U32, Bounded
+from hal_conformance.numerics.chained import Chained, product
+from hal_conformance.numerics.detectors import Finding, exact, judge
 from hal_conformance.oracle.attention import attention_backward
 from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.experts import each
 from hal_conformance.oracle.norm_head import NormHead
 from hal_conformance.oracle.norms import rms_norm
 from hal_conformance.oracle.rotary import rotary
-from hal_conformance.weight_gradients import WeightGradients
 
 IGNORED = -100
 

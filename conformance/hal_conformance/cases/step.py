@@ -20,20 +20,20 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import Bounded
 from hal_conformance.case import F64, I64, Arrays, Params
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.optimizer import best
 from hal_conformance.cases.parameters import distinct
 from hal_conformance.cases.stages import Stages
 from hal_conformance.cases.trajectory import Trajectory
-from hal_conformance.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.language import parameters as named
 from hal_conformance.language import spec as specs
 from hal_conformance.language.model import rotary_table
 from hal_conformance.language.spec import LanguageSpec
 from hal_conformance.language.text import VOCABULARY, batch
 from hal_conformance.language.training import LIMIT, Recipe
+from hal_conformance.numerics.bounds import Bounded
+from hal_conformance.numerics.detectors import Finding, exact, judge, merge, structure
 from hal_conformance.oracle import adam
 from hal_conformance.oracle.clipping import clip_grad_norm
 from hal_conformance.verdicts import Judgement

@@ -16,10 +16,10 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.bounds import SIGNIFICANDS
 from hal_conformance.case import F64, Arrays, Params
 from hal_conformance.cases.base import wide
 from hal_conformance.cases.experts import ExpertsCase
+from hal_conformance.numerics.bounds import SIGNIFICANDS
 from hal_conformance.oracle.dispatching import spans
 from hal_conformance.oracle.layer import ROUTED
 from hal_conformance.verdicts import Judgement, Status

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from hal_conformance.bounds import U32
 from hal_conformance.case import F64, Array, Arrays
 from hal_conformance.language import curves as run
 from hal_conformance.language.twins import operators, twin
+from hal_conformance.numerics.bounds import U32
 from hal_conformance.pool import pool
 
 FILE = "ensemble.safetensors"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hal_conformance.bounds import TINY32, U32, Bounded
 from hal_conformance.case import F64
-from hal_conformance.chained import Chained
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded
+from hal_conformance.numerics.chained import Chained
 
 
 def accumulate(parts: Sequence[F64], tokens: Sequence[int]) -> Bounded:

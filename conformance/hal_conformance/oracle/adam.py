@@ -23,8 +23,8 @@ from typing import NamedTuple
 import numpy as np
 
 from hal.moe.optimizer_ops import AdamHyper
-from hal_conformance.bounds import TINY32, U32, Bounded
 from hal_conformance.case import F64
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded
 
 
 @dataclass(frozen=True)

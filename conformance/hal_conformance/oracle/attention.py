@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hal.contract import Arithmetic
-from hal_conformance.bounds import EXP, SIGNIFICANDS, TINY32, U32, half_ulp, matmul_variance
 from hal_conformance.case import F64, Array
-from hal_conformance.chained import Chained, product
+from hal_conformance.numerics.bounds import EXP, SIGNIFICANDS, TINY32, U32, half_ulp, matmul_variance
+from hal_conformance.numerics.chained import Chained, product
 
 CONSTANTS = 1.25 * U32
 """Relative error of the logits' factor scale log2(e): u of the product, and a quarter of u of log2(e) in float32."""

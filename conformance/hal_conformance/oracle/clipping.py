@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from hal.moe.optimizer_ops import CLIP_EPSILON
-from hal_conformance.bounds import TINY32, U32, Bounded, positive_sum
-from hal_conformance.budget import level
 from hal_conformance.case import F64
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded, positive_sum
+from hal_conformance.numerics.budget import level
 
 
 def clip_grad_norm(

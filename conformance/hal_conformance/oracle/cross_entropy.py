@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hal_conformance.bounds import EXP, TINY32, U32, Bounded, positive_sum
-from hal_conformance.budget import level
 from hal_conformance.case import I64, Array
+from hal_conformance.numerics.bounds import EXP, TINY32, U32, Bounded, positive_sum
+from hal_conformance.numerics.budget import level
 
 
 def cross_entropy(logits_TV: Array, targets_T: I64, ignore_index: int, z_coefficient: float) -> tuple[Bounded, Bounded]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from hal_conformance.bounds import U32, Bounded
 from hal_conformance.case import F64, I64
-from hal_conformance.chained import Chained
+from hal_conformance.numerics.bounds import U32, Bounded
+from hal_conformance.numerics.chained import Chained
 
 
 def sent(experts_TK: I64, num_experts: int, capacity: int | None = None) -> tuple[I64, I64]:

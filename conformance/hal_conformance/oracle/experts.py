@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal.contract import Arithmetic
-from hal_conformance.absent import needed
 from hal_conformance.case import I64, Array
-from hal_conformance.chained import Chained, product, silu, silu_backward, together
+from hal_conformance.numerics.absent import needed
+from hal_conformance.numerics.chained import Chained, product, silu, silu_backward, together
 
 Weights = tuple[Array, Array, Array]
 """w1, w3 [.., F, D] and w2 [.., D, F], as they are stored."""

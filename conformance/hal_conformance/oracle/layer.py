@@ -10,10 +10,10 @@ import numpy as np
 
 from hal.contract import Contract
 from hal.moe.model_spec import MoEModelSpec
-from hal_conformance.bounds import U32
-from hal_conformance.budget import level
 from hal_conformance.case import I64, Arrays, arithmetic
-from hal_conformance.chained import Chained, dot, product, sigmoid, together
+from hal_conformance.numerics.bounds import U32
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.chained import Chained, dot, product, sigmoid, together
 from hal_conformance.oracle.dispatching import combine_chained, gather, sent
 from hal_conformance.oracle.experts import Swiglu, SwigluGradients, each, unknown
 from hal_conformance.oracle.losses import aux_loss, z_loss

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 
 from hal.moe.router_spec import RouterSpec
-from hal_conformance.bounds import EXP, U32, Bounded, positive_sum
-from hal_conformance.budget import level
 from hal_conformance.case import I64, Array
+from hal_conformance.numerics.bounds import EXP, U32, Bounded, positive_sum
+from hal_conformance.numerics.budget import level
 
 MEGATRON_EPSILON = 1e-20
 

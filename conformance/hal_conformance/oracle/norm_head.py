@@ -7,10 +7,10 @@ import numpy as np
 
 from hal.contract import Arithmetic
 from hal.moe.training_ops import NORM_HEAD_EPSILON
-from hal_conformance.bounds import U32, half_ulp, matmul_variance, positive_sum
-from hal_conformance.budget import level
 from hal_conformance.case import F64, Array
-from hal_conformance.chained import Chained, product
+from hal_conformance.numerics.bounds import U32, half_ulp, matmul_variance, positive_sum
+from hal_conformance.numerics.budget import level
+from hal_conformance.numerics.chained import Chained, product
 
 
 class NormHead:

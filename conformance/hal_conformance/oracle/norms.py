@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hal.contract import Arithmetic
-from hal_conformance.bounds import TINY32, U32, Bounded, matmul_bound, positive_sum
-from hal_conformance.budget import Level, level
 from hal_conformance.case import F64, Array
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded, matmul_bound, positive_sum
+from hal_conformance.numerics.budget import Level, level
 
 ROOT = 4.0 * U32
 """Relative error of 1 / sqrt: 2 ulp where it is one instruction, or a root and a division."""

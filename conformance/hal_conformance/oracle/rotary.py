@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hal_conformance.bounds import TINY32, U32, Bounded
 from hal_conformance.case import Array
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded
 
 
 def rotary(x_THd: Array, cos_TR: Array, sin_TR: Array) -> Bounded:

@@ -6,10 +6,10 @@ from __future__ import annotations
 import numpy as np
 
 from hal.moe.router_spec import RouterSpec
-from hal_conformance.bounds import TINY32, U32, Bounded, half_ulp, sigmoid, softmax
-from hal_conformance.budget import Level
 from hal_conformance.case import F64, I64, Array
-from hal_conformance.chained import Chained
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded, half_ulp, sigmoid, softmax
+from hal_conformance.numerics.budget import Level
+from hal_conformance.numerics.chained import Chained
 
 SATURATED = 1e4
 """Beyond this a sigmoid is 0 or 1 in float64: an infinite logit has the score of a very large one."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from hal.moe.optimizer_ops import SGDHyper
-from hal_conformance.bounds import TINY32, U32, Bounded
 from hal_conformance.case import F64
+from hal_conformance.numerics.bounds import TINY32, U32, Bounded
 from hal_conformance.oracle.adam import gradient
 
 

@@ -104,7 +104,9 @@ def test_running_out_of_memory_is_caught_by_cudas_name(program):
         raise torch.OutOfMemoryError("asked")
 
 
-@pytest.mark.parametrize(("name", "library"), [("preferred_linalg_library", "magma"), ("preferred_blas_library", "cublaslt")])
+@pytest.mark.parametrize(
+    ("name", "library"), [("preferred_linalg_library", "magma"), ("preferred_blas_library", "cublaslt")]
+)
 def test_a_library_that_a_program_prefers_is_kept(program, name, library):
     preferred = getattr(program.backends.cuda, name)
     default = preferred()

@@ -29,7 +29,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.nonfinite import admitted
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
@@ -187,6 +187,14 @@ class Few(Random):
         """See `Random.sizes`."""
         tokens, top_k = super().sizes(p)
         return self.tokens or tokens, self.choices or top_k
+
+
+class ManyChoices(Few):
+    """More choices than the models' own."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`: one with more experts than that."""
+        return ("ling-lite",)
 
 
 class Dropped(Random):
@@ -364,6 +372,10 @@ CASES = (
         "combine.one_choice", "combine", _NEEDS,
         _SUMS + " K = 1: the weight still counts, since a router need not normalise.", choices=1,
     ),
+    ManyChoices(
+        "combine.many_choices", "combine", _NEEDS, _SUMS + " K = 12: more than 8, which other kernels are made for.",
+        choices=12,
+    ),
     BACKWARD,
     NanBackward(
         "combine.nan_backward", "combine", _NEEDS,
@@ -387,6 +399,7 @@ CASES = (
     Unaligned("combine.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("combine.wide", EXACT, only=FEW_EXPERTS),
     Wide("combine.wide_backward", BACKWARD, only=FEW_EXPERTS),
+    Whole("combine.whole", BACKWARD, only=FEW_EXPERTS),
     Tails("combine.tails", EXACT, only=FEW_EXPERTS),
     Tails("combine.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("combine.kept", EXACT, only=FEW_EXPERTS),

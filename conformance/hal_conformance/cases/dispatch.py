@@ -28,7 +28,7 @@ from hal_conformance.cases.base import (
 from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
@@ -253,6 +253,9 @@ BACKWARD = Backward("dispatch.backward", "dispatch", _NEEDS, _SUM)
 CAPACITY = Capacity(
     "dispatch.capacity", "dispatch", _NEEDS, _WHAT + "At the mean load as capacity, later slots are dropped."
 )  # fmt: skip
+CAPACITY_BACKWARD = CapacityBackward(
+    "dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."
+)  # fmt: skip
 CASES = (
     PERMUTATION,
     CAPACITY,
@@ -271,7 +274,7 @@ CASES = (
         "with a matrix of zeros and ones spreads them.",
     ),
     BACKWARD,
-    CapacityBackward("dispatch.capacity_backward", "dispatch", _NEEDS, _SUM + " Rows that were dropped add nothing."),
+    CAPACITY_BACKWARD,
     NanBackward(
         "dispatch.nan_backward", "dispatch", _NEEDS,
         _SUM + " A row of NaN reaches its own token only, an infinity its own element: kept, for loss scaling to see, "
@@ -285,12 +288,15 @@ CASES = (
     Long("dispatch.long", PERMUTATION, only=FEW_EXPERTS),
     Many("dispatch.many", BACKWARD, only=FEW_EXPERTS),
     Long("dispatch.long_backward", BACKWARD, only=FEW_EXPERTS),
+    Long("dispatch.long_capacity", CAPACITY, only=FEW_EXPERTS),
+    Long("dispatch.long_capacity_backward", CAPACITY_BACKWARD, only=FEW_EXPERTS),
     Int32("dispatch.int32", PERMUTATION, only=FEW_EXPERTS),
     SmallIntegers("dispatch.small_integers", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned", PERMUTATION, only=FEW_EXPERTS),
     Unaligned("dispatch.unaligned_backward", BACKWARD, only=FEW_EXPERTS),
     Wide("dispatch.wide", PERMUTATION, only=FEW_EXPERTS),
     Wide("dispatch.wide_backward", BACKWARD, only=FEW_EXPERTS),
+    Whole("dispatch.whole", BACKWARD, only=FEW_EXPERTS),
     Tails("dispatch.tails", PERMUTATION, only=FEW_EXPERTS),
     Tails("dispatch.tails_backward", BACKWARD, only=FEW_EXPERTS),
     KeptResults("dispatch.kept", PERMUTATION, only=FEW_EXPERTS),

@@ -25,7 +25,7 @@ from hal_conformance.cases.base import (
     shape,
     wide,
 )
-from hal_conformance.cases.sized import FEW_EXPERTS, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.untrained import Untrained
 from hal_conformance.cases.weight_gradients import WeightGradients
@@ -269,4 +269,5 @@ CASES = (
     Untrained("experts.untrained", RANDOM, ("y_RD",), only=FEW_EXPERTS),
     Wide("experts.wide", BACKWARD, only=FEW_EXPERTS),
     Wide("experts.deep", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 40, 520)),
+    Whole("experts.whole", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

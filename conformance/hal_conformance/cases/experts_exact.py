@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,6 +65,26 @@ class Integers(ExactExperts):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         return designs.integers(self.size(p))
+
+
+class ManyRows(Integers):
+    """More narrow rows than 16 bits count, in one dtype: CUDA's grids have no more blocks along their second axis."""
+
+    def presets(self) -> tuple[str, ...]:
+        """See `Case.presets`."""
+        return FEW_EXPERTS
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("bfloat16",)
+
+    def size(self, p: Params) -> designs.Size:
+        """See `ExpertsCase.size`: 9,398 and 9,399 rows for each expert but one, which has none."""
+        size = super().size(p)
+        counts = np.full_like(size.counts_E, 9_398)
+        counts[::2] += 1
+        counts[make.integers(p.seed, "many/empty", 0, len(counts) - 1, 1)] = 0
+        return replace(size, counts_E=counts, width=16, hidden=16)
 
 
 class Cancelling(ExactExperts):
@@ -151,6 +172,10 @@ CASES = (
         "experts.integers", "experts", _NEEDS,
         "Integers whose every partial sum is exact in float32; the gate's channel makes silu the identity. Lost, "
         "doubled or swapped rows, low accumulators and truncated stores show, bit by bit.",
+    ),
+    ManyRows(
+        "experts.many_rows", "experts", _NEEDS,
+        "As experts.integers, with 65,789 or 65,790 rows of 16 channels: more than 16 bits count.",
     ),
     Cancelling(
         "experts.cancelling", "experts", _NEEDS,

@@ -49,11 +49,13 @@ class Clip(GradientCase):
         max_norm: the limit.
         scale: of all gradients.
         bad: what one element of the dense gradient is replaced by.
+        experts: what the experts' gradients are multiplied by.
     """
 
     max_norm: float = 1.0
     scale: float = 1.0
     bad: float | None = None
+    experts: float = 1.0
 
     def limit(self, given: Mapping[str, Any]) -> float:
         """Return the limit, from the inputs on either side."""
@@ -62,7 +64,9 @@ class Clip(GradientCase):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         made = parameters.gradients(p, "clip")
-        arrays = parameters.stored("g", {name: g * self.scale for name, g in made.items()}, parameters.dtypes(p, "g"))
+        scales = {name: self.scale * (1.0 if name in parameters.DENSE else self.experts) for name in made}
+        scaled = {name: g * scales[name] for name, g in made.items()}
+        arrays = parameters.stored("g", scaled, parameters.dtypes(p, "g"))
         if self.bad is not None:
             dense = arrays["g/dense"].copy()
             dense.reshape(-1)[make.integers(p.seed, "clip/bad", 0, dense.size - 1, 1)] = self.bad
@@ -302,6 +306,12 @@ ACCUMULATE = Accumulate(
 )  # fmt: skip
 CASES = (
     CLIP,
+    Clip(
+        "gradients.clip_dense", "gradients", _CLIP,
+        "As gradients.clip_above, with experts' gradients so small that the norm is that of the dense ones alone: an "
+        "experts' of 64 times their size hides that theirs is rounded.",
+        experts=2.0**-12,
+    ),
     Clip(
         "gradients.clip_small", "gradients", _CLIP,
         "As gradients.clip_above, with gradients and a limit so small that the epsilon of 1e-6 counts.",

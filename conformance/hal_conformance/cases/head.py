@@ -7,7 +7,7 @@ Legend: T tokens, D model dim, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -130,13 +130,32 @@ class Normalised(HeadCase):
         head = NormHead(x, weight, p.dtype, arithmetic(contract, p.dtype))
         dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
         y = head.logits.bounded(p.dtype)
-        # Logits of a token share the norms' errors; so do gradients of a column.
-        found = [judge(name, outputs[name], y, independent=len(x)) for name in every]
+        free = _independent(inputs)
+        found = [judge(name, outputs[name], y, independent=free.y) for name in every]
         of_x, of_weight = dx.bounded(p.dtype), dweight.bounded(p.dtype)
-        found += [judge(name, outputs[name], of_x, independent=len(x)) for name in ("dx_TD", "dx_alone_TD")]
+        found += [judge(name, outputs[name], of_x, independent=free.dx) for name in ("dx_TD", "dx_alone_TD")]
         trained = ("dweight_VD", "dweight_alone_VD")
-        found += [judge(name, outputs[name], of_weight, independent=x.shape[1]) for name in trained]
+        found += [judge(name, outputs[name], of_weight, independent=free.dweight) for name in trained]
         return merge(found)
+
+
+class _Independent(NamedTuple):
+    """How many errors of each are independent: the safe number for `detectors.Meter`."""
+
+    y: int
+    dx: int
+    dweight: int
+
+
+def _independent(inputs: Arrays) -> _Independent:
+    """Return the numbers for NormHead.
+
+    Logits of a token share the norms' errors, and those of an entry its normalised weights', which are stored: of the
+    rows and the columns of [T, V] as many are independent as there are of the fewer. So it is with the gradients [T, D]
+    of tokens, whose columns share weights; gradients of a column of the weights share its norm's error.
+    """
+    tokens, width = inputs["x_TD"].shape
+    return _Independent(min(tokens, len(inputs["weight_VD"])), min(tokens, width), width)
 
 
 class Narrow(Normalised):
@@ -155,6 +174,19 @@ class Narrow(Normalised):
         """Return a verdict on shapes and dtypes."""
         shapes = {"y_TV": inputs["dy_TV"].shape, "dx_TD": inputs["x_TD"].shape, "dweight_VD": inputs["weight_VD"].shape}
         return structure(outputs, {name: (shape, p.dtype) for name, shape in shapes.items()})
+
+    def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
+        """See `Case.judge`."""
+        wrong = self.structure(inputs, outputs, p)
+        if wrong is not None:
+            return wrong
+        head = NormHead(inputs["x_TD"], inputs["weight_VD"], p.dtype, arithmetic(contract, p.dtype))
+        dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
+        free = _independent(inputs)
+        pairs = {"y_TV": (head.logits, free.y), "dx_TD": (dx, free.dx), "dweight_VD": (dweight, free.dweight)}
+        return merge(
+            judge(name, outputs[name], want.bounded(p.dtype), independent=n) for name, (want, n) in pairs.items()
+        )
 
 
 class FewRows(Normalised):
@@ -185,6 +217,29 @@ class ManyRows(Normalised):
         return super().inputs(self.at(p))
 
 
+class ManyNormalised(Narrow):
+    """More tokens than 16 bits count, for little vocabulary in one dtype."""
+
+    ROWS = dict.fromkeys(Normalised.ROWS, 16)
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("bfloat16",)
+
+    def at(self, p: Params) -> At:
+        """Return the instance with its sizes."""
+        return At(p.preset, p.dtype, p.scale, p.seed, Shape(65_792, 8, 8))
+
+    def footprint(self, p: Params) -> Footprint:
+        """See `Case.footprint`."""
+        return super().footprint(self.at(p))
+
+    def inputs(self, p: Params) -> Arrays:
+        """See `Case.inputs`: no channel is so large that many tokens have nearly the same logits, and errors."""
+        arrays = super().inputs(self.at(p))
+        return {**arrays, "x_TD": make.store(make.normal(p.seed, "head/x", *arrays["x_TD"].shape), p.dtype)}
+
+
 class NanInput(Narrow):
     """One element of x is NaN."""
 
@@ -197,17 +252,7 @@ class NanInput(Narrow):
     @np.errstate(invalid="ignore")
     def judge(self, inputs: Arrays, outputs: Arrays, p: Params, contract: Contract) -> Judgement:
         """See `Case.judge`: the oracle's own NaN are the expected ones."""
-        wrong = self.structure(inputs, outputs, p)
-        if wrong is not None:
-            return wrong
-        tokens, width = inputs["x_TD"].shape
-        head = NormHead(inputs["x_TD"], inputs["weight_VD"], p.dtype, arithmetic(contract, p.dtype))
-        dx, dweight = head.backward(inputs["dy_TV"], self.through_norm)
-        pairs = {"y_TV": (head.logits, tokens), "dx_TD": (dx, tokens), "dweight_VD": (dweight, width)}
-        return merge(
-            judge(name, outputs[name], chained.bounded(p.dtype), independent=independent)
-            for name, (chained, independent) in pairs.items()
-        )
+        return super().judge(inputs, outputs, p, contract)
 
 
 class NoTokens(Narrow):
@@ -369,6 +414,14 @@ class LargeVocabulary(Sized):
         targets = super().targets(p, tokens, vocabulary)
         targets[1::2] = make.integers(p.seed, "entropy/late", 2**16, vocabulary - 1, len(targets[1::2]))
         return targets
+
+
+class ManyTokens(Sized):
+    """More tokens than 16 bits count, in one dtype."""
+
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return ("bfloat16",)
 
 
 class Masked(CrossEntropy):
@@ -536,6 +589,11 @@ NORMALISED = Normalised(
     "lower limit, and one column is zero. The upstream gradient pushes along the weights, as a z-loss does. "
     "Bound: variances chained over the norm of each column, the stored weights and the product (oracle.norm_head).",
 )  # fmt: skip
+MANY_NORMALISED = ManyNormalised(
+    "head.norm_many_tokens", "head", _HEAD,
+    "NormHead once, 65,792 tokens and V = 16: more tokens than 16 bits count, and than a grid of CUDA's has blocks "
+    "along its second axis.",
+)  # fmt: skip
 MANY_ROWS = ManyRows(
     "head.norm_many_rows", "head", _HEAD,
     "As head.norm, V = 70,001 for five tokens of 16 channels: more than 16 bits count, and than a grid of CUDA's has "
@@ -584,9 +642,19 @@ CASES = (
     ),
     LargeVocabulary(
         "head.large_vocabulary", "head", _LOSS,
-        "As head.cross_entropy, five tokens and V = 70,001 at every scale, every second target beyond 65,535: 16 bits "
-        "do not hold it.",
-        at=(5, 70001),
+        "As head.cross_entropy, with a z-loss, five tokens and V = 70,001 at every scale, every second target beyond "
+        "65,535: 16 bits do not hold it.",
+        at=(5, 70001), z=1e-2,
+    ),
+    Sized(
+        "head.whole_vocabulary", "head", _LOSS,
+        "As head.cross_entropy, V = 1,024: whole blocks of 128 and of 256. The ignored target is -1.", ignored=-1,
+        at=(17, 1024),
+    ),
+    ManyTokens(
+        "head.cross_entropy_many", "head", _LOSS,
+        "As head.cross_entropy, 65,792 tokens and V = 8: more tokens than 16 bits count, and than a grid of CUDA's has "
+        "blocks along its second axis.", at=(65_792, 8),
     ),
     Sized(
         "head.many_tokens", "head", _LOSS,
@@ -611,6 +679,7 @@ CASES = (
     ),
     NoneCount("head.none_count", "head", _LOSS, "No tokens, or none that counts: loss and gradient are exactly 0."),
     MANY_ROWS,
+    MANY_NORMALISED,
     KeptResults("head.norm_kept", NORMALISED), KeptResults("head.cross_entropy_kept", WITH_Z),
     Int32("head.cross_entropy_int32", WITH_Z),
     Untrained("head.cross_entropy_untrained", WithZ("head.cross_entropy", "head", _LOSS, "V = 1,021."), ("loss",)),

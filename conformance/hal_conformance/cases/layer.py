@@ -37,7 +37,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.layer_judging import judge_layer
 from hal_conformance.cases.router import ROUTING, expected_structure
-from hal_conformance.cases.sized import FEW_EXPERTS, Long, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Long, TokenCounts, Unaligned, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
@@ -322,4 +322,5 @@ CASES = (
     LongLayer("layer.long", FREE_FORWARD, only=FEW_EXPERTS),
     Unaligned("layer.unaligned", BACKWARD, only=("qwen2-moe",)),
     Wide("layer.wide", BACKWARD, only=FEW_EXPERTS, of=Shape(9, 520, 136)),
+    Whole("layer.whole", BACKWARD, only=FEW_EXPERTS),
 )  # fmt: skip

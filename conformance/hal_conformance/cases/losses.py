@@ -323,6 +323,7 @@ CASES = (
     Aligned("losses.aligned_aux", AUX, only=KINDS),
     Aligned("losses.aligned_z", Z_LOSS),
     Long("losses.long_aux", AUX, only=FEW_EXPERTS),
+    Many("losses.many_aux", AUX, only=FEW_EXPERTS),
     Many("losses.many_z", Z_LOSS, only=FEW_EXPERTS),
     Long("losses.long_z", Z_LOSS, only=FEW_EXPERTS),
     Tails("losses.aux_tails", AUX, only=FEW_EXPERTS),

@@ -7,7 +7,7 @@ Legend: T tokens, D model dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from hal_conformance.case import Arrays, Params
 from hal_conformance.cases.base import Base, Shape, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
-from hal_conformance.cases.sized import Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.sized import Aligned, Long, Many, TokenCounts, Unaligned, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import Untrained
@@ -41,10 +41,18 @@ OFFSET_ROWS = slice(1, None, 6)
 
 @dataclass(frozen=True)
 class Norm(Base):
-    """A norm's result and gradients."""
+    """A norm's result and gradients.
+
+    Attributes:
+        kind: which norm.
+        eps: the epsilon.
+        outliers: whether a few channels are far larger than the others. Of eight channels such a one has the same
+            normalised value in most rows, and so one and the same error: many rows would not be independent.
+    """
 
     kind: Literal["rms", "layer"] = "rms"
     eps: float = EPSILON
+    outliers: bool = True
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: only sizes depend on it."""
@@ -53,7 +61,8 @@ class Norm(Base):
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`."""
         s, name = shape(p), f"norm/{self.kind}"
-        x = make.activations(p.seed, f"{name}/x", s.tokens, s.width)
+        made = make.activations if self.outliers else make.normal
+        x = made(p.seed, f"{name}/x", s.tokens, s.width)
         x[SMALL_ROW] *= 2.0**-10
         x[ZERO_ROW] = 0.0
         x[LARGE_ROW] *= 2.0**8
@@ -270,6 +279,7 @@ class Overflow(Norm):
 
 
 WIDE = Shape(9, 8200, 8)
+WHOLE = Shape(9, 4096, 128)
 """Wider than what 1,024 threads read at a time, and than any published model here (7,168)."""
 _RMS, _LAYER = ("rms_norm",), ("layer_norm",)
 _INPUTS = (
@@ -333,7 +343,8 @@ CASES = (
     Tails("norm.rms_tails", RMS), Tails("norm.layer_tails", LAYER),
     KeptResults("norm.rms_kept", RMS), KeptResults("norm.layer_kept", LAYER),
     Untrained("norm.rms_untrained", RMS, ("y_TD",)), Untrained("norm.layer_untrained", LAYER, ("y_TD",)),
-    Many("norm.rms_many", RMS), Many("norm.layer_many", LAYER),
+    Many("norm.rms_many", replace(RMS, outliers=False)), Many("norm.layer_many", replace(LAYER, outliers=False)),
+    Whole("norm.rms_whole", RMS, of=WHOLE), Whole("norm.layer_whole", LAYER, of=WHOLE),
     Long("norm.rms_long", RMS), Long("norm.layer_long", LAYER),
     Wide("norm.rms_wide", RMS, of=WIDE), Wide("norm.layer_wide", LAYER, of=WIDE),
     Frozen("norm.rms_frozen", RMS),

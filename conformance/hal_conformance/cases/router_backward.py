@@ -30,7 +30,7 @@ from hal_conformance.cases.kept_graph import KeptGraph
 from hal_conformance.cases.kept_results import KeptResults
 from hal_conformance.cases.narrow import Int32, SmallIntegers
 from hal_conformance.cases.router import ROUTING, RouterCase, expected_structure, judge_routing, judge_stages
-from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Wide
+from hal_conformance.cases.sized import FEW_EXPERTS, Aligned, Long, Many, TokenCounts, Unaligned, Whole, Wide
 from hal_conformance.cases.strided import Shifted, Sliced, Strided
 from hal_conformance.cases.tails import Tails
 from hal_conformance.cases.untrained import IN_SERVICE, Untrained
@@ -280,6 +280,7 @@ CASES = (
     Long("router.long", BACKWARD, only=FEW_EXPERTS),
     Unaligned("router.unaligned", BACKWARD, only=FEW_EXPERTS),
     Wide("router.wide", BACKWARD, only=KINDS[:2]),
+    Whole("router.whole", BACKWARD, only=KINDS[:2]),
     Tails("router.tails", BACKWARD, only=FEW_EXPERTS),
     KeptResults("router.kept", BACKWARD, only=KINDS[1:3]),
     Int32("router.int32", REPLAYED, only=FEW_EXPERTS),

@@ -85,7 +85,7 @@ class Long(Sized):
 class Many(Long):
     """More tokens than 16 bits count, in one dtype: CUDA's grids have at most 65,535 blocks along their second axis."""
 
-    TOKENS = 65_600
+    TOKENS = 65_792  # 257 times 256: whole blocks, one more than 16 bits count
     WIDTH = 8
 
     def dtypes(self) -> tuple[str, ...]:
@@ -122,6 +122,21 @@ class Wide(Sized):
     def sizes(self, p: Params) -> Shape:
         """See `Sized.sizes`."""
         return self.of
+
+
+@dataclass(frozen=True)
+class Whole(Wide):
+    """Sizes that every tile divides, as those of real models are: the scaled ones are multiples of 8."""
+
+    of: Shape = field(default=Shape(128, 256, 128), kw_only=True)
+
+    @property
+    def what(self) -> str:
+        """See `Case.what`."""
+        return (
+            f"As {self.inner.name}, with {self.of.tokens} tokens, {self.of.width:,} channels and {self.of.hidden} "
+            f"hidden units at every scale: whole tiles of 128 and of 256, and nothing beside them. {self.inner.what}"
+        )
 
 
 class Unaligned(Sized):

@@ -112,7 +112,7 @@ class WorkerProcess:
                         self.last_arrival = time.monotonic()
                         self._arrived.put(message)
             except (wire.WireError, OSError, ValueError) as error:
-                self._arrived.put(f"its messages became unreadable ({plain(error, 100)})")
+                self._arrived.put(f"sent a message that cannot be read ({plain(error, 100)})")
                 return
         self._arrived.put("")
 

@@ -16,7 +16,7 @@ from hal_conformance.faults.parts import Alone, Parts
 from hal_conformance.faults.rotary import Rotary
 
 
-def _within(x: Tensor, most: int, dim: int = -1) -> Tensor:
+def within(x: Tensor, most: int, dim: int = -1) -> Tensor:
     """Return the array, zero beyond the first `most` of an axis."""
     extent = x.shape[dim]
     if extent <= most:
@@ -31,7 +31,7 @@ class ReadsFewChannels(Alone):
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
-        return super().experts(_within(x_RD, 256), counts_E, weights)
+        return super().experts(within(x_RD, 256), counts_E, weights)
 
 
 @fault()
@@ -40,7 +40,7 @@ class ReadsFewHiddenUnits(Alone):
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
-        return super().experts(x_RD, counts_E, weights._replace(w2_EDF=_within(weights.w2_EDF, 96)))
+        return super().experts(x_RD, counts_E, weights._replace(w2_EDF=within(weights.w2_EDF, 96)))
 
 
 @fault()
@@ -49,7 +49,7 @@ class WritesFewChannels(Alone):
 
     def experts(self, x_RD: Tensor, counts_E: Tensor, weights: ExpertWeights) -> Tensor:
         """See `MoEOps.experts`."""
-        return _within(super().experts(x_RD, counts_E, weights), 256)
+        return within(super().experts(x_RD, counts_E, weights), 256)
 
 
 @fault()
@@ -61,7 +61,7 @@ class RoutesByFewChannels(Parts):
         experts_TK: Tensor | None = None,
     ) -> Routing:  # fmt: skip
         """See `MoEOps.route`."""
-        return super().route(x_TD, _within(gate_ED, 256), spec, bias_E, experts_TK=experts_TK)
+        return super().route(x_TD, within(gate_ED, 256), spec, bias_E, experts_TK=experts_TK)
 
 
 @fault()
@@ -71,7 +71,7 @@ class DispatchesFewChannels(Parts):
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
         """See `MoEOps.dispatch`."""
         out = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
-        return out._replace(x_RD=_within(out.x_RD, 256))
+        return out._replace(x_RD=within(out.x_RD, 256))
 
 
 @fault()
@@ -80,7 +80,7 @@ class CombinesFewChannels(Parts):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        return _within(super().combine(y_RD, weights_TK, slot_R, num_tokens), 256)
+        return within(super().combine(y_RD, weights_TK, slot_R, num_tokens), 256)
 
 
 @fault()
@@ -89,7 +89,7 @@ class AttendsWithEightHeads(Attention):
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        return _within(super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal), 8, dim=1)
+        return within(super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal), 8, dim=1)
 
 
 @fault()
@@ -98,7 +98,7 @@ class ComparesFewChannels(Attention):
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        return super().attention(_within(q_THd, 64), k_SGd, v_SGe, scale, causal=causal)
+        return super().attention(within(q_THd, 64), k_SGd, v_SGe, scale, causal=causal)
 
 
 @fault()
@@ -121,7 +121,7 @@ class ForgetsDistantKeys(Attention):
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        return super().attention(q_THd, k_SGd, _within(v_SGe, 512, dim=0), scale, causal=causal)
+        return super().attention(q_THd, k_SGd, within(v_SGe, 512, dim=0), scale, causal=causal)
 
 
 @fault()
@@ -148,7 +148,7 @@ class NormalisesByFewChannels(Norm):
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""
-        return super().rms_norm(_within(x_TD, 5120), weight_D, eps)
+        return super().rms_norm(within(x_TD, 5120), weight_D, eps)
 
 
 @fault()
@@ -169,7 +169,7 @@ class ProjectsFewChannels(Head):
 
     def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
         """See `TrainingOps.norm_head`."""
-        return super().norm_head(_within(x_TD, 256), weight_VD, train=train, through_norm=through_norm)
+        return super().norm_head(within(x_TD, 256), weight_VD, train=train, through_norm=through_norm)
 
 
 @fault()
@@ -178,7 +178,7 @@ class ComparesHeadsOf136(Attention):
 
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
-        return super().attention(q_THd, _within(k_SGd, 136), v_SGe, scale, causal=causal)
+        return super().attention(q_THd, within(k_SGd, 136), v_SGe, scale, causal=causal)
 
 
 GRID = 65_535
@@ -191,7 +191,7 @@ class NormalisesAGrid(Norm):
 
     def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         """See `TrainingOps.rms_norm`."""
-        return _within(super().rms_norm(x_TD, weight_D, eps), GRID, 0)
+        return within(super().rms_norm(x_TD, weight_D, eps), GRID, 0)
 
 
 @fault()
@@ -200,7 +200,7 @@ class ProjectsAGrid(Head):
 
     def norm_head(self, x_TD: Tensor, weight_VD: Tensor, *, train: bool, through_norm: bool = True) -> Tensor:
         """See `TrainingOps.norm_head`."""
-        return _within(super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm), GRID)
+        return within(super().norm_head(x_TD, weight_VD, train=train, through_norm=through_norm), GRID)
 
 
 @fault()
@@ -213,7 +213,7 @@ class RoutesAGrid(Alone):
     ) -> Routing:  # fmt: skip
         """See `MoEOps.route`."""
         routing = super().route(x_TD, gate_ED, spec, bias_E, experts_TK=experts_TK)
-        return routing._replace(weights_TK=_within(routing.weights_TK, GRID, 0))
+        return routing._replace(weights_TK=within(routing.weights_TK, GRID, 0))
 
 
 @fault()
@@ -223,7 +223,7 @@ class DispatchesAGrid(Alone):
     def dispatch(self, x_TD: Tensor, experts_TK: Tensor, num_experts: int, *, capacity: int | None = None) -> Dispatch:
         """See `MoEOps.dispatch`."""
         sent = super().dispatch(x_TD, experts_TK, num_experts, capacity=capacity)
-        return sent._replace(x_RD=_within(sent.x_RD, GRID, 0))
+        return sent._replace(x_RD=within(sent.x_RD, GRID, 0))
 
 
 @fault()
@@ -232,4 +232,4 @@ class CombinesSlotsOfSixteenBits(Alone):
 
     def combine(self, y_RD: Tensor, weights_TK: Tensor, slot_R: Tensor, num_tokens: int) -> Tensor:
         """See `MoEOps.combine`."""
-        return super().combine(_within(y_RD, 2**15 - 1, 0), weights_TK, slot_R, num_tokens)
+        return super().combine(within(y_RD, 2**15 - 1, 0), weights_TK, slot_R, num_tokens)

@@ -271,7 +271,7 @@ class Meter:
         if rms is None:
             return Finding(Status.PASS, self._margin if self._size else None)
         if rms > 1.0 or (z is not None and abs(z) > 1.0):
-            what = f"rms of error over deviation is {rms:.2f}" if rms > 1.0 else f"biased: z is {z:.1f}"
+            what = f"rms of error over deviation is {rms:.4g}" if rms > 1.0 else f"biased: z is {z:.1f}"
             detail = f"{name}: less precise than the contract: {what} of its threshold"
             return Finding(Status.DEGRADED, self._margin, rms, z, detail=detail)
         return Finding(Status.PASS, self._margin, rms, z)

@@ -75,6 +75,37 @@ class HostTensors:
                 result = self._to(source, source.dtype, copy=True)
         return self._mark(result, self._on_host if host else self._on_device)
 
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the host that counts as pinned; the tensor itself if it does already.
+
+        Nothing is locked: the device works on the host's memory. But the program may write into the source, as one
+        does that reads into the same array again and again.
+
+        Raises:
+            RuntimeError: the tensor is on the device; in CUDA's words.
+        """
+        if self.side(tensor) is False:
+            kind = tensor.type().replace("torch.", "torch.cuda.", 1)
+            raise RuntimeError(f"cannot pin '{kind}' only dense CPU tensors can be pinned")
+        if self.is_pinned(tensor):
+            return tensor
+        return self.add_pinned(tensor.clone())
+
+    def add_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Remember that a tensor's memory is on the host, and pinned; return the tensor."""
+        try:  # noqa: SIM105  contextlib takes as long again
+            tensor.untyped_storage()._hal_pinned = True  # type: ignore[attr-defined]
+        except _NO_STORAGE:
+            pass
+        return self.add(tensor)
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor's memory counts as pinned."""
+        try:
+            return getattr(tensor.untyped_storage(), "_hal_pinned", False)
+        except _NO_STORAGE:
+            return False
+
     def add_storage(self, storage: torch.UntypedStorage, host: bool = True) -> None:
         """Remember that a storage is on the host, or on the device."""
         storage._hal_side = self._on_host if host else self._on_device  # type: ignore[attr-defined]

@@ -36,11 +36,11 @@ def _enter(names: str, what: str, runs_on: frozenset[str], instead: str) -> None
 
 _enter("triton", "a language for kernels", _BOTH | {"ascend"},
        "torch.compile writes kernels for the device; on Ascend install triton-ascend")  # fmt: skip
-_enter("flash_attn flash_attn_interface", "attention kernels", _BOTH,
+_enter("flash_attn flash_attn_interface flash_attn_2_cuda", "attention kernels", _BOTH,
        "torch.nn.functional.scaled_dot_product_attention; attn_implementation=\"sdpa\" in transformers")  # fmt: skip
 _enter("xformers", "attention kernels", _BOTH, "torch.nn.functional.scaled_dot_product_attention")
 _enter("flashinfer", "attention kernels", _NVIDIA, "torch.nn.functional.scaled_dot_product_attention")
-_enter("apex amp_C fused_layer_norm_cuda", "fused norms and optimisers", _BOTH,
+_enter("apex amp_C apex_C fused_layer_norm_cuda", "fused norms and optimisers", _BOTH,
        "torch.nn.LayerNorm, torch.nn.RMSNorm and torch.optim have fused forms of their own")  # fmt: skip
 _enter("transformer_engine", "FP8 layers", _BOTH, "the model's option for torch's own layers")
 _enter("bitsandbytes", "8-bit optimisers and weights", _BOTH | {"cpu"}, "torch.optim; unquantised weights")
@@ -60,3 +60,20 @@ _enter("cupy cuda numba.cuda nvshmem", "access to CUDA itself", _NVIDIA, "torch'
 _enter("pynvml nvtx nvidia_resiliency_ext", "access to NVIDIA's driver", _NVIDIA, "`hal devices`, torch.profiler")
 _enter("torch.utils.cpp_extension", "builds extensions, and those in CUDA with nvcc", _BOTH | {"ascend", "cpu"},
        "an extension whose sources are C++ alone builds everywhere")  # fmt: skip
+
+
+def advice(name: str, device: str) -> str:
+    """Return what to add to the error of a module that is missing; nothing if it is of no library that is known here.
+
+    Args:
+        name: of the module, dotted.
+        device: on which the program runs.
+    """
+    known = name
+    while known and known not in LIBRARIES:
+        known = known.rpartition(".")[0]
+    if not known:
+        return ""
+    library = LIBRARIES[known]
+    missing = known if known == name else f"such part of {known}"
+    return f"; on {device} there is no {missing} ({library.what}): {library.instead}"

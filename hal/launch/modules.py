@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hal.launch import api
 from hal.launch.awaited import forget, look, when_loaded
 from hal.launch.caller import inside, is_insider
-from hal.launch.libraries import LIBRARIES
+from hal.launch.libraries import advice
 from hal.launch.patches import Patches
 from hal.launch.stand_ins import Each, StandIn, StandIns, current, put, seen
 
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from hal.launch.redirection import Redirection
 
 
-def _advise(error: ModuleNotFoundError, redirection: Redirection) -> None:
-    """Add to the error of a missing library of CUDA kernels what a program can do without it here."""
-    library = LIBRARIES.get(error.name or "")
-    if library is not None and "; on " not in error.msg:
-        error.msg += f"; on {redirection.device.info.id} there is none of its {library.what}: {library.instead}"
+def _advise(error: ImportError, redirection: Redirection) -> None:
+    """Add to the error of a missing library of CUDA kernels what a program can do without it here.
+
+    A part that is missing of one that is installed has a path, and is another matter.
+    """
+    if error.path is None and "; on " not in error.msg:
+        error.msg += advice(error.name or "", redirection.device.info.id)
 
 
 def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> None:
@@ -43,7 +45,7 @@ def install(stand_ins: StandIns, redirection: Redirection, patches: Patches) -> 
     def __import__(name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:  # noqa: N807
         try:
             module = python_import(name, globals, locals, fromlist, level)
-        except ModuleNotFoundError as error:
+        except ImportError as error:
             _advise(error, redirection)
             raise
         look()

@@ -8,12 +8,15 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dis import opmap
 from types import ModuleType
 from typing import Any
 
 from hal import entry_points
+from hal.launch import api
 from hal.launch.caller import is_insider
+from hal.launch.libraries import advice
 from hal.launch.patches import Patches
 
 GROUP = "hal.replacements"
@@ -48,7 +51,22 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         version = getattr(source, "__version__", None)
         if version is not None:
             vars(module)["__version__"] = version
+        vars(module).setdefault("__getattr__", _missing(module))
         self.made.append(module.__name__)
+
+
+def _missing(module: ModuleType) -> Callable[[str], Any]:
+    """Return what tells a program that asks for a name which the replacement has not."""
+
+    def missing(name: str) -> Any:
+        frame, what = sys._getframe(1), module.__name__
+        if frame.f_code.co_code[frame.f_lasti] != opmap["IMPORT_FROM"]:  # `from apex import amp`
+            raise AttributeError(f"module {what!r} has no attribute {name!r}", name=name, obj=module)
+        active = api.active()
+        device = "this device" if active is None else active.device.info.id
+        raise ImportError(f"cannot import name {name!r} from {what!r}{advice(f'{what}.{name}', device)}", name=what)
+
+    return missing
 
 
 def _source(fullname: str) -> str | None:
@@ -81,18 +99,14 @@ def stands_in(name: str, what: str) -> None:
     Raises:
         UnsupportedOperation: in strict mode.
     """
-    from hal.launch.api import active
-
-    redirection: Any = active()
+    redirection: Any = api.active()
     if redirection is not None:
         redirection.change(name, what)
 
 
 def refuse(name: str, why: str) -> Exception:
     """Return the error for what the replacement does not do."""
-    from hal.launch.api import active
-
-    redirection: Any = active()
+    redirection: Any = api.active()
     if redirection is None:
         return RuntimeError(f"{name}: {why}")
     error: Exception = redirection.refuse(name, why)

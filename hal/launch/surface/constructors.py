@@ -21,12 +21,11 @@ door("torch.distributed.fsdp.FullyShardedDataParallel", "torch.nn.parallel.Distr
      "torch.nn.parallel.distributed.DistributedDataParallel")  # fmt: skip
 door("torch.optim.swa_utils.AveragedModel", "torch.distributed.pipelining.PipelineStage",
      "torch.distributed.pipelining.stage.PipelineStage")  # fmt: skip
-door("torch.utils.data.DataLoader", "torch.utils.data.dataloader.DataLoader", note="pins nothing on a CPU")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
     """Translate what torch's constructors are given, of each class once somebody loads it."""
-    for module, name, translate in (
+    owners: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
         ("torch.distributed.device_mesh", "DeviceMesh", {"device_type": Redirection.translate_type}),
         ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel", {"device_id": _device_id}),
         ("torch.nn.parallel.distributed", "DistributedDataParallel",
@@ -34,9 +33,14 @@ def install(redirection: Redirection, patches: Patches) -> None:
         ("torch.distributed.pipelining.stage", "_PipelineStageBase", {"device": Redirection.translate}),
         ("torch.distributed.pipelining.stage", "PipelineStage", {"device": Redirection.translate}),
         ("torch.optim.swa_utils", "AveragedModel", {"device": _indexed}),
-        ("torch.utils.data.dataloader", "DataLoader",
-         {"pin_memory": _pin_memory, "pin_memory_device": Redirection.translate_type}),
-    ):  # fmt: skip
+        # These make a tensor of a number, which looks for CUDA before any operator is called.
+        *(("torch.nn.modules.batchnorm", name, {"device": Redirection.translate})
+          for name in ("_NormBase", "_LazyNormBase")),
+        *(("torch.ao.quantization.observer", name, {"factory_kwargs": _factory})
+          for name in ("UniformQuantizationObserverBase", "MinMaxObserver", "PerChannelMinMaxObserver",
+                       "HistogramObserver")),
+    )  # fmt: skip
+    for module, name, translate in owners:
         when_loaded(module, name, functools.partial(_translated, patches, translate))
 
 
@@ -67,6 +71,10 @@ def _translated(patches: Patches, translate: Mapping[str, Any], owner: Any) -> N
     patches.set(owner, "__init__", constructor)
 
 
+def _factory(r: Redirection, given: Any) -> Any:
+    return given if not given or "device" not in given else {**given, "device": r.translate(given["device"])}
+
+
 def _indexed(r: Redirection, device: Any) -> Any:
     # torch moves modules by it, which knows CUDA, and makes a tensor of it, which the net knows by its index alone.
     import torch
@@ -87,8 +95,3 @@ def _device_ids(r: Redirection, devices: Any) -> Any:
 
 def _output_device(r: Redirection, device: Any) -> Any:
     return r.translate(device) if r.hosts is None else None
-
-
-def _pin_memory(r: Redirection, pin: Any) -> Any:
-    # On a CPU the device works on the host's memory: there is nothing to lock.
-    return pin if r.hosts is None else False

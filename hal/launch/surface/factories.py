@@ -37,6 +37,7 @@ def makers() -> dict[str, Callable[..., Any]]:
             if callable(function) and _hashable(function) and (function in constructors or windows):
                 found[f"{module.__name__}.{name}"] = function
     found |= {f"torch.{name}": getattr(torch, name) for name in (*LIKE, "normal")}
+    found["torch.nested.as_nested_tensor"] = torch.nested.as_nested_tensor
     found |= {name: getattr(torch, name.removeprefix("torch.")) for name in _OF_MEMORY}
     return found
 
@@ -88,7 +89,8 @@ def _maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., to
             return original(*args, **kwargs)
         hosts, device = redirection.hosts, kwargs.get("device")
         true = device if device is None else redirection.translate(device)
-        if kwargs.get("pin_memory"):
+        pins = kwargs.get("pin_memory")
+        if pins:
             kwargs["pin_memory"] = pinned(redirection, device)
         if true is not device:
             kwargs["device"] = true
@@ -97,8 +99,12 @@ def _maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., to
         made = original(*args, **kwargs)
         if hosts is None or is_compiling():
             return made
+        if pins:
+            return hosts.add_pinned(made)
         if true is not device:
             return _taken(args, made, hosts) if takes else hosts.add_device(made)
+        if kwargs.get("out") is not None:  # which stays where it is
+            return made
         if device is None and takes and modes() and not makes_on_host(redirection):
             return _taken(args, made, hosts)  # by the default device
         if device is None:

@@ -265,8 +265,7 @@ def _pin_memory(name: str, original: Any, redirection: Redirection) -> Callable[
         if r is None:
             return original(self, device)  # type: ignore[no-any-return]
         r.audit.count_outside(name, sys._getframe(1))
-        # On a CPU the device works on the host's memory: there is nothing to lock.
-        return r.device.memory.pin(self) if r.hosts is None else self
+        return r.device.memory.pin(self) if r.hosts is None else r.hosts.pin(self)
 
     return pin_memory
 
@@ -276,7 +275,7 @@ def _is_pinned(name: str, original: Any, redirection: Redirection) -> Callable[.
         r = api._active
         if r is None:
             return original(self, device)  # type: ignore[no-any-return]
-        return False if r.hosts is not None else bool(original(self, r.translate(device)))
+        return r.hosts.is_pinned(self) if r.hosts is not None else bool(original(self, r.translate(device)))
 
     return is_pinned
 

@@ -199,6 +199,53 @@ def test_pinned_memory_is_the_hosts(cuda):
             make(2, device="cuda", pin_memory=True)
 
 
+def test_pinned_memory_is_a_copy(cuda):
+    t = cuda.torch
+    read, batches = np.zeros(2, np.float32), []
+    for step in range(3):  # one array to read into, again and again
+        read[:] = step
+        batches.append(t.from_numpy(read).pin_memory())
+    assert [batch.cuda()[0].item() for batch in batches] == [0.0, 1.0, 2.0]
+    assert all(batch.is_pinned() and batch.pin_memory() is batch and not batch.is_cuda for batch in batches)
+    assert t.empty(2, pin_memory=True).is_pinned()
+    assert not t.ones(2).is_pinned()
+    with pytest.raises(RuntimeError, match=r"cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors"):
+        t.ones(2, device="cuda").pin_memory()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_that_pins_gives_copies(cuda, workers):
+    t = cuda.torch
+    data = t.arange(4.0).view(2, 2)
+    loader = t.utils.data.DataLoader(data, batch_size=None, pin_memory=True, num_workers=workers)
+    assert loader.pin_memory
+    for batch in loader:
+        assert batch.is_pinned()
+        batch += 100.0
+    assert data.tolist() == [[0.0, 1.0], [2.0, 3.0]]
+
+
+def test_what_is_written_into_stays_where_it_is(cuda):
+    t = cuda.torch
+    for make in (t.rand, t.randn, t.zeros, t.ones, t.empty, t.randperm, lambda n, out: t.arange(float(n), out=out),
+                 lambda n, out: t.linspace(0, 1, n, out=out), lambda n, out: t.normal(0.0, 1.0, (n,), out=out),
+                 lambda n, out: t.full((n,), 1.0, out=out)):  # fmt: skip
+        for device in ("cuda", "cpu"):
+            into = t.empty(2, device=device, dtype=t.long if make is t.randperm else t.float)
+            assert make(2, out=into).is_cuda == into.is_cuda == (device == "cuda")
+
+
+def test_modules_that_hold_a_number_are_made_on_the_device(cuda):
+    t = cuda.torch
+    for device in ("cuda", t.device("cuda"), "cuda:0"):
+        for layer in (t.nn.BatchNorm2d(2, device=device), t.nn.SyncBatchNorm(2, device=device),
+                      t.nn.LazyBatchNorm1d(device=device),
+                      t.nn.InstanceNorm1d(2, track_running_stats=True, device=device)):  # fmt: skip
+            assert layer.running_mean.is_cuda
+            assert layer.num_batches_tracked.is_cuda
+    assert t.nested.as_nested_tensor([t.ones(2)], layout=t.jagged, device="cuda").is_cuda
+
+
 def test_an_optimizers_state_is_loaded_to_where_its_parameters_are(cuda):
     t = cuda.torch
     layer = t.nn.Linear(2, 2).cuda()

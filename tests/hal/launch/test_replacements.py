@@ -107,6 +107,21 @@ def test_what_torch_has_no_equivalent_of_is_refused(option, adoption):
         flash.flash_attn_func(q, q, q, **option)
 
 
+@pytest.mark.parametrize(
+    ("statement", "says"),
+    [("from apex import amp", "no such part of apex"), ("from apex.optimizers import FusedLAMB", "FusedLAMB.*torch.optim"),
+     ("import apex.parallel", "no such part of apex"), ("from flash_attn.layers import rotary", "scaled_dot_product"),
+     ("from flash_attn import flash_attn_with_kvcache", "kvcache.*scaled_dot_product"),
+     ("import flash_attn_2_cuda", "there is no flash_attn_2_cuda"), ("import triton.language", "there is no triton")],
+)  # fmt: skip
+def test_a_part_that_is_missing_is_an_error_that_says_what_to_use(statement, says, adoption):
+    if statement.startswith("import triton") and importlib.util.find_spec("triton"):
+        pytest.skip("triton is installed")
+    with pytest.raises(ImportError, match=says):
+        exec(statement, {"__name__": "program"})
+    assert not hasattr(importlib.import_module("apex"), "amp")
+
+
 def test_grouped_products(adoption):
     gmm = importlib.import_module("grouped_gemm").ops.gmm
     a, b, sizes = draw(6, 3), draw(3, 3, 4), torch.tensor([2, 0, 4])

@@ -15,7 +15,7 @@ import numpy as np
 
 from hal.contract import Contract
 from hal_conformance import inputs as make
-from hal_conformance.case import Arrays, Footprint, Params, arithmetic
+from hal_conformance.case import DTYPES, Arrays, Footprint, Params, arithmetic
 from hal_conformance.cases.base import Base, backward, keeps_nonfinite, leaf, observed, shape, wide
 from hal_conformance.cases.frozen import Frozen
 from hal_conformance.cases.kept_results import KeptResults
@@ -53,24 +53,34 @@ class Attention(Base):
 
     Attributes:
         causal: whether a query sees only what is not after it.
-        before: keys before the first query.
+        before: how many more keys than queries there are; with a mask, all before the first query.
         share: query heads of each key head.
         width: of a head; None: by scale.
+        queries: how many; None: by scale.
+        heads: of queries; None: as many as two key heads have, and at least four.
+        storage: dtypes; fewer where they cost time and sizes are what is asked about.
     """
 
     causal: bool = True
     before: int = 0
     share: int = 2
     width: int | None = None
+    queries: int | None = None
+    heads: int | None = None
+    storage: tuple[str, ...] = DTYPES
 
     def presets(self) -> tuple[str, ...]:
         """See `Case.presets`: only sizes depend on it."""
         return ("ling-lite",)
 
+    def dtypes(self) -> tuple[str, ...]:
+        """See `Case.dtypes`."""
+        return self.storage
+
     def sizes(self, p: Params) -> Sizes:
         """Return the sizes."""
-        heads, tokens = 2 * max(2, self.share), shape(p).tokens
-        return Sizes(tokens, tokens + self.before, heads, heads // self.share, self.width or _WIDTHS[p.scale])
+        heads, queries = self.heads or 2 * max(2, self.share), self.queries or shape(p).tokens
+        return Sizes(queries, queries + self.before, heads, heads // self.share, self.width or _WIDTHS[p.scale])
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`: of the variances of one head, which are float64 and about 20."""
@@ -79,7 +89,10 @@ class Attention(Base):
 
     def scale(self, p: Params) -> float:
         """Return the factor of the logits, in float32: 1 / sqrt(d), or near it where that has few bits."""
-        scales = {16: 0.2509999871253967, 40: 0.15811388194561005, 128: 0.0883883461356163, 192: 0.07216878235340118}
+        scales = {
+            16: 0.2509999871253967, 40: 0.15811388194561005, 64: 0.12549999356269836, 128: 0.0883883461356163,
+            192: 0.07216878235340118, 256: 0.06279999762773514,
+        }  # fmt: skip
         return scales[self.width or _WIDTHS[p.scale]]
 
     def inputs(self, p: Params) -> Arrays:
@@ -420,9 +433,11 @@ class LatentBackward(Latent):
         steep: how much larger the rotated parts are in 16 bits than numbers of variance 1. In float32, where logits are
             stored as they are computed, nothing more would show, and next to a probability of nearly 1 all gradients
             are differences of equal numbers.
+        rank: width of the latent; None: twice that of a head.
     """
 
     steep: float = 1.0
+    rank: int | None = None
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: quarters of small integers, projected by matrices with four ones or minus ones a row.
@@ -431,7 +446,7 @@ class LatentBackward(Latent):
         bits. The rotated parts are as they occur.
         """
         s = self.sizes(p)
-        rotated, rank, value = s.width // 2, 2 * s.width, s.width - 8
+        rotated, rank, value = s.width // 2, self.rank or 2 * s.width, s.width - 8
         steep = 1.0 if p.dtype == "float32" else self.steep
 
         def integers(name: str, most: int, *shape: int) -> Any:
@@ -509,7 +524,8 @@ def _judge(name: str, outputs: Arrays, want: Chained, p: Params, queries: int | 
     return judge(name, outputs[name], want.within_deviations().stored(p.dtype), independent=independent)
 
 
-_NEEDS = ("attention",)
+_NEEDS, _LATENT_NEEDS = ("attention",), ("latent_attention",)
+_FEW_DTYPES = ("float32", "bfloat16")
 BOUND = (
     "Bound: variances chained through logits, softmax, stored probabilities and the product with v, by "
     "FlashAttention's equations (oracle.attention): lambda deviations and half an ulp."
@@ -520,7 +536,7 @@ CAUSAL = Attention(
     "query with huge logits. " + BOUND,
 )  # fmt: skip
 LATENT_BACKWARD = LatentBackward(
-    "attention.latent_backward", "attention", ("latent_attention",),
+    "attention.latent_backward", "attention", _LATENT_NEEDS,
     "Multi-head latent attention and the gradients of queries, latent, rotated key and both projections, the "
     "queries being the last of S positions. Keys, values, q up_k and dy up_v are integers and quarters that 16 "
     "bits hold exactly, so that both orders of the projections have the same errors. " + BOUND,
@@ -544,6 +560,11 @@ ONE_QUERY = Even(
     "attention.one_query", "attention", _NEEDS,
     "As attention.many_keys: one query over 193 keys, as in decoding, all heads on one key head.",
     share=4, queries=1, keys=193,
+)  # fmt: skip
+ONE_LATENT_QUERY = LatentBackward(
+    "attention.latent_one_query", "attention", _LATENT_NEEDS,
+    "As attention.latent_backward: one narrow query over 307 keys at every scale, as in decoding. " + BOUND,
+    before=306, share=1, width=16, queries=1, storage=_FEW_DTYPES,
 )  # fmt: skip
 CASES = (
     CAUSAL, PREFIX, FULL,
@@ -574,6 +595,26 @@ CASES = (
         "As attention.causal with heads of 192 channels, as latent attention has them, six of queries to one of keys. "
         + BOUND,
         share=6, width=192,
+    ),
+    Attention(
+        "attention.heads_of_64", "attention", _NEEDS,
+        "As attention.causal with 37 queries over heads of 64 channels at every scale. " + BOUND, width=64, queries=37,
+    ),
+    Attention(
+        "attention.heads_of_256", "attention", _NEEDS,
+        "As attention.causal with 37 queries over heads of 256 channels at every scale. " + BOUND,
+        width=256, queries=37,
+    ),
+    Attention(
+        "attention.three_tiles", "attention", _NEEDS,
+        "As attention.causal with 293 queries and as many keys at every scale, two narrow heads on one key head: a "
+        "mask cuts tiles of 64 or of 128 on the diagonal, hides those beyond it and leaves those before it whole, and "
+        "the last is not full. " + BOUND,
+        width=16, queries=293, heads=2, storage=_FEW_DTYPES,
+    ),
+    Attention(
+        "attention.fewer_keys", "attention", _NEEDS, "Without a mask, 12 queries more than keys. " + BOUND,
+        causal=False, before=-12,
     ),
     Hidden(
         "attention.hidden_prefix", "attention", _NEEDS,
@@ -623,24 +664,31 @@ CASES = (
     ),
     NoTokens("attention.no_tokens", "attention", _NEEDS, "Zero queries: gradients of keys and values are 0."),
     Latent(
-        "attention.latent", "attention", ("latent_attention",),
+        "attention.latent", "attention", _LATENT_NEEDS,
         "DeepSeek's multi-head latent attention, forward: keys and values projected up from a latent, and one rotated "
         "key for all heads; the absorbed order of the projections is admitted, too. " + BOUND,
         share=1,
     ),
     LATENT_BACKWARD,
     LatentBackward(
-        "attention.latent_full", "attention", ("latent_attention",),
+        "attention.latent_full", "attention", _LATENT_NEEDS,
         "As attention.latent_backward without a mask, 11 keys more than queries, and in 16 bits with rotated parts "
         "four times as large, whose share of the logits must not be rounded. " + BOUND,
         causal=False, before=11, share=1, steep=4.0,
     ),
     OneLatentHead(
-        "attention.latent_one_head", "attention", ("latent_attention",),
+        "attention.latent_one_head", "attention", _LATENT_NEEDS,
         "As attention.latent_backward with one query head. " + BOUND, before=7, share=1,
     ),
+    LatentBackward(
+        "attention.latent_wide", "attention", _LATENT_NEEDS,
+        "As attention.latent_backward with a latent of 520 channels, and nine queries of seventeen narrow heads, at "
+        "every scale. " + BOUND,
+        before=7, share=1, width=16, queries=9, heads=17, rank=520, storage=("bfloat16",),
+    ),
+    ONE_LATENT_QUERY,
     LatentFarBelow(
-        "attention.latent_far_below", "attention", ("latent_attention",),
+        "attention.latent_far_below", "attention", _LATENT_NEEDS,
         "As attention.latent_backward, with queries whose logits are all far below zero, as in attention.far_below. "
         + BOUND,
         before=7, share=1,
@@ -653,6 +701,7 @@ CASES = (
     Untrained("attention.prefix_untrained", PREFIX, ("y_THe",), modes=IN_SERVICE),
     Untrained("attention.full_untrained", FULL, ("y_THe",), modes=IN_SERVICE),
     Untrained("attention.one_query_untrained", ONE_QUERY, ("y_THe",), modes=IN_SERVICE),
+    Untrained("attention.latent_one_query_untrained", ONE_LATENT_QUERY, ("y_THe",), modes=IN_SERVICE),
     Strided("attention.strided", CAUSAL),
     Strided("attention.latent_strided", LATENT_BACKWARD),
     TokenCounts("attention.token_counts", CAUSAL),

@@ -150,6 +150,15 @@ class OneToken(Rotary):
         return Sizes(1, heads, width, width)
 
 
+class OneHead(Rotary):
+    """One head."""
+
+    def sizes(self, p: Params) -> Sizes:
+        """See `Rotary.sizes`."""
+        width = HEADS[p.scale][1]
+        return Sizes(shape(p).tokens, 1, width, width)
+
+
 class WideHeads(Rotary):
     """More heads than eight, wider than 128 channels, at every scale."""
 
@@ -159,13 +168,13 @@ class WideHeads(Rotary):
 
 
 class ManyPositions(Rotary):
-    """Many tokens of one narrow head, of which a half is rotated."""
+    """Many tokens of three narrow heads, of which a half is rotated."""
 
     POSITIONS = {"tiny": 4129, "small": 32771, "full": 32771}  # noqa: RUF012  primes beyond 2^12 and 2^15
 
     def sizes(self, p: Params) -> Sizes:
         """See `Rotary.sizes`."""
-        return Sizes(self.POSITIONS[p.scale], 1, 8, 4)
+        return Sizes(self.POSITIONS[p.scale], 3, 8, 4)
 
 
 class NoTokens(Rotary):
@@ -202,10 +211,11 @@ CASES = (
         "As rotary.random in float16, with numbers that a rotation carries beyond it: infinite, not the largest one.",
     ),
     ONE_TOKEN,
+    OneHead("rotary.one_head", "rotary", _NEEDS, "As rotary.random with one head, as latent attention's keys have."),
     ManyPositions(
         "rotary.many_positions", "rotary", _NEEDS,
-        "As rotary.random with more than 4,096 positions (32,768 beyond tiny), one head, and random angles on half of "
-        "eight channels: a table of which rows are lost, and one that is rounded where a part is rotated, show.",
+        "As rotary.random with more than 4,096 positions (32,768 beyond tiny), three heads, and random angles on half "
+        "of eight channels: a table of which rows are lost, and one that is rounded where a part is rotated, show.",
     ),
     WideHeads(
         "rotary.wide_heads", "rotary", _NEEDS, "As rotary.random with five tokens of seventeen heads of 136 channels."

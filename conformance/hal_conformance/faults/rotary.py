@@ -119,3 +119,15 @@ class OneHeadIsNotTurned(Rotary):
     def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
         """See `TrainingOps.rotary`."""
         return x_THd.clone() if x_THd.shape[1] == 1 else super().rotary(x_THd, cos_TR, sin_TR)
+
+
+@fault()
+class RotatesHeadsOfAGrid(Rotary):
+    """Positions beyond the first 256 are zero where there is more than one head."""
+
+    def rotary(self, x_THd: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
+        """See `TrainingOps.rotary`."""
+        y_THd = super().rotary(x_THd, cos_TR, sin_TR)
+        if x_THd.shape[1] == 1:
+            return y_THd
+        return y_THd * (torch.arange(len(y_THd), device=y_THd.device) < 256)[:, None, None]

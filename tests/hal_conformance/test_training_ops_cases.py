@@ -26,6 +26,13 @@ from hal_conformance.oracle.cross_entropy import cross_entropy
 from hal_conformance.oracle.norms import rms_norm
 
 MEANT_FOR = {
+    "normalises_otherwise_in256": "norm.rms_whole",
+    "normalises_all_but_the_last_of_a_block": "norm.rms_many",
+    "projects_a_grid_of_tokens": "head.norm_many_tokens",
+    "averages_a_grid": "head.cross_entropy_many",
+    "sums_all_but_a_block": "head.whole_vocabulary",
+    "counts_ignored_targets_of_minus_one": "head.whole_vocabulary",
+    "z_of_a_vocabulary_without_gradient": "head.large_vocabulary",
     "normaliser_in_storage": "attention.many_keys",
     "normaliser_rounded_once": "attention.many_keys",
     "nothing_is_rescaled": "attention.many_keys",

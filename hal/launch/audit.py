@@ -10,6 +10,8 @@ from __future__ import annotations
 import dis
 import functools
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import CodeType, FrameType
@@ -71,6 +73,7 @@ class Audit:
     _codes: dict[int, CodeType] = field(default_factory=dict)
     _noted: dict[tuple[Kind, str, str, CodeType | None, int], _Noted] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _local: threading.local = field(default_factory=threading.local)
 
     def count(self, api: str, frame: FrameType, belief: bool = False) -> None:
         """Count one call of an API from a frame; threads that call the same line at once may lose one."""
@@ -93,14 +96,39 @@ class Audit:
         if nearest is not None:
             self.count(api, nearest)
 
+    def count_traced(self, api: str, code: CodeType, line: int | None, belief: bool = False) -> None:
+        """Count a call that the compiler traces, under the line that it is at."""
+        key = api, belief, id(code), _start(code, line)
+        self._codes[id(code)] = code
+        self._calls[key] = self._calls.get(key, 0) + 1
+
+    @contextmanager
+    def traced_at(self, code: CodeType, line: int | None) -> Iterator[None]:
+        """Let what this thread notes meanwhile stand under a line that the compiler traces: no frame is there."""
+        before, self._local.at = getattr(self._local, "at", None), (code, _start(code, line))
+        try:
+            yield
+        finally:
+            self._local.at = before
+
+    def where(self, frame: FrameType | None) -> str:
+        """Return `file:line` of the nearest frame of the program, or of what is traced, for messages."""
+        at = getattr(self._local, "at", None)
+        if at is not None:
+            return f"{at[0].co_filename}:{_line(*at)}"
+        frame = outside(frame)
+        return "an unknown line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
     def note(self, kind: Kind, api: str, note: str, frame: FrameType | None, nbytes: int = 0) -> bool:
         """Note something that is not as on CUDA, under the nearest frame of the program.
 
         Returns:
             Whether this is the first of its kind at this line.
         """
-        frame = outside(frame)
-        key = (kind, api, note, None, 0) if frame is None else (kind, api, note, frame.f_code, frame.f_lasti)
+        at = getattr(self._local, "at", None)
+        if at is None and (frame := outside(frame)) is not None:
+            at = frame.f_code, frame.f_lasti
+        key = (kind, api, note, *(at or (None, 0)))
         with self._lock:
             first = key not in self._noted
             noted = self._noted.setdefault(key, _Noted())
@@ -136,15 +164,14 @@ class Audit:
         return sorted(found, key=lambda e: (e.file or "", e.line or 0, e.api, e.kind, e.note))
 
 
-def where(frame: FrameType | None) -> str:
-    """Return `file:line` of the nearest frame of the program, for messages."""
-    frame = outside(frame)
-    return "an unknown line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
-
-
 @functools.lru_cache(maxsize=4096)
 def _lines(code: CodeType) -> tuple[tuple[int, int], ...]:
     return tuple((start, line) for start, line in dis.findlinestarts(code) if line is not None)
+
+
+def _start(code: CodeType, line: int | None) -> int:
+    """Return the first instruction of a line."""
+    return next((start for start, found in _lines(code) if found == line), 0)
 
 
 def _line(code: CodeType, instruction: int) -> int | None:

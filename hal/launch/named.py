@@ -18,6 +18,11 @@ def __getattr__(name: str) -> Any:
     return seen_module("torch")
 
 
+def name_of(function: Any) -> str | None:
+    """Return the name that a stand-in was given; None of any other function."""
+    return function.__qualname__ if getattr(function, "__module__", None) == __name__ else None
+
+
 def give_name(function: Any, name: str) -> None:
     """Let a stand-in be pickled under torch's name for what it stands in for."""
     function.__module__ = __name__

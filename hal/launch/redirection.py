@@ -19,7 +19,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, final
 
 from hal.errors import UnsupportedOperation
-from hal.launch.audit import Audit, where
+from hal.launch.audit import Audit
 from hal.launch.host import HostTensors
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ class Redirection:
         if self.strict:
             self.audit.note("refused", api, note, frame)
             raise UnsupportedOperation(
-                f"{api} at {where(frame)} would change its meaning: {note}", device=self.device.info.id, what=api,
+                f"{api} at {self.audit.where(frame)} would change its meaning: {note}",
+                device=self.device.info.id, what=api,
                 hint="without --strict it is only noted in the report",
             )  # fmt: skip
 
@@ -236,13 +237,15 @@ class Redirection:
         self.audit.note("idle", api, note, frame)
         if api not in self._said:
             self._said.add(api)
-            log.warning("%s at %s does nothing on %s: %s", api, where(frame), self.device.info.id, note)
+            log.warning("%s at %s does nothing on %s: %s", api, self.audit.where(frame), self.device.info.id, note)
 
     def refuse(self, api: str, why: str, hint: str = "") -> UnsupportedOperation:
         """Return the error that refuses a call, and note it. It is a RuntimeError, as torch's own would be."""
         frame = sys._getframe(1)
         self.audit.note("refused", api, why, frame)
-        return UnsupportedOperation(f"{api} at {where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint)
+        return UnsupportedOperation(
+            f"{api} at {self.audit.where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint
+        )
 
 
 def is_number(device: Any) -> bool:

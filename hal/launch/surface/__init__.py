@@ -36,6 +36,7 @@ from hal.launch.surface import (
     sync_batch_norm,
     tensor_files,
     tensors,
+    traced,
 )
 
 __all__ = [
@@ -73,4 +74,5 @@ __all__ = [
     "sync_batch_norm",
     "tensor_files",
     "tensors",
+    "traced",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from hal.launch.api import active, api
 from hal.launch.redirection import Redirection
+from hal.launch.surface import traced
 
 _NOTE = "on a CPU the plain form is admitted, too"
 
@@ -57,9 +58,12 @@ def enable_math_sdp(r: Redirection, enabled: bool) -> None:
 def _another(r: Redirection, name: str, kernels: Iterable[str]) -> None:
     import torch
 
-    if not torch.compiler.is_compiling():
-        asked = " and ".join(kernels) or "a kernel of CUDA's"
-        r.change(name, f"{asked} alone was asked for; the CPU's own kernel computes, or the plain form")
+    asked = " and ".join(kernels) or "a kernel of CUDA's"
+    what = f"{asked} alone was asked for; the CPU's own kernel computes, or the plain form"
+    if torch.compiler.is_compiling():
+        traced.note("change", name, what)
+    else:
+        r.change(name, what)
 
 
 @api("torch.nn.attention.flex_attention.flex_attention", note="on a CPU, gradients in the plain form")

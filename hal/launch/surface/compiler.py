@@ -12,6 +12,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from operator import is_
 from types import CodeType
 from typing import Any
 
@@ -20,6 +21,7 @@ from hal.launch.caller import is_insider
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import seen
+from hal.launch.surface import traced
 
 _REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
                      "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",
@@ -83,22 +85,27 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
     def method_attr_device(self: Any, tx: Any) -> Any:
         if not outside(tx, self):
             return true_device(self, tx)
+        traced.asked(redirection, tx, self, "torch.Tensor.device")
         return VariableTracker.build(tx, redirection.present(self.device))
 
     def method_attr_is_cuda(self: Any, tx: Any) -> Any:
         if not outside(tx, self):
             return true_is_cuda(self, tx)
+        traced.asked(redirection, tx, self, "torch.Tensor.is_cuda")
         return VariableTracker.build(tx, redirection.present(self.device).type == "cuda")
 
     def method_attr_is_cpu(self: Any, tx: Any) -> Any:
         if self.device is None:
             return None  # unknown: the compiler finds another way
+        if outside(tx, self):
+            traced.asked(redirection, tx, self, "torch.Tensor.is_cpu")
         on_cpu = self.device.type == "cpu" and (redirection.hosts is None or not outside(tx, self))
         return VariableTracker.build(tx, on_cpu)
 
     def method_get_device(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not outside(tx, self):
             return true_get_device(self, tx, *args, **kwargs)
+        traced.asked(redirection, tx, self, "torch.Tensor.get_device")
         index = redirection.present(self.device).index
         return VariableTracker.build(tx, -1 if index is None else index)
 
@@ -131,10 +138,13 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
 
     def call(self: Any, tx: Any, *given: Any) -> Any:
         *method, args, kwargs = given
+        before = args, kwargs
         if method and method[0] == "cuda":
             method, args, kwargs = ["to"], *_as_to(tx, redirection, args, kwargs)
         args = [true(tx, argument, False) for argument in args]
         kwargs = {key: true(tx, argument, key == "device") for key, argument in kwargs.items()}
+        if method and given[0] in _REPLACED_METHODS and not _same((args, kwargs), before):
+            traced.moved(redirection, tx, f"torch.Tensor.{given[0]}")
         if method and method[0] in _REPLACED_METHODS and self.source is None:
             found = _by_modes(tx, method[0], (self, *args), kwargs)
             if found is not None:
@@ -142,6 +152,12 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
         return original(self, tx, *method, args, kwargs)
 
     patches.set(variable, name, call)
+
+
+def _same(call: tuple[list[Any], dict[str, Any]], other: tuple[list[Any], dict[str, Any]]) -> bool:
+    """Return whether two calls have the same arguments, by identity."""
+    return (len(call[0]) == len(other[0]) and all(map(is_, call[0], other[0])) and call[1].keys() == other[1].keys()
+            and all(value is other[1][name] for name, value in call[1].items()))  # fmt: skip
 
 
 def _as_to(

@@ -14,6 +14,7 @@ from hal.launch import api as state
 from hal.launch.api import api
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.surface import traced
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +48,9 @@ def _histc(
 
     if input.is_floating_point() or r.hosts is None:
         return original(input, *args, **kwargs)
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        traced.note("fallback", "torch.histc", "of integers, in float64")
+    else:
         r.fallback("torch.histc", f"of {input.dtype}, in float64", input.nbytes)
     # A float64 holds every count and every bin's edge that an integer tensor of this size can have.
     return original(input.double(), *args, **kwargs).to(input.dtype)

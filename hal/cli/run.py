@@ -86,8 +86,9 @@ def run(
         sys.exit(launch(settings, nproc or 1, options, command))
     environment = dict(os.environ)
     settings.into(environment, first=os.getpid())
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed, as by `>&-`
+            stream.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
 
 

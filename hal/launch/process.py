@@ -26,8 +26,7 @@ def start_first() -> None:
         start()
     except HalError as error:
         report.discard(from_environment(os.environ))
-        sys.stderr.write(f"hal: {error}\n")
-        sys.stderr.flush()
+        report.say(f"hal: {error}\n")
         # No exception may leave site's start: Python would print all of it and call it a fatal error.
         os._exit(exit_status(error))
 

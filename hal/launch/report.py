@@ -41,7 +41,7 @@ def leave(settings: Settings, device: DeviceInfo, entries: Iterable[Entry]) -> N
     except FileNotFoundError:
         return
     except OSError as error:
-        sys.stderr.write(f"hal run: process {os.getpid()} is missing in the report: {error}\n")
+        say(f"hal run: process {os.getpid()} is missing in the report: {error}\n")
 
 
 def discard(settings: Settings | None) -> None:
@@ -59,10 +59,16 @@ def finish(settings: Settings) -> None:
         try:
             Path(written).write_text(json.dumps(report, indent=1) + "\n")
         except OSError as error:
-            sys.stderr.write(f"hal run: the report could not be written: {error}\n")
+            say(f"hal run: the report could not be written: {error}\n")
             written = None
-    sys.stderr.write(text(report, written))
-    sys.stderr.flush()
+    say(text(report, written))
+
+
+def say(what: str) -> None:
+    """Write to stderr, if there is one."""
+    if sys.stderr is not None:  # closed, as by `2>&-`
+        sys.stderr.write(what)
+        sys.stderr.flush()
 
 
 def merged(settings: Settings, parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from hal.launch.surface import (
     tensor_files,
     tensors,
     traced,
+    widened,
 )
 
 __all__ = [
@@ -75,4 +76,5 @@ __all__ = [
     "tensor_files",
     "tensors",
     "traced",
+    "widened",
 ]

@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -222,3 +223,12 @@ def test_a_run_that_is_ended_leaves_no_processes(number, whom, status, tmp_path,
             if process.is_running():
                 process.kill()
     assert "a fault in hal" not in (tmp_path / "errors").read_text()
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_program_without_outputs_runs(closed, tmp_path):
+    script, found = tmp_path / "p.py", tmp_path / "found"
+    script.write_text(f"import torch\nopen({str(found)!r}, 'w').write(str(torch.ones(2, device='cuda').device))\n")
+    command = f"{shlex.quote(HAL)} run --device cpu {shlex.quote(str(script))} {closed}"
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    assert (done.returncode, found.read_text()) == (0, "cuda:0"), done.stderr

@@ -88,6 +88,18 @@ def get_backend(r: Redirection, group: Any = None) -> Any:
     return dist.Backend("nccl") if true == library(r) and library(r) != "gloo" else true
 
 
+@api("torch.distributed.get_backend_config", "torch.distributed.distributed_c10d.get_backend_config", belief=True)
+def get_backend_config(r: Redirection, group: Any = None) -> str:
+    """What the program asked for, by type of device; of a group that a library of torch's made, what it really is."""
+    import torch.distributed as dist
+
+    asked = _asked(r).get(dist.group.WORLD if group is None else group)
+    if asked is None:
+        return str(dist.get_backend_config(group))
+    config: Any = dist.distributed_c10d.BackendConfig
+    return str(config(dist.Backend(asked) if ":" not in asked else asked))
+
+
 @api("torch.distributed.monitored_barrier", "torch.distributed.distributed_c10d.monitored_barrier")
 def monitored_barrier(r: Redirection, group: Any = None, *args: Any, **kwargs: Any) -> Any:
     """For a group that the program asked gloo for; with NCCL there is none, and a program would fail on the GPU."""

@@ -220,6 +220,9 @@ EXERCISES = {
     "new_group(nccl)": "group('nccl', lambda: dist.new_group([0], backend='nccl'))",
     "new_group(gloo)": "group('nccl', lambda: dist.new_group([0], backend='gloo'))",
     "torch.distributed.get_backend": "group('nccl', lambda: check(dist.get_backend() == 'nccl'))",
+    "torch.distributed.get_backend_config":
+        "group('nccl', lambda: check(dist.get_backend_config() == 'cuda:nccl')); "
+        "group('cpu:gloo,cuda:nccl', lambda: check(dist.get_backend_config() == 'cpu:gloo,cuda:nccl'))",
     "backend comparison  (== 'nccl')": "group('nccl', lambda: check(dist.get_backend() == dist.Backend.NCCL))",
     "torch.distributed.is_nccl_available": "assert dist.is_nccl_available()",
     "torch.nn.parallel.DistributedDataParallel": "group('nccl', lambda: ddp())",

@@ -227,3 +227,11 @@ def test_a_comparison_never_overwrites_a_recording(tmp_path):
     assert ran.returncode == 2
     assert "is one of the recordings" in ran.stderr
     assert file.read_bytes() == b"recorded far away"
+
+
+@pytest.mark.xdist_group("whole suite")
+def test_a_recording_of_scale_small_has_at_most_5_mb(tmp_path):
+    path = tmp_path / "small.safetensors"
+    ran = hal("record", "--device", "cpu", "--scale", "small", "-o", path)
+    assert ran.returncode == 0, ran.stderr
+    assert path.stat().st_size <= 5_000_000

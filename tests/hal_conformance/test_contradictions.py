@@ -179,7 +179,7 @@ def test_a_sampled_output_of_which_everything_is_held_has_its_digest():
     assert "digest" in with_values(packed, lambda values: values.__setitem__(5, 9)).contradiction()
 
 
-@pytest.mark.parametrize("shape", [(40, 64), (48, 33), (2000,)])
+@pytest.mark.parametrize("shape", [(16, 64), (15, 35), (2000,)])
 def test_a_row_that_is_held_has_its_checksum(shape):
     packed = pack("logits_TE", random(shape), 0)
     assert packed.contradiction() == ""

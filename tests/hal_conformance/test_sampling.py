@@ -14,9 +14,10 @@ from hal_conformance.recordings.packed import distance, pack
 
 
 def test_small_outputs_and_conditions_are_held_whole():
-    assert sampling.grid("y_TD", (32, 32), 0) is None
+    assert sampling.grid("y_TD", (32, 16), 0) is None
     assert sampling.grid("weights_TK/2", (4096, 8), 0) is None
-    assert sampling.grid("y_TD", (32, 33), 0) is not None
+    assert sampling.grid("weights_TK", (65_792, 2), 0) is not None
+    assert sampling.grid("y_TD", (32, 17), 0) is not None
     names = ("y_TD", "y_TD/2", "2/y_TD", "1/0/y_TD", "p/y_TD")
     assert {sampling.word(name) for name in names} == {"y_TD"}
     assert (sampling.word("2"), sampling.word("")) == ("2", "")
@@ -44,7 +45,7 @@ def test_every_step_of_few_is_held_in_the_same_columns():
 def test_an_enormous_shape_allocates_nothing():
     grid = sampling.grid("y", (2**31, 2**8), 0)
     assert grid.size == len(grid.rows) * len(grid.columns)
-    assert sampling.grid("logits_TE", (2**10, 2**30), 0).size > 2**32
+    assert sampling.grid("logits_TE", (2**10, 2**30), 0).size >= 2**32
 
 
 @pytest.mark.parametrize("shape", [(5, 7), (97, 3, 4), (200, 9), (1, 1), (3,), (0, 4), (4, 0)])

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hal_conformance.case import Array
 
-BLOCKS = 48
+BLOCKS = 16
 
 
 def block_rows(shape: tuple[int, ...]) -> int:

@@ -22,19 +22,21 @@ import numpy as np
 from hal_conformance import inputs as make
 from hal_conformance.case import I64
 
-WHOLE = 1024
+WHOLE = 512
 """Elements of a float output that is held whole."""
-ROWS, COLUMNS = 8, 12
+ROWS, COLUMNS = 8, 10
 FEW = 12
 """Rows of a first axis that is held whole."""
 LINE = 128
 """Elements of a longer output with one axis."""
 TOGETHER = ("logits_TE", "scores_TE")
 """Outputs of which a row means nothing without the rest of it."""
-FULL_ROWS = 5
+FULL_ROWS = 4
 """Rows of these; they are among the `ROWS` of other outputs, since both are the first numbers of one stream."""
-CONDITIONS = ("weights_TK",)
-"""Outputs that are held whole whatever their size: the layer's results are judged from the device's own."""
+CONDITIONS = ("weights_TK", "left_MN", "right_NM", "sums_M")
+"""Outputs that are held whole if they are not enormous: others are judged from the device's own."""
+ENORMOUS = 1 << 15
+"""Elements beyond which nothing else of a case is judged from them."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def grid(name: str, shape: tuple[int, ...], seed: int) -> Grid | None:
         seed: of the inputs.
     """
     name = word(name)
-    if math.prod(shape) <= WHOLE or name in CONDITIONS:
+    if math.prod(shape) <= (ENORMOUS if name in CONDITIONS else WHOLE):
         return None
     if len(shape) == 1:
         return Grid(picked(seed, shape[0], LINE), None, 1)

@@ -229,7 +229,6 @@ def test_a_comparison_never_overwrites_a_recording(tmp_path):
     assert file.read_bytes() == b"recorded far away"
 
 
-@pytest.mark.xdist_group("whole suite")
 def test_a_recording_of_scale_small_has_at_most_5_mb(tmp_path):
     path = tmp_path / "small.safetensors"
     ran = hal("record", "--device", "cpu", "--scale", "small", "-o", path)

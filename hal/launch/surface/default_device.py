@@ -6,6 +6,7 @@ torch keeps the default as modes on a stack, the innermost counting. They keep t
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api as state
@@ -16,7 +17,7 @@ from hal.launch.redirection import Redirection
 if TYPE_CHECKING:
     import torch
 
-door("torch.set_default_device")
+door("torch.set_default_device", "torch.device")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -30,6 +31,10 @@ def install(redirection: Redirection, patches: Patches) -> None:
         true = device if r is None else r.translate(device)
         original(self, true)
         self.on_device = true is not device
+        if r is not None and self.on_device:
+            frame = sys._getframe(1)
+            name = "set_default_device" if frame.f_code.co_name == "set_default_device" else "device"
+            r.audit.count_nearest(f"torch.{name}", frame)
 
     patches.set(DeviceContext, "__init__", constructor)
 

@@ -193,6 +193,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
                     hosts.add(moved)
                 return moved
             # to(other): where the other one is.
+            count_outside(name, frame)
             return hosts.moved(self, original(self, *args, **kwargs), args[0] in hosts)
         true = asked if isinstance(asked, device) and asked.type != "cuda" else translate(asked)
         if true is asked:  # no CUDA device
@@ -327,8 +328,9 @@ def _type_as(name: str, original: Any, redirection: Redirection) -> Callable[...
 
     def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         r, moved = api._active, original(self, other)
-        if r is None or r.hosts is None or is_compiling() or inside(sys._getframe(1)):
+        if r is None or r.hosts is None or is_compiling() or inside(frame := sys._getframe(1)):
             return moved  # type: ignore[no-any-return]
+        r.audit.count(name, frame)
         return r.hosts.moved(self, moved, other in r.hosts)
 
     return type_as

@@ -679,3 +679,15 @@ def test_adopting_leaves_the_garbage_collector_nothing_to_look_at_and_frozen_obj
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_reaches_the_device_without_naming_it_is_counted(cuda):
+    code = compile(
+        "torch.set_default_device('cuda')\ny = torch.ones(2)\ntorch.set_default_device(None)\n"
+        "with torch.device('cuda'):\n    z = torch.ones(2)\nx = torch.ones(2).to(y)\nx = torch.ones(2).type_as(y)\n",
+        "implicit.py", "exec",
+    )  # fmt: skip
+    exec(code, {"torch": cuda.torch, "__name__": "implicit"})
+    found = {(e.api, e.line) for e in cuda.adoption.entries() if e.file and e.file.endswith("implicit.py")}
+    assert found == {("torch.set_default_device", 1), ("torch.device", 4), ("torch.Tensor.to", 6),
+                     ("torch.Tensor.type_as", 7)}  # fmt: skip

@@ -279,8 +279,9 @@ class Overflow(Norm):
 
 
 WIDE = Shape(9, 8200, 8)
-WHOLE = Shape(9, 4096, 128)
 """Wider than what 1,024 threads read at a time, and than any published model here (7,168)."""
+WHOLE = Shape(9, 4096, 128)
+"""As wide as a real model's rows: whole vectors and whole blocks, and nothing beside them."""
 _RMS, _LAYER = ("rms_norm",), ("layer_norm",)
 _INPUTS = (
     "Heavy tails and outlier channels; one token whose mean square is about epsilon, one of zeros, one near float16's "

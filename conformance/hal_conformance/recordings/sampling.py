@@ -24,7 +24,7 @@ from hal_conformance.case import I64
 
 WHOLE = 512
 """Elements of a float output that is held whole."""
-ROWS, COLUMNS = 8, 10
+ROWS, COLUMNS = 8, 8
 FEW = 12
 """Rows of a first axis that is held whole."""
 LINE = 128

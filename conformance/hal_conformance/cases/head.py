@@ -195,10 +195,10 @@ class FewRows(Normalised):
     ROWS = dict.fromkeys(Normalised.ROWS, 97)
 
 
-class ManyRows(Normalised):
-    """More vocabulary than 16 bits count, for few narrow tokens in one dtype."""
+class OneSize(Normalised):
+    """NormHead of one size at every scale, in one dtype: what does not depend on them."""
 
-    ROWS = dict.fromkeys(Normalised.ROWS, 70_001)
+    SHAPE: Shape
 
     def dtypes(self) -> tuple[str, ...]:
         """See `Case.dtypes`."""
@@ -206,7 +206,7 @@ class ManyRows(Normalised):
 
     def at(self, p: Params) -> At:
         """Return the instance with its sizes."""
-        return At(p.preset, p.dtype, p.scale, p.seed, Shape(5, 16, 16))
+        return At(p.preset, p.dtype, p.scale, p.seed, self.SHAPE)
 
     def footprint(self, p: Params) -> Footprint:
         """See `Case.footprint`."""
@@ -217,26 +217,22 @@ class ManyRows(Normalised):
         return super().inputs(self.at(p))
 
 
-class ManyNormalised(Narrow):
-    """More tokens than 16 bits count, for little vocabulary in one dtype."""
+class ManyRows(OneSize):
+    """More vocabulary than 16 bits count, for few narrow tokens."""
+
+    ROWS = dict.fromkeys(Normalised.ROWS, 70_001)
+    SHAPE = Shape(5, 16, 16)
+
+
+class ManyNormalised(OneSize, Narrow):
+    """More tokens than 16 bits count, for little vocabulary."""
 
     ROWS = dict.fromkeys(Normalised.ROWS, 16)
-
-    def dtypes(self) -> tuple[str, ...]:
-        """See `Case.dtypes`."""
-        return ("bfloat16",)
-
-    def at(self, p: Params) -> At:
-        """Return the instance with its sizes."""
-        return At(p.preset, p.dtype, p.scale, p.seed, Shape(65_792, 8, 8))
-
-    def footprint(self, p: Params) -> Footprint:
-        """See `Case.footprint`."""
-        return super().footprint(self.at(p))
+    SHAPE = Shape(65_792, 8, 8)
 
     def inputs(self, p: Params) -> Arrays:
         """See `Case.inputs`: no channel is so large that many tokens have nearly the same logits, and errors."""
-        arrays = super().inputs(self.at(p))
+        arrays = super().inputs(p)
         return {**arrays, "x_TD": make.store(make.normal(p.seed, "head/x", *arrays["x_TD"].shape), p.dtype)}
 
 

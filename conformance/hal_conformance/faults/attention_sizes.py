@@ -8,13 +8,8 @@ from torch import Tensor
 
 from hal_conformance.faults.attention import Attention
 from hal_conformance.faults.catalogue import fault
+from hal_conformance.faults.extents import within
 from hal_conformance.faults.parts import gradient_of
-
-
-def _zero_from(y_THe: Tensor, first: int, dim: int = 0) -> Tensor:
-    """Return the result, zero from the `first` row of an axis on."""
-    keep = torch.arange(y_THe.shape[dim], device=y_THe.device) < first
-    return torch.where(keep.view([-1 if axis == dim else 1 for axis in range(3)]), y_THe, 0.0)
 
 
 @fault()
@@ -44,7 +39,7 @@ class SkipsTheThirdTile(Attention):
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         y_THe = super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
-        return _zero_from(y_THe, 128) if causal and len(q_THd) == len(k_SGd) else y_THe
+        return within(y_THe, 128, 0) if causal and len(q_THd) == len(k_SGd) else y_THe
 
 
 @fault()
@@ -89,7 +84,7 @@ class AsManyQueriesAsKeys(Attention):
     def attention(self, q_THd: Tensor, k_SGd: Tensor, v_SGe: Tensor, scale: float, *, causal: bool) -> Tensor:
         """See `TrainingOps.attention`."""
         y_THe = super().attention(q_THd, k_SGd, v_SGe, scale, causal=causal)
-        return y_THe if causal else _zero_from(y_THe, len(k_SGd))
+        return y_THe if causal else within(y_THe, len(k_SGd), 0)
 
 
 class ChangedLatent(Attention):
@@ -138,7 +133,7 @@ class LatentHeadsBeyondEight(ChangedLatent):
 
     def changed(self, y_THe: Tensor) -> Tensor:
         """See `ChangedLatent.changed`."""
-        return _zero_from(y_THe, self.most, dim=1)
+        return within(y_THe, self.most, 1)
 
 
 @fault()

@@ -116,7 +116,7 @@ class Adoption:
         from hal.launch.redirection import Redirection
         from hal.launch.replacements import finder
         from hal.launch.stand_ins import StandIns
-        from hal.launch.surface import factories, net, tensors
+        from hal.launch.surface import device_class, factories, net, tensors
 
         redirection = Redirection(devices, strict)
         self._patches.on_undo(lambda: api.activate(None))
@@ -124,6 +124,7 @@ class Adoption:
         for name, original in factories.makers().items():
             module, _, attribute = name.rpartition(".")
             replaced.setdefault(module, {})[attribute] = factories.maker(name, original)
+        replaced["torch"]["device"] = device_class.device_class()
         api.activate(redirection)
         tensors.install(redirection, self._patches)
         doors = (surface.default_device, surface.amp, surface.constructors, surface.loading, surface.operators,

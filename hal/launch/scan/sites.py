@@ -230,15 +230,15 @@ class _Finder(ast.NodeVisitor):
         api = self._api(full)
         device = keywords.get("device", keywords.get("map_location"))
         given = [*node.args, *keywords.values()]
-        if api is not None:
+        if full == "torch.device":
+            if given and not _is_other_device(given[0]):
+                self._add(node, full, certain=_is_index(given[0]) or any(map(is_cuda, given)))
+            self._take(*filter(is_cuda, given))
+        elif api is not None:
             about = self._about(api)
             certain = not about.translates or api.startswith("torch.cuda.") or any(map(is_cuda, given))
             self._add(node, api, "asks" if about.asks else "call", certain)
             self._take(*filter(is_cuda, given), *(argument for argument in given if _is_backend(argument)))
-        elif full == "torch.device":
-            if any(map(is_cuda, given)):
-                self._take(*given)
-                self._add(node, full)
         elif device is not None and not _is_other_device(device):
             self._add(node, full, certain=self._takes_cuda(device))
         elif full in _FACTORIES and any(keyword.arg is None for keyword in node.keywords):
@@ -376,6 +376,11 @@ def _is_other_device(node: ast.AST) -> bool:
     if not isinstance(node, ast.Constant) or isinstance(node.value, int):
         return False
     return node.value is None or (isinstance(node.value, str) and not _CUDA.match(node.value))
+
+
+def _is_index(node: ast.AST) -> bool:
+    """Tell whether an expression is the index of a device, which is CUDA's."""
+    return isinstance(node, ast.Constant) and isinstance(node.value, int)
 
 
 def _end(node: ast.Attribute) -> ast.AST:

@@ -17,7 +17,7 @@ from hal.launch.redirection import Redirection
 if TYPE_CHECKING:
     import torch
 
-door("torch.set_default_device", "torch.device")
+door("torch.set_default_device")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

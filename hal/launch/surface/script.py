@@ -18,6 +18,7 @@ from hal.launch.api import api
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import stood_in
+from hal.launch.surface.device_class import DeviceType
 
 _ASKS = re.compile(r"prim::(device|is_cuda|type)\b|aten::(is_cuda|get_device)\b")
 
@@ -26,6 +27,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     """Let the compiler of scripts know what stands in for torch's functions, once it asks."""
     import torch
     import torch.jit._builtins as builtins
+    from torch.jit import annotations
 
     original: Any = builtins._get_builtin_table
     added: dict[int, Any] = {}
@@ -46,8 +48,18 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     patches.on_undo(forget)
     patches.set(builtins, "_get_builtin_table", table)
+    patches.set(annotations, "try_ann_to_type", _annotated(annotations.try_ann_to_type))
     for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod):
         patches.set(kind, "__call__", _called(kind.__call__, torch.device))
+
+
+def _annotated(original: Any) -> Any:
+    """Return torch's function that reads an annotation, which knows its own class of devices by identity."""
+
+    def try_ann_to_type(ann: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(ann.original if isinstance(ann, DeviceType) else ann, *args, **kwargs)
+
+    return try_ann_to_type
 
 
 def _called(original: Any, device: type) -> Any:

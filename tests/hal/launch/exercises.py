@@ -48,7 +48,7 @@ EXERCISES = {
         "assert torch.ones(2).cuda().is_cuda and next(torch.nn.Linear(2, 2).cuda().parameters()).is_cuda",
     ".to('cuda'|f'cuda:N')": "assert torch.ones(2).to('cuda').is_cuda and torch.ones(2).to(f'cuda:{0}').is_cuda",
     "torch.device('cuda'|f'cuda:N')":
-        "d = torch.device('cuda', 0); assert d.type == 'cuda' and torch.ones(2, device=d).device == d",
+        "d = torch.device('cuda', 0); assert d.type == 'cuda' and torch.ones(2, device=d).device == d == torch.device(0)",
     "device comparison  (x.type == 'cuda', 'cuda' in x)":
         "x = torch.ones(2).cuda(); assert x.device.type == 'cuda' and 'cuda' in str(x.device) and x.get_device() == 0",
     "other 'cuda' string literal (default arg, variable, argparse)":

@@ -136,7 +136,8 @@ def _identity(place: str, read: _Read) -> str:
 def _distributions() -> Iterator[tuple[str, _Read]]:
     """Yield for each installed distribution where it lies, and what reads its files."""
     folders = [os.path.abspath(folder) for folder in sys.path]  # noqa: PTH100  pathlib costs more than all of this
-    others = any(hasattr(finder, "find_distributions") for finder in sys.meta_path if finder is not PathFinder)
+    others = any(hasattr(finder, "find_distributions") and getattr(finder, "registers", True)
+                 for finder in sys.meta_path if finder is not PathFinder)  # fmt: skip
     if others or any(folder.endswith(".egg") or os.path.isfile(folder) for folder in folders):  # noqa: PTH113
         yield from _distributions_elsewhere()
         return

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+import hal
 from hal.errors import ConfigError
 from hal.launch.ranks import OPTIONS, check, launch
 from hal.launch.settings import Settings
@@ -73,6 +74,8 @@ def run(
         raise ConfigError("several processes cannot share code that is in no file", expected="a script, or -m")
     if not (module or code or script == "-" or Path(script).exists()):
         raise ConfigError(f"there is no file {script!r}", expected="a Python script, or -m and the name of a module")
+    if not (code or script == "-"):
+        _say_hidden(Path() if module else Path(script).parent)
     if report is not None:
         _try(Path(report).absolute())
     if several:
@@ -90,6 +93,13 @@ def run(
         if stream is not None:  # closed, as by `>&-`
             stream.flush()
     os.execve(sys.executable, [sys.executable, *command], environment)
+
+
+def _say_hidden(folder: Path) -> None:
+    """Warn of a module of the program's own that has this package's name: the program would import this package."""
+    for own in (folder / "hal.py", folder / "hal" / "__init__.py"):
+        if own.exists() and own.resolve() != Path(hal.__file__).resolve():
+            click.echo(f"hal run: {own} has the name of this package: who imports it gets this package", err=True)
 
 
 def _try(report: Path) -> None:

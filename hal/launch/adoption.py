@@ -128,7 +128,7 @@ class Adoption:
         api.activate(redirection)
         tensors.install(redirection, self._patches)
         doors = (surface.default_device, surface.amp, surface.constructors, surface.loading, surface.operators,
-                 surface.compiler, surface.traced, surface.widened,
+                 surface.compiler, surface.traced, surface.widened, surface.flash_kernels,
                  surface.script, surface.collectives, surface.parallel, surface.data_parallel, surface.optimizers,
                  surface.sync_batch_norm, surface.storages, surface.crossings, surface.packed_sequences,
                  surface.dtensor_random, surface.printing, surface.kernels)  # fmt: skip

@@ -62,5 +62,8 @@ def outside(frame: FrameType | None) -> FrameType | None:
     return None
 
 
-_WRAPPERS = frozenset({"contextlib", "copy", "functools", "typing_extensions", "warnings"})
-"""Modules whose functions stand between the program and torch's: decorators such as `deprecated`, contexts, copies."""
+_WRAPPERS = frozenset({None, "contextlib", "copy", "functools", "typing_extensions", "warnings"})
+"""Modules whose functions stand between the program and torch's: decorators such as `deprecated`, contexts, copies.
+
+Code that belongs to no module is generated, as torch's for a graph is.
+"""

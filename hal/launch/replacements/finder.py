@@ -8,7 +8,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dis import opmap
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,13 @@ GROUP = "hal.replacements"
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """The last on `sys.meta_path`: a library that is installed is never replaced."""
+    """The last on `sys.meta_path`: a library that is installed is never replaced.
+
+    Attributes:
+        registers: False: what it finds registers no entry points.
+    """
+
+    registers = False
 
     def __init__(self) -> None:
         self.made: list[str] = []
@@ -38,6 +44,21 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             return None
         is_package = found.submodule_search_locations is not None
         return importlib.machinery.ModuleSpec(fullname, self, origin=source, is_package=is_package)
+
+    def find_distributions(self, context: Any = None) -> Iterator[Any]:
+        """Yield what `importlib.metadata` is to know: programs ask it for a library's version before they use one."""
+        from hal.launch.replacements.distribution import Replaced
+
+        asked = getattr(context, "name", None)
+        for plugin in entry_points.registered(GROUP):
+            library = plugin.name
+            if asked is not None and _normal(asked) != _normal(library):
+                continue
+            spec = importlib.util.find_spec(library)
+            if spec is not None and spec.loader is self:
+                version = getattr(importlib.import_module(str(spec.origin)), "__version__", None)
+                if version is not None:
+                    yield Replaced(library, version)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> None:
         """A new module each time."""
@@ -67,6 +88,10 @@ def _missing(module: ModuleType) -> Callable[[str], Any]:
         raise ImportError(f"cannot import name {name!r} from {what!r}{advice(f'{what}.{name}', device)}", name=what)
 
     return missing
+
+
+def _normal(name: str) -> str:
+    return name.lower().replace("-", "_").replace(".", "_")
 
 
 def _source(fullname: str) -> str | None:

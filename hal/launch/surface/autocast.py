@@ -20,6 +20,7 @@ from typing import Any
 
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.surface.widened import TRANSFORMS
 
 _FP32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
@@ -58,14 +59,8 @@ _ROUNDED = (
 )  # fmt: skip
 """Of the dtype that they are given by CUDA's rules; a CPU computes some of them in float32 alone."""
 
-_AS_THEY_ARE = ("cat", "stack", "index_copy", "view_as_complex", "fake_quantize_per_tensor_affine")
+_AS_THEY_ARE = ("cat", "stack", "index_copy", "view_as_complex", "fake_quantize_per_tensor_affine", *TRANSFORMS)
 """On no list of CUDA's: computed as without autocast, where the CPU's own rules widen or refuse."""
-
-_UNMATCHED = (
-    "fft_fft", "fft_ifft", "fft_rfft", "fft_irfft", "fft_hfft", "fft_ihfft", "fft_fft2", "fft_ifft2", "fft_rfft2",
-    "fft_irfft2", "fft_fftn", "fft_ifftn", "fft_rfftn", "fft_irfftn", "stft", "stft.center",
-)  # fmt: skip
-"""Computed in 16 bits on CUDA where they are given them, and on a CPU in float32 alone: a change of meaning."""
 
 _BANNED = (
     "torch.nn.functional.binary_cross_entropy and torch.nn.BCELoss are unsafe to autocast.\n"
@@ -93,8 +88,6 @@ def install(redirection: Redirection, patches: Patches) -> None:
     for name in ("norm.Scalar", "norm.ScalarOpt_dim"):
         _register(library, name, _norm)
     _register(library, "binary_cross_entropy", _banned)
-    for name in _UNMATCHED:
-        _register(library, name, lambda operator: _unmatched(operator, redirection))
     for name in ("lstm.input", "lstm.data"):
         _register(library, name, lambda operator: _lstm(operator, redirection))
 
@@ -250,20 +243,6 @@ def _rounded(operator: Any) -> Rule:
             return operator(*args, **kwargs)
         made = operator(*map(to_fp32, args), **kwargs)
         return tuple(map(taken, made)) if isinstance(made, tuple) else taken(made)
-
-    return rule
-
-
-def _unmatched(operator: Any, redirection: Redirection) -> Rule:
-    import torch
-
-    in_fp32 = _fp32(operator)
-    name = f"torch.{operator._schema.name.removeprefix('aten::').replace('fft_', 'fft.')}"
-
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        if args[0].dtype in (torch.float16, torch.bfloat16):
-            redirection.change(name, "inside autocast: in float32, and on CUDA in the 16 bits of what it is given")
-        return in_fp32(*args, **kwargs)
 
     return rule
 

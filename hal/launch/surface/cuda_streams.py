@@ -315,10 +315,18 @@ refused(
 # nvtx ----------------------------------------------------------------------------------------------------------------
 
 
+def _said(r: Redirection, name: str) -> None:
+    from torch.compiler import is_compiling
+
+    if not is_compiling():
+        r.idle(name, "no profiler of NVIDIA's is attached; torch.profiler works, and record_function names its ranges")
+
+
 @api("torch.cuda.nvtx.range_push", "torch.cuda.nvtx.range_start", "torch.cuda.nvtx.mark", verdict="emulated",
      note="does nothing without NVIDIA's profiler; torch.profiler.record_function works")  # fmt: skip
 def range_push(r: Redirection, msg: str) -> int:
-    """No profiler of NVIDIA's is attached, where these calls do nothing either."""
+    """Without NVIDIA's profiler these calls do nothing on CUDA either."""
+    _said(r, "torch.cuda.nvtx")
     return 0
 
 
@@ -346,10 +354,13 @@ class _Range(contextlib.ContextDecorator):
 @api("torch.cuda.nvtx.range", verdict="emulated", note="does nothing")
 def nvtx_range(r: Redirection, msg: str, *args: Any, **kwargs: Any) -> _Range:
     """See `range_push`."""
+    _said(r, "torch.cuda.nvtx")
     return _Range()
 
 
 @api("torch.autograd.profiler.emit_nvtx", verdict="emulated", note="does nothing; torch.profiler works")
 def emit_nvtx(r: Redirection, enabled: bool = True, record_shapes: bool = False) -> _Range:
     """See `range_push`."""
+    if enabled:
+        _said(r, "torch.autograd.profiler.emit_nvtx")
     return _Range()

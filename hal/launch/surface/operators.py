@@ -54,3 +54,31 @@ def _histc(
         r.fallback("torch.histc", f"of {input.dtype}, in float64", input.nbytes)
     # A float64 holds every count and every bin's edge that an integer tensor of this size can have.
     return original(input.double(), *args, **kwargs).to(input.dtype)
+
+
+@api("torch.linalg.svd", note="`driver` names a routine of cuSOLVER's, and the device's own computes")
+def svd(r: Redirection, *args: Any, driver: str | None = None, **kwargs: Any) -> Any:
+    """Decompose, whatever routine of NVIDIA's is asked for."""
+    import torch
+
+    _ignore_driver(r, "torch.linalg.svd", driver)
+    return torch.linalg.svd(*args, **kwargs)
+
+
+@api("torch.linalg.svdvals", note="as `svd`")
+def svdvals(r: Redirection, *args: Any, driver: str | None = None, **kwargs: Any) -> Any:
+    """Return the singular values alone."""
+    import torch
+
+    _ignore_driver(r, "torch.linalg.svdvals", driver)
+    return torch.linalg.svdvals(*args, **kwargs)
+
+
+def _ignore_driver(r: Redirection, name: str, driver: str | None) -> None:
+    import torch
+
+    what = f"{driver!r} of cuSOLVER's was asked for; the device's own routine computes"
+    if driver is not None and torch.compiler.is_compiling():
+        traced.note("change", name, what)
+    elif driver is not None:
+        r.change(name, what)

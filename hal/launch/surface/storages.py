@@ -16,7 +16,7 @@ from hal.launch.redirection import Redirection
 if TYPE_CHECKING:
     import torch
 
-door("torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.device",
+door("torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.to", "torch.UntypedStorage.device",
      "torch.UntypedStorage.is_cuda", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda")  # fmt: skip
 
 
@@ -25,7 +25,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     import torch
 
     storage: Any = torch.UntypedStorage
-    original_cuda, original_cpu = storage.cuda, storage.cpu
+    original_cuda, original_cpu, original_to = storage.cuda, storage.cpu, storage.to
     true_device = storage.device.__get__
 
     def moved(r: Redirection, source: Any, true: torch.device, host: bool) -> Any:
@@ -54,6 +54,18 @@ def install(redirection: Redirection, patches: Patches) -> None:
             return original_cpu(self)
         return moved(r, self, true_device(self), True)
 
+    def to(self: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        r = state.active()
+        if r is None or inside(sys._getframe(1)):
+            return original_to(self, device=device, non_blocking=non_blocking)
+        index = r.index(device)
+        if index is not None:
+            r.audit.count("torch.UntypedStorage.to", sys._getframe(1))
+            return moved(r, self, r.targets[index], False)
+        if r.hosts is not None and r.is_host(device):
+            return moved(r, self, true_device(self), True)
+        return original_to(self, device=device, non_blocking=non_blocking)
+
     def answers(name: str, true: Callable[[Any], Any], below: Callable[[Any], Any]) -> tuple[property, property]:
         """Return where a storage is, and whether that is CUDA, as torch's own code sees it or as the program does."""
 
@@ -76,6 +88,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     patches.set(storage, "cuda", cuda)
     patches.set(storage, "cpu", cpu)
+    patches.set(storage, "to", to)
     # Those of old, with a dtype, ask the storage below them, which takes torch's own code for the asker.
     typed: Any = torch.storage.TypedStorage
     for owner, name, true, below in (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels that CUDA has in 16 bits and a CPU in float32 alone: computed there, rounded, and counted as fallbacks.
+"""Kernels that CUDA has in 8 or 16 bits and a CPU in float32 alone: computed there, rounded, and counted as fallbacks.
 
 They are found by trying: a kernel that torch has comes first.
 """
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+
+if TYPE_CHECKING:
+    import torch
 
 _IN_FLOAT32 = (
     "avg_pool3d", "avg_pool3d_backward", "_upsample_bilinear2d_aa", "_upsample_bilinear2d_aa_backward",
@@ -23,28 +26,51 @@ _IN_FLOAT32 = (
 _PRODUCTS = ("mm.dtype", "bmm.dtype", "addmm.dtype", "baddbmm.dtype")
 """Products of 16 bits whose result is float32."""
 
+TRANSFORMS = (
+    *(f"fft_{inverse}{kind}fft{axes}" for kind in ("", "r", "h") for inverse in ("", "i") for axes in ("", "2", "n")),
+    "stft",
+    "stft.center",
+    "istft",
+)
+"""Fourier transforms: of float16, whose result is complex32, which a CPU's libraries do not have."""
+
 
 def install(redirection: Redirection, patches: Patches) -> None:
     """Register kernels for a CPU; other devices' plug-ins bring their own way back to it."""
     import torch
 
-    if redirection.hosts is None or not hasattr(torch.library, "get_kernel"):  # before torch 2.10
+    if redirection.hosts is None:
         return
     library = torch.library.Library("aten", "IMPL")
     patches.on_undo(library._destroy)
-    for name in _IN_FLOAT32:
-        _register(library, name, redirection)
-    for name in _PRODUCTS:
-        packet, _, overload = name.partition(".")
-        operator = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if hasattr(torch.library, "get_kernel"):  # since torch 2.10
+        for name in _IN_FLOAT32:
+            _register(library, name, redirection)
+    missing = {name: _product(name.partition(".")[0], redirection) for name in _PRODUCTS}
+    missing |= {name: _grouped(name, redirection) for name in ("_scaled_grouped_mm", "_scaled_grouped_mm_v2")}
+    for name, kernel in missing.items():
+        operator = _operator(name)
         if operator is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
-            library.impl(operator, _product(packet, redirection), "CPU")
+            library.impl(operator, kernel, "CPU")
+    for name in TRANSFORMS:
+        operator = _operator(name)
+        if operator is not None:
+            for key in ("CPU", "AutogradCPU"):
+                library.impl(operator, _transform(operator, redirection), key)
+
+
+def _operator(name: str) -> Any:
+    """Return one of torch's operators by name and overload, or None in a version that has it not."""
+    import torch
+
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
 
 
 def _register(library: Any, name: str, redirection: Redirection) -> None:
     import torch
 
-    operator: Any = getattr(getattr(torch.ops.aten, name, None), "default", None)
+    operator = _operator(name)
     if operator is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
         return
     own = torch.library.get_kernel(operator, "CPU").call_boxed
@@ -84,3 +110,79 @@ def _product(name: str, redirection: Redirection) -> Callable[..., Any]:
         return plain(*(factor.to(out_dtype) for factor in factors), **kwargs)
 
     return kernel
+
+
+def _transform(operator: Any, redirection: Redirection) -> Callable[..., Any]:
+    """Return a Fourier transform that takes what CUDA takes; of other dtypes it is torch's own, and so is its error."""
+    import torch
+
+    wider = {torch.float16: torch.float32, torch.complex32: torch.complex64}
+    narrower = {torch.float32: torch.float16, torch.complex64: torch.complex32}
+    name = f"torch.{operator._schema.name.removeprefix('aten::').replace('fft_', 'fft.')}"
+
+    def widened(value: Any) -> Any:
+        return value.to(wider.get(value.dtype)) if isinstance(value, torch.Tensor) else value
+
+    def kernel(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        dtype = wider.get(x.dtype)
+        if dtype is None:
+            return operator.decompose(x, *args, **kwargs)
+        redirection.fallback(name, f"of {x.dtype}, in {dtype}", x.nbytes)
+        made = operator.decompose(x.to(dtype), *map(widened, args),
+                                  **{key: widened(value) for key, value in kwargs.items()})  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that complex32 is experimental, as it is on CUDA
+            return made.to(narrower[made.dtype])
+
+    return kernel
+
+
+def _grouped(name: str, redirection: Redirection) -> Callable[..., Any]:
+    """Return a grouped product of 8-bit numbers that are scaled by rows and columns: scaled first, then multiplied."""
+    import torch
+
+    def kernel(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+               offs: torch.Tensor | None = None, bias: Any = None, scale_result: Any = None,
+               out_dtype: torch.dtype | None = None, use_fast_accum: bool = False) -> torch.Tensor:  # fmt: skip
+        if bias is not None or scale_result is not None:
+            raise RuntimeError("a grouped scaled product has neither a bias nor a scale of the result")
+        inner = offs if a.ndim == b.ndim == 2 else None
+        factors = _scaled(a, scale_a, inner, "scale_a"), _scaled(b.mT, scale_b, inner, "scale_b").mT
+        redirection.fallback(f"torch.{name}", f"of {a.dtype}, in float32", a.nbytes + b.nbytes)
+        return torch._grouped_mm(*factors, offs=offs).to(out_dtype or torch.bfloat16)
+
+    def kernel_v2(
+        a: torch.Tensor, b: torch.Tensor, scale_a: list[torch.Tensor], recipe_a: list[int], swizzle_a: list[int],
+        scale_b: list[torch.Tensor], recipe_b: list[int], swizzle_b: list[int], offs: torch.Tensor | None = None,
+        bias: Any = None, out_dtype: torch.dtype | None = None, contraction_dim: Any = (), fast: bool = False,
+    ) -> torch.Tensor:  # fmt: skip
+        rows = [torch.nn.functional.ScalingType.RowWise.value]
+        if not recipe_a == recipe_b == rows or any(swizzle_a) or any(swizzle_b):
+            raise redirection.refuse(f"torch.{name}", "scales of blocks have no equivalent here", "scales of rows")
+        return kernel(a, b, scale_a[0], scale_b[0], offs, bias, None, out_dtype, fast)
+
+    return kernel_v2 if name.endswith("_v2") else kernel
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor, inner: torch.Tensor | None, name: str) -> torch.Tensor:
+    """Return rows times their scales in float32.
+
+    Args:
+        x: [..., R, K].
+        scale: float32 [..., R]; where the groups are parts of K, [groups * R].
+        inner: where those groups end; None: there are none.
+        name: of the scale, for errors.
+
+    Raises:
+        RuntimeError: the scale has another shape or dtype.
+    """
+    import torch
+
+    rows = x.shape[:-1] if inner is None else (len(inner) * x.shape[0],)
+    if tuple(scale.shape) != tuple(rows) or scale.dtype != torch.float32:
+        raise RuntimeError(f"{name} is {scale.dtype} {tuple(scale.shape)}, expected float32 {tuple(rows)}")
+    if inner is None:
+        return x.float() * scale[..., None]
+    lengths = torch.diff(inner.long(), prepend=inner.new_zeros(1).long())
+    of_each = scale.view(len(inner), x.shape[0]).mT.repeat_interleave(lengths, 1)
+    return x[:, : of_each.shape[1]].float() * of_each

@@ -4,6 +4,7 @@
 import importlib
 import importlib.util
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -99,6 +100,36 @@ def test_packed_forms_and_sequences_of_other_lengths(adoption):
     assert torch.equal(rows, packed[0])
 
 
+def test_keys_in_a_cache(adoption):
+    flash = importlib.import_module("flash_attn")
+    shapes = (2, 2, 2, 8), (3, 6, 1, 8), (3, 6, 1, 8), (2, 2, 1, 8), (2, 2, 1, 8)
+    q, k, v, new_k, new_v = (draw(*shape).detach() for shape in shapes)
+    held, places = torch.tensor([1, 3], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32)
+    y = flash.flash_attn_with_kvcache(
+        q, k, v, new_k, new_v, cache_seqlens=held, cache_batch_idx=places, causal=True, window_size=(2, -1)
+    )
+    for i, (place, length) in enumerate(zip(places.tolist(), held.tolist(), strict=True)):
+        end = length + 2
+        assert torch.equal(k[place, length:end], new_k[i])
+        assert torch.equal(v[place, length:end], new_v[i])
+        one = q[i, None], k[place, None, :end], v[place, None, :end]
+        assert_alike(y[i], attention(*one, causal=True, window=(2, -1))[0], size_of(*one))
+    whole = flash.flash_attn_with_kvcache(q, k[:2], v[:2])
+    assert_alike(whole, attention(q, k[:2], v[:2]), size_of(q, k, v))
+    with pytest.raises(UnsupportedOperation, match="paged keys"):
+        flash.flash_attn_with_kvcache(q, k, v, block_table=places)
+
+
+def test_packed_sequences_in_one_tensor(adoption):
+    flash = importlib.import_module("flash_attn")
+    qkv, ends = draw(5, 3, 2, 8), torch.tensor([0, 2, 5], dtype=torch.int32)
+    q, k, v = qkv.unbind(1)
+    expected = flash.flash_attn_varlen_func(q, k, v, ends, ends, 3, 3, causal=True)
+    assert torch.equal(flash.flash_attn_varlen_qkvpacked_func(qkv, ends, 3, causal=True), expected)
+    kv = torch.stack([k, v], 1)
+    assert torch.equal(flash.flash_attn_varlen_kvpacked_func(q, kv, ends, ends, 3, 3, causal=True), expected)
+
+
 @pytest.mark.parametrize("option", [{"softcap": 1.0}, {"alibi_slopes": torch.ones(2)}, {"return_attn_probs": True}])
 def test_what_torch_has_no_equivalent_of_is_refused(option, adoption):
     flash = importlib.import_module("flash_attn")
@@ -111,7 +142,7 @@ def test_what_torch_has_no_equivalent_of_is_refused(option, adoption):
     ("statement", "says"),
     [("from apex import amp", "no such part of apex"), ("from apex.optimizers import FusedLAMB", "FusedLAMB.*torch.optim"),
      ("import apex.parallel", "no such part of apex"), ("from flash_attn.layers import rotary", "scaled_dot_product"),
-     ("from flash_attn import flash_attn_with_kvcache", "kvcache.*scaled_dot_product"),
+     ("from flash_attn import flash_attn_3_func", "flash_attn_3_func.*scaled_dot_product"),
      ("import flash_attn_2_cuda", "there is no flash_attn_2_cuda"), ("import triton.language", "there is no triton")],
 )  # fmt: skip
 def test_a_part_that_is_missing_is_an_error_that_says_what_to_use(statement, says, adoption):
@@ -181,10 +212,23 @@ def test_it_is_there_only_while_a_device_is_adopted():
         importlib.import_module("flash_attn")
 
 
+def test_its_version_is_known_while_a_device_is_adopted():
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("flash-attn")
+    with hal.adopt("cpu"):
+        assert metadata.version("flash-attn") == metadata.version("flash_attn") == "2.8.3"
+        assert metadata.packages_distributions()["flash_attn"] == ["flash-attn"]
+        assert metadata.version("torch")
+        assert "apex" not in metadata.packages_distributions()  # which has no versions
+    assert "flash_attn" not in metadata.packages_distributions()
+
+
 def test_a_library_that_is_installed_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "apex.py").write_text("theirs = True\n")
+    (tmp_path / "flash_attn.py").write_text("theirs = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     with hal.adopt("cpu"):
+        assert "flash_attn" not in metadata.packages_distributions()
         assert importlib.import_module("apex").theirs
     sys.modules.pop("apex")
 

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 import hal
 from hal.errors import UnsupportedOperation
 
-pytestmark = pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.10 keeps its kernels")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="torch before 2.10 keeps its kernels"),
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),  # on CUDA as well
+]
 
 
 @pytest.fixture
@@ -53,6 +56,92 @@ def test_products_with_a_wide_result(cuda, dtype):
     assert torch.equal(torch.mm(a, b, out_dtype=torch.float32), a.float() @ b.float())
     assert torch.equal(torch.bmm(a[None], b[None], out_dtype=torch.float32)[0], a.float() @ b.float())
     assert {entry.api for entry in cuda.adoption.entries() if entry.kind == "fallback"} >= {"torch.mm", "torch.bmm"}
+
+
+HALF = {torch.float32: torch.float16, torch.complex64: torch.complex32}
+TRANSFORMS = {
+    "fft": lambda t, x: t.fft.fft2(x),
+    "rfft": lambda t, x: t.fft.rfft(x),
+    "irfft": lambda t, x: t.fft.irfft(t.fft.rfft(x)),
+    "hfft": lambda t, x: t.fft.hfft(x),
+    "ihfft": lambda t, x: t.fft.ihfftn(x),
+    "stft": lambda t, x: t.stft(x, 8, window=t.ones(8, dtype=x.dtype), return_complex=True),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_float16_have_its_dtypes(cuda, name):
+    given = torch.randn(2, 32, generator=torch.Generator().manual_seed(3)).half()
+    narrow = given.clone().requires_grad_()
+    y, wide = TRANSFORMS[name](cuda.torch, narrow), TRANSFORMS[name](cuda.torch, given.float())
+    assert y.dtype == HALF[wide.dtype]
+    if name != "irfft":  # which rounds twice
+        assert torch.equal(y.to(wide.dtype), wide.to(y.dtype).to(wide.dtype))
+    y.to(torch.complex64).abs().sum().backward()
+    assert narrow.grad.dtype == torch.float16
+    with torch.inference_mode():
+        assert TRANSFORMS[name](cuda.torch, given.clone()).dtype == y.dtype
+    assert {entry.kind for entry in cuda.adoption.entries() if entry.api.startswith(("torch.fft", "torch.stft"))} == {
+        "fallback"
+    }
+    with pytest.raises(RuntimeError):
+        TRANSFORMS[name](cuda.torch, given.bfloat16())  # nor does CUDA
+
+
+def by_columns(x):
+    """As the kernel wants its second factor: the transpose of a contiguous tensor."""
+    return x.mT.contiguous().mT
+
+
+SHAPES = {
+    "rows": ((48, 32), (2, 32, 16)), "columns": ((2, 16, 32), (32, 48)), "inner": ((16, 48), (48, 16)),
+    "batch": ((2, 16, 32), (2, 32, 16)),
+}  # fmt: skip
+
+
+def group(name, g, a, b, scale_a, scale_b):
+    """The two factors of one group in float64, scaled; the first has 16 rows, columns or products, the second 32."""
+    part, own = (slice(0, 16), slice(16, 48))[g], slice(16 * g, 16 * g + 16)
+    if name == "rows":
+        return a[part] * scale_a[part, None], b[g] * scale_b[g]
+    if name == "columns":
+        return a[g] * scale_a[g, :, None], b[:, part] * scale_b[part]
+    if name == "inner":
+        return a[:, part] * scale_a[own, None], b[part] * scale_b[own]
+    return a[g] * scale_a[g, :, None], b[g] * scale_b[g]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_grouped_products_of_scaled_numbers(cuda, name):
+    draw = torch.Generator().manual_seed(5)
+    a, b = (torch.randn(shape, generator=draw).to(torch.float8_e4m3fn) for shape in SHAPES[name])
+    b = by_columns(b)
+    scale_a, scale_b = (torch.rand(32 if name == "inner" else x.shape[:-1], generator=draw) for x in (a, b.mT))
+    offs = None if name == "batch" else torch.tensor([16, 48], dtype=torch.int32)
+    y = cuda.torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs)
+    assert y.dtype == torch.bfloat16
+    factors = [group(name, g, a.double(), b.double(), scale_a, scale_b) for g in range(2)]
+    join = {"rows": torch.cat, "columns": lambda parts: torch.cat(parts, 1)}.get(name, torch.stack)
+    expected, size = join([x @ w for x, w in factors]), join([x.abs() @ w.abs() for x, w in factors])
+    # Each factor is scaled and rounded in float32, K <= 32 products are summed in it, and the result is rounded.
+    assert ((y.double() - expected).abs() <= size * (32 + 2 + 1) * 2.0**-24 + expected.abs() * 2.0**-8).all()
+    with pytest.raises(RuntimeError, match=r"scale_a is torch.float32 .*expected"):
+        cuda.torch._scaled_grouped_mm(a, b, scale_a[..., :3], scale_b, offs)
+    with pytest.raises(RuntimeError, match="bias"):
+        cuda.torch._scaled_grouped_mm(a, b, scale_a, scale_b, offs, torch.ones(16))
+    recipes, product = torch.nn.functional.ScalingType, torch.nn.functional.scaled_grouped_mm
+    again = product(a, b, scale_a, recipes.RowWise, scale_b, recipes.RowWise, offs=offs)
+    assert torch.equal(again, y)
+    with pytest.raises(UnsupportedOperation, match="scales of blocks"):
+        product(a, b, scale_a, recipes.BlockWise1x32, scale_b, recipes.RowWise, offs=offs)
+
+
+def test_a_routine_of_cusolver_is_a_change_of_meaning(cuda):
+    x = cuda.torch.randn(3, 3, device="cuda")
+    assert torch.equal(cuda.torch.linalg.svd(x, driver="gesvd").S, cuda.torch.linalg.svd(x).S)
+    assert torch.equal(cuda.torch.linalg.svdvals(x, driver="gesvdj"), cuda.torch.linalg.svdvals(x))
+    found = [entry.api for entry in cuda.adoption.entries() if entry.kind == "change"]
+    assert found == ["torch.linalg.svd", "torch.linalg.svdvals"]
 
 
 def test_strict_mode_refuses_them():

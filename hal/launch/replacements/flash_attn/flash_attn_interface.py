@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.launch.replacements.finder import refuse, stands_in
+from hal.launch.surface.flash_kernels import visible
 
 _INSTEAD = "torch's attention runs in its place: other order of sums, another random mask of a dropout"
 
@@ -68,6 +69,62 @@ def flash_attn_varlen_func(
     return torch.cat(found) if found else q.new_zeros(q.shape[:-1] + v.shape[-1:])
 
 
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """As `flash_attn_varlen_func`, of [all positions, 3, H, d]."""
+    q, k, v = qkv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, *args, **kwargs)
+
+
+def flash_attn_varlen_kvpacked_func(q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """As `flash_attn_varlen_func`, of keys and values [all keys, 2, G, d]."""
+    k, v = kv.unbind(1)
+    return flash_attn_varlen_func(q, k, v, *args, **kwargs)
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None, rotary_cos: Any = None, rotary_sin: Any = None,
+    cache_seqlens: int | torch.Tensor | None = None, cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: Any = None, block_table: Any = None, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0, rotary_interleaved: bool = True,
+    alibi_slopes: Any = None, num_splits: int = 0, return_softmax_lse: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return the attention of [B, T, H, d] to the keys in a cache, [B, T, H, d]; without gradients, as there.
+
+    Args:
+        q: queries.
+        k_cache: [C, S, G, d]; `v_cache` likewise.
+        k: [B, N, G, d], new keys, which are written into the cache behind those that it has; `v` likewise.
+        cache_seqlens: how many keys the cache has, for all or for each of B; None: S.
+        cache_batch_idx: [B], the row of the cache that each of B has; None: its own.
+
+    Raises:
+        UnsupportedOperation: as `flash_attn_func`, and for rotary embeddings, left padding and `block_table`.
+    """
+    _check("flash_attn_with_kvcache", softcap, alibi_slopes, return_softmax_lse)
+    unmatched = (rotary_cos, "rotary embeddings"), (cache_leftpad, "left padding"), (block_table, "paged keys")
+    for given, what in unmatched:
+        if given is not None:
+            raise refuse("flash_attn.flash_attn_with_kvcache", f"{what} have no equivalent here")
+    stands_in("flash_attn.flash_attn_with_kvcache", _INSTEAD)
+    batch = q.shape[0]
+    held = k_cache.shape[1] if cache_seqlens is None else cache_seqlens
+    lengths = held.tolist() if isinstance(held, torch.Tensor) else [held] * batch
+    places = range(batch) if cache_batch_idx is None else cache_batch_idx.tolist()
+    found = []
+    with torch.no_grad():
+        for i, (place, length) in enumerate(zip(places, lengths, strict=True)):
+            end = length
+            if k is not None and v is not None:
+                end += k.shape[1]
+                k_cache[place, length:end], v_cache[place, length:end] = k[i], v[i]
+            one = (q[i, None], k_cache[place, None, :end], v_cache[place, None, :end])
+            found.append(_attend(*one, 0.0, softmax_scale, causal, window_size))
+    return torch.cat(found) if found else q.new_zeros(q.shape[:-1] + v_cache.shape[-1:])
+
+
 def _check(name: str, softcap: float, alibi_slopes: Any, return_attn_probs: bool) -> None:
     for given, what in ((softcap, "softcap"), (alibi_slopes is not None, "alibi_slopes"),
                         (return_attn_probs, "return_attn_probs")):  # fmt: skip
@@ -81,16 +138,9 @@ def _attend(
 ) -> torch.Tensor:  # fmt: skip
     t, s = q.shape[1], k.shape[1]
     left, right = window
-    right = 0 if causal else right  # 0 keys to the right of one's own
-    mask, plain = None, (left < 0 or left >= s) and right == 0 and t == s
-    if (left >= 0 or right >= 0) and not plain:
-        # Query i's own key is i + s - t: both ends fall together.
-        distance = torch.arange(s, device=q.device)[None] - torch.arange(t, device=q.device)[:, None] - (s - t)
-        mask = torch.ones(t, s, dtype=torch.bool, device=q.device)
-        if left >= 0:
-            mask &= distance >= -left
-        if right >= 0:
-            mask &= distance <= right
+    right = 0 if causal else right
+    plain = (left < 0 or left >= s) and right == 0 and t == s
+    mask = None if plain else visible(t, s, left, right, causal, q.device)
     if s == 0:
         return q.new_zeros(q.shape[:-1] + v.shape[-1:])
     y = F.scaled_dot_product_attention(

@@ -13,11 +13,11 @@ and several times that where caches are cold.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import BuiltinFunctionType
 from typing import Any
 
+from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.surface.widened import TRANSFORMS
@@ -96,31 +96,27 @@ def _register(library: Any, name: str, make: Callable[[Any], Rule]) -> None:
     """Register a rule; where the CPU has one of its own, that holds outside of CUDA's autocast."""
     import torch
 
-    packet, _, overload = name.partition(".")
-    operator = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-    if operator is None:  # another version of torch
+    own_operator = find_operator(name)
+    if own_operator is None:  # another version of torch
         return
-    rule, key = make(operator), "AutocastCPU"
+    rule, key = make(own_operator), "AutocastCPU"
     in_force, without = torch.is_autocast_enabled, torch._C._ExcludeDispatchKeyGuard
     autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with without(autocast):
-            return rule(*args, **kwargs) if in_force("cuda") else operator(*args, **kwargs)
+            return rule(*args, **kwargs) if in_force("cuda") else own_operator(*args, **kwargs)
 
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
-        library.impl(operator, kernel, key)
-        return
-    if not hasattr(torch.library, "get_kernel"):  # before torch 2.10: the CPU's rule stays
-        return
-    own = torch.library.get_kernel(operator, key).call_boxed
+    def instead_of(own: Kernel) -> Kernel:
+        def kernel_instead(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            return kernel(*args, **kwargs) if in_force("cuda") else own(keys, *args, **kwargs)
 
-    def kernel_instead(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        return kernel(*args, **kwargs) if in_force("cuda") else own(keys, *args, **kwargs)
+        return kernel_instead
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
-        library.impl(operator, kernel_instead, key, with_keyset=True)
+    if has_kernel(name, key):
+        replace_kernel(library, name, key, instead_of)
+    else:
+        add_kernel(library, name, key, kernel)
 
 
 def _taken_to(dtype: Any) -> Callable[[Any], Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hal.launch.dispatch import add_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
@@ -46,9 +47,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     for name, kernel in (("_flash_attention_forward", forward), ("_flash_attention_backward", backward),
                          ("_flash_attention_forward_no_dropout_inplace", into)):  # fmt: skip
-        operator = getattr(getattr(torch.ops.aten, name, None), "default", None)
-        if operator is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
-            library.impl(operator, kernel, "CPU")
+        add_kernel(library, name, "CPU", kernel)
 
 
 def visible(

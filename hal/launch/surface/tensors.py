@@ -300,7 +300,7 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
 
     def new(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         r = api._active
-        device = kwargs.get("device")
+        device, pins = kwargs.get("device"), False
         if r is None:
             return original(self, *args, **kwargs)  # type: ignore[no-any-return]
         if device is not None:
@@ -309,9 +309,12 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
                 r.audit.count_outside(name, sys._getframe(1))
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = pinned(r, device)
+            pins = True
         made: torch.Tensor = original(self, *args, **kwargs)
         if r.hosts is None or is_compiling():
             return made
+        if pins:
+            return r.hosts.add_pinned(made)
         if device is None:
             known = r.hosts.side(self)
         elif kwargs["device"] is not device:

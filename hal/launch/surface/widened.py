@@ -6,10 +6,11 @@ They are found by trying: a kernel that torch has comes first.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
@@ -43,37 +44,23 @@ def install(redirection: Redirection, patches: Patches) -> None:
         return
     library = torch.library.Library("aten", "IMPL")
     patches.on_undo(library._destroy)
-    if hasattr(torch.library, "get_kernel"):  # since torch 2.10
-        for name in _IN_FLOAT32:
-            _register(library, name, redirection)
-    missing = {name: _product(name.partition(".")[0], redirection) for name in _PRODUCTS}
-    missing |= {name: _grouped(name, redirection) for name in ("_scaled_grouped_mm", "_scaled_grouped_mm_v2")}
-    for name, kernel in missing.items():
-        operator = _operator(name)
-        if operator is not None and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
-            library.impl(operator, kernel, "CPU")
+    for name in _IN_FLOAT32:
+        if find_operator(name) is not None and has_kernel(name, "CPU"):
+            replace_kernel(library, name, "CPU", functools.partial(_widened, name, redirection))
+    for name in _PRODUCTS:
+        add_kernel(library, name, "CPU", _product(name.partition(".")[0], redirection))
+    for name in ("_scaled_grouped_mm", "_scaled_grouped_mm_v2"):
+        add_kernel(library, name, "CPU", _grouped(name, redirection))
     for name in TRANSFORMS:
-        operator = _operator(name)
-        if operator is not None:
+        transform = find_operator(name)
+        if transform is not None:
             for key in ("CPU", "AutogradCPU"):
-                library.impl(operator, _transform(operator, redirection), key)
+                library.impl(transform, _transform(transform, redirection), key)
 
 
-def _operator(name: str) -> Any:
-    """Return one of torch's operators by name and overload, or None in a version that has it not."""
+def _widened(name: str, redirection: Redirection, own: Kernel) -> Kernel:
     import torch
 
-    packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-
-
-def _register(library: Any, name: str, redirection: Redirection) -> None:
-    import torch
-
-    operator = _operator(name)
-    if operator is None or not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
-        return
-    own = torch.library.get_kernel(operator, "CPU").call_boxed
     narrow = (torch.float16, torch.bfloat16)
 
     def widened(value: Any) -> Any:
@@ -93,12 +80,10 @@ def _register(library: Any, name: str, redirection: Redirection) -> None:
         made = own(keys, *map(widened, args), **{key: widened(value) for key, value in kwargs.items()})
         return tuple(value.to(dtype) for value in made) if isinstance(made, tuple) else made.to(dtype)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
-        library.impl(operator, kernel, "CPU", with_keyset=True)
+    return kernel
 
 
-def _product(name: str, redirection: Redirection) -> Callable[..., Any]:
+def _product(name: str, redirection: Redirection) -> Kernel:
     import torch
 
     plain = getattr(torch, name)
@@ -112,13 +97,13 @@ def _product(name: str, redirection: Redirection) -> Callable[..., Any]:
     return kernel
 
 
-def _transform(operator: Any, redirection: Redirection) -> Callable[..., Any]:
+def _transform(own: Any, redirection: Redirection) -> Kernel:
     """Return a Fourier transform that takes what CUDA takes; of other dtypes it is torch's own, and so is its error."""
     import torch
 
     wider = {torch.float16: torch.float32, torch.complex32: torch.complex64}
     narrower = {torch.float32: torch.float16, torch.complex64: torch.complex32}
-    name = f"torch.{operator._schema.name.removeprefix('aten::').replace('fft_', 'fft.')}"
+    name = f"torch.{own._schema.name.removeprefix('aten::').replace('fft_', 'fft.')}"
 
     def widened(value: Any) -> Any:
         return value.to(wider.get(value.dtype)) if isinstance(value, torch.Tensor) else value
@@ -126,9 +111,9 @@ def _transform(operator: Any, redirection: Redirection) -> Callable[..., Any]:
     def kernel(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         dtype = wider.get(x.dtype)
         if dtype is None:
-            return operator.decompose(x, *args, **kwargs)
+            return own.decompose(x, *args, **kwargs)
         redirection.fallback(name, f"of {x.dtype}, in {dtype}", x.nbytes)
-        made = operator.decompose(x.to(dtype), *map(widened, args),
+        made = own.decompose(x.to(dtype), *map(widened, args),
                                   **{key: widened(value) for key, value in kwargs.items()})  # fmt: skip
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that complex32 is experimental, as it is on CUDA
@@ -137,7 +122,7 @@ def _transform(operator: Any, redirection: Redirection) -> Callable[..., Any]:
     return kernel
 
 
-def _grouped(name: str, redirection: Redirection) -> Callable[..., Any]:
+def _grouped(name: str, redirection: Redirection) -> Kernel:
     """Return a grouped product of 8-bit numbers that are scaled by rows and columns: scaled first, then multiplied."""
     import torch
 

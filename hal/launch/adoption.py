@@ -112,29 +112,29 @@ class Adoption:
             raise
 
     def _redirect(self, devices: list[Device], strict: bool) -> Redirection:
-        from hal.launch import modules, surface
+        from hal.launch import modules
         from hal.launch.redirection import Redirection
         from hal.launch.replacements import finder
         from hal.launch.stand_ins import StandIns
-        from hal.launch.surface import device_class, factories, net, tensors
+        from hal.launch.surface import compiler, distributed, operators, tensors
 
         redirection = Redirection(devices, strict)
         self._patches.on_undo(lambda: api.activate(None))
         replaced = modules.redirected(api.TABLE, redirection)
-        for name, original in factories.makers().items():
+        for name, original in tensors.factories.makers().items():
             module, _, attribute = name.rpartition(".")
-            replaced.setdefault(module, {})[attribute] = factories.maker(name, original)
-        replaced["torch"]["device"] = device_class.device_class()
+            replaced.setdefault(module, {})[attribute] = tensors.factories.maker(name, original)
+        replaced["torch"]["device"] = tensors.device_class.device_class()
         api.activate(redirection)
-        tensors.install(redirection, self._patches)
-        doors = (surface.default_device, surface.amp, surface.constructors, surface.loading, surface.operators,
-                 surface.compiler, surface.traced, surface.widened, surface.flash_kernels,
-                 surface.script, surface.collectives, surface.parallel, surface.data_parallel, surface.optimizers,
-                 surface.sync_batch_norm, surface.storages, surface.crossings, surface.packed_sequences,
-                 surface.dtensor_random, surface.printing, surface.kernels)  # fmt: skip
+        doors = (
+            tensors.methods, tensors.default_device, operators.amp, tensors.constructors, tensors.loading,
+            operators.lacking, operators.widened, operators.flash_kernels, compiler.dynamo, compiler.traced,
+            compiler.script, distributed.collectives, distributed.parallel, distributed.data_parallel,
+            operators.optimizers, distributed.sync_batch_norm, tensors.storages, tensors.crossings,
+            tensors.packed_sequences, distributed.dtensor_random, tensors.printing, operators.kernels, tensors.net,
+        )  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)
-        net.install(redirection, self._patches)
         finder.install(self._patches)
         modules.install(StandIns(replaced, self._patches.methods), redirection, self._patches)
         return redirection

@@ -483,7 +483,7 @@ def test_an_adoption_that_fails_leaves_nothing_behind(monkeypatch):
     before = snapshot()
     with pytest.raises(UnknownDevice):
         hal.adopt("no-such-device")
-    from hal.launch.surface import tensors
+    from hal.launch.surface.tensors import methods as tensors
 
     monkeypatch.setattr(tensors, "_install_modules", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import hal
 from hal.errors import UnsupportedOperation
-from hal.launch.surface import autocast as rules
+from hal.launch.surface.operators import autocast as rules
 
 HALF, FULL = torch.float16, torch.float32
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hal.launch.replacements.finder import refuse, stands_in
-from hal.launch.surface.flash_kernels import visible
+from hal.launch.surface.operators.flash_kernels import visible
 
 _INSTEAD = "torch's attention runs in its place: other order of sums, another random mask of a dropout"
 

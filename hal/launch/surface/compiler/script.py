@@ -18,7 +18,7 @@ from hal.launch.api import api
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import stood_in
-from hal.launch.surface.device_class import DeviceType
+from hal.launch.surface.tensors.device_class import DeviceType
 
 _ASKS = re.compile(r"prim::(device|is_cuda|type)\b|aten::(is_cuda|get_device)\b")
 

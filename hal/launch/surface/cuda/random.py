@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from hal.launch.api import active, api, count_made, value
 from hal.launch.redirection import Redirection
-from hal.launch.surface.cuda_device import cuda_index
+from hal.launch.surface.cuda.device import cuda_index
 
 if TYPE_CHECKING:
     import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hal.launch import api
 from hal.launch.named import give_name
 from hal.launch.redirection import Redirection
-from hal.launch.surface.default_device import makes_on_host
+from hal.launch.surface.tensors.default_device import makes_on_host
 
 if TYPE_CHECKING:
     import torch

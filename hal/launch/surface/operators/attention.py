@@ -13,7 +13,7 @@ from typing import Any
 
 from hal.launch.api import active, api
 from hal.launch.redirection import Redirection
-from hal.launch.surface import traced
+from hal.launch.surface.compiler import traced
 
 _NOTE = "on a CPU the plain form is admitted, too"
 

@@ -71,7 +71,7 @@ def set_default_tensor_type(r: Redirection, t: Any) -> None:
     """CUDA's types set dtype and device."""
     import torch
 
-    from hal.launch.surface.cuda_types import CudaTensorType
+    from hal.launch.surface.cuda.tensor_types import CudaTensorType
 
     if isinstance(t, CudaTensorType):
         t = f"torch.cuda.{t.__name__}"

@@ -17,7 +17,7 @@ from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface import autocast as rules
+from hal.launch.surface.operators import autocast as rules
 
 door(
     "torch.autocast", "torch.amp.autocast", "torch.amp.autocast_mode.autocast", "torch.cuda.amp.autocast",

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from hal.launch.api import active, api, count_made, refused, value
 from hal.launch.redirection import Redirection
-from hal.launch.surface.cuda_device import cuda_index
+from hal.launch.surface.cuda.device import cuda_index
 from hal.streams import HostEvent
 
 _numbers = itertools.count(1)

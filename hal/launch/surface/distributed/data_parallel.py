@@ -11,9 +11,9 @@ from hal.launch import api as state
 from hal.launch.api import api
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface import cuda_comm
-from hal.launch.surface.crossings import on_device, to_device
-from hal.launch.surface.parallel import asked_by_program
+from hal.launch.surface.cuda import comm as cuda_comm
+from hal.launch.surface.distributed.parallel import asked_by_program
+from hal.launch.surface.tensors.crossings import on_device, to_device
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

@@ -16,7 +16,7 @@ from hal.launch.caller import is_insider
 from hal.launch.named import name_of
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface.factories import makers
+from hal.launch.surface.tensors.factories import makers
 
 _ON_HOST = "hal_on_host"
 """Among what a graph's node knows of itself: the tensor is on the host."""

@@ -16,7 +16,7 @@ from hal.launch.api import door
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection, is_number
-from hal.launch.surface.factories import pinned
+from hal.launch.surface.tensors.factories import pinned
 
 if TYPE_CHECKING:
     import torch
@@ -355,7 +355,7 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
     import torch
     from torch.compiler import is_compiling
 
-    from hal.launch.surface.cuda_types import CudaTensorType
+    from hal.launch.surface.cuda.tensor_types import CudaTensorType
 
     true_device = _true_device()
 

@@ -14,7 +14,7 @@ from hal.launch import api as state
 from hal.launch.api import api
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface import traced
+from hal.launch.surface.compiler import traced
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from hal.launch.api import value
 from hal.launch.redirection import Redirection
-from hal.launch.surface.cuda_device import cuda_index
+from hal.launch.surface.cuda.device import cuda_index
 
 
 class PlanCache:

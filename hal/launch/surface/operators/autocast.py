@@ -20,7 +20,7 @@ from typing import Any
 from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.launch.surface.widened import TRANSFORMS
+from hal.launch.surface.operators.widened import TRANSFORMS
 
 _FP32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",

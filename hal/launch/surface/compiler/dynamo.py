@@ -21,7 +21,7 @@ from hal.launch.caller import is_insider
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import seen
-from hal.launch.surface import traced
+from hal.launch.surface.compiler import traced
 
 _REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
                      "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",

@@ -8,7 +8,7 @@ from typing import Any
 
 from hal.launch.api import api
 from hal.launch.redirection import Redirection
-from hal.launch.surface.nccl import Options
+from hal.launch.surface.distributed.nccl import Options
 
 # Names of libraries ------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from typing import Any, final
 from hal.errors import ConfigError, UnsupportedOperation
 from hal.launch.api import api, refused, value
 from hal.launch.redirection import Redirection
-from hal.launch.surface.cuda_device import cuda_index
+from hal.launch.surface.cuda.device import cuda_index
 from hal.memory_stats import MemoryStats
 
 _RESIDENT = "on a CPU the process's resident set"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
@@ -91,7 +92,11 @@ class Device:
 
     def not_simulated(self) -> dict[str, int]:
         """Return which operators a simulated device left to the CPU, and how often; of a real one there are none."""
-        return dict(self._not_simulated)
+        return self._not_simulated.calls()
+
+    def on_not_simulated(self, listener: Callable[[str], None]) -> None:
+        """Call `listener` with the name of each such operator, before it is computed; what it raises is raised."""
+        self._not_simulated.listen(listener)
 
     def versions(self) -> dict[str, str | None]:
         """Return the versions that matter when results are compared; what is unknown is None."""

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+from hal.not_simulated import NotSimulated
 
 if TYPE_CHECKING:
     import torch
@@ -35,4 +36,4 @@ class Facets:
     streams: Streams
     support: SupportTable
     contract: Contract
-    not_simulated: Mapping[str, int] = field(default_factory=dict)
+    not_simulated: NotSimulated = field(default_factory=NotSimulated)

@@ -39,3 +39,11 @@ def eventually():
         return True
 
     return wait
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many recorded products of real matrix units were compared; each once by each implementation."""
+    passed = terminalreporter.stats.get("passed", [])
+    count = sum(value for report in passed for name, value in report.user_properties if name == "records")
+    if count:
+        terminalreporter.write_line(f"recorded products of matrix units: {count:,} compared, bit by bit, none differs")

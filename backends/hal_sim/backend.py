@@ -47,15 +47,22 @@ class SimBackend(Backend):
         """See `Backend.open`."""
         import torch
 
+        from hal_sim import compiled, native
         from hal_sim.precision import SimPrecision
         from hal_sim.simulation import Simulation
 
         name, _, options = info.id.removeprefix("sim:").partition("/")
         asked = Options.parse(options, CHIPS[name])
         chip = asked.chip
+        if native.asked() == "native":
+            native.library()  # now, where it can be said
         memory = SimMemory(info.id, asked.memory)
         made = Simulation(info.id, chip, asked.schedule, asked.strict)
-        for switch, value in (*memory.switches(), *_switches(made)):
+        for switch, value in (
+            *memory.switches(),
+            *_switches(made),
+            (compiled.switch(), compiled.with_products(made.count)),
+        ):
             changes.set(switch, value)
         device = torch.device("cpu")
         support = SupportTable(device, info.id)

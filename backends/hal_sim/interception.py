@@ -12,6 +12,7 @@ and counted.
 from __future__ import annotations
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 
 from hal.errors import ConfigError
 from hal_sim import operators, scaled
+from hal_sim.own_kernels import own_kernels
 from hal_sim.simulation import Simulation
 
 _PRODUCTS: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -34,17 +36,14 @@ _ALONE: Mapping[str, Callable[..., Any]] = {
     "convolution": operators.convolution, "convolution_backward": operators.convolution_backward,
 }  # fmt: skip
 
-OWN_KERNELS = (
-    "addr", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
-    "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward", "conv_tbc",
-    "_slow_conv2d_forward", "slow_conv3d_forward", "slow_conv_transpose2d", "slow_conv_transpose3d",
-    "slow_conv_dilated2d", "slow_conv_dilated3d", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu",
-    "_dyn_quant_matmul_4bit",
-)  # fmt: skip
-"""Operators that multiply inside a kernel of their own."""
+_WIDE: Mapping[str, Callable[..., torch.Tensor]] = {
+    "mm": operators.mm, "bmm": operators.bmm, "addmm": operators.addmm, "baddbmm": operators.baddbmm,
+}  # fmt: skip
+"""What has a form whose result is wider than the operands (`out_dtype`), which torch has for CUDA alone."""
 
 _active: Simulation | None = None
-_library: Any = None
+_libraries: dict[str, Any] = {}
+"""By namespace: what holds the kernels that are in the place of torch's own."""
 
 
 def active() -> Simulation | None:
@@ -54,45 +53,61 @@ def active() -> Simulation | None:
 
 def activate(simulation: Simulation | None) -> None:
     """Let a simulation compute all products from now on; None: torch does again."""
-    global _active, _library
-    if simulation is not None and _library is None:
-        _library = _registered()
+    global _active
+    if simulation is not None and not _libraries:
+        _register_all()
     _active = simulation
-    if simulation is None and _library is not None:
-        _library._destroy()
-        _library = None
+    if simulation is None:
+        for library in _libraries.values():
+            library._destroy()
+        _libraries.clear()
 
 
-def _registered() -> Any:
+def _register_all() -> None:
     """Put our kernels in the place of torch's own, which are kept for what no unit multiplies."""
     if not hasattr(torch.library, "get_kernel"):
         raise ConfigError(f"torch {torch.__version__} cannot simulate", expected="torch 2.10 or later")
-    library = torch.library.Library("aten", "IMPL")
     for name, make in _PRODUCTS.items():
         packet = getattr(torch.ops.aten, name)
-        _replace(library, packet.default, make)
-        _replace(library, packet.out, functools.partial(operators.into, make))
+        _replace(packet.default, make)
+        _replace(packet.out, functools.partial(operators.into, make))
         if hasattr(torch.ops.aten, f"{name}_"):
-            _replace(library, getattr(torch.ops.aten, f"{name}_").default, functools.partial(operators.in_place, make))
+            _replace(getattr(torch.ops.aten, f"{name}_").default, functools.partial(operators.in_place, make))
     for name, make in _ALONE.items():
         if hasattr(torch.ops.aten, name):  # versions of torch differ
-            _replace(library, getattr(torch.ops.aten, name).default, make)
-    for name in OWN_KERNELS:
-        if hasattr(torch.ops.aten, name):  # versions of torch differ
-            _count(library, getattr(torch.ops.aten, name).default)
-    return library
+            _replace(getattr(torch.ops.aten, name).default, make)
+    for name, make in _WIDE.items():
+        packet = getattr(torch.ops.aten, name)
+        if "dtype" in packet.overloads():
+            _replace(packet.dtype, functools.partial(operators.widened, make))
+    for operator, key in own_kernels():
+        _count(operator, key)
 
 
-def _replace(library: Any, operator: Any, make: Callable[..., Any]) -> None:
+def _replace(operator: Any, make: Callable[..., Any]) -> None:
     original = _own(operator)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _active is None or not all(operand.dtype.is_floating_point for operand in args[:2]):
-            # Integers and complex numbers are for no unit that is simulated.
+        dtypes = [operand.dtype for operand in args[:2]]
+        if _active is None or not all(dtype.is_floating_point for dtype in dtypes):
+            # Integers and complex numbers are for no unit that is simulated; sums of integers are the same everywhere.
+            if _active is not None and any(dtype.is_complex for dtype in dtypes):
+                _active.count(f"{name} of complex numbers")
             return original(keys, *args, **kwargs)
+        if name == "convolution":
+            _check_convolution(functools.partial(original, keys), *args, **kwargs)
         return make(_active, *args, **kwargs)
 
-    _register(library, operator, kernel)
+    name = operator._schema.name.removeprefix("aten::")
+    _register(operator, "CPU", kernel)
+
+
+def _check_convolution(convolution: Callable[..., Any], x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:
+    """Let torch refuse what it refuses: of no image it computes nothing, and checks everything."""
+    try:
+        convolution(x[:0], *rest, **kwargs)
+    except RuntimeError as error:
+        raise type(error)(str(error).replace(str([0, *x.shape[1:]]), str(list(x.shape)))) from None
 
 
 def _own(operator: Any) -> Callable[..., Any]:
@@ -109,19 +124,33 @@ def _own(operator: Any) -> Callable[..., Any]:
     return own
 
 
-def _count(library: Any, operator: Any) -> None:
-    original = torch.library.get_kernel(operator, "CPU").call_boxed
+_inside = threading.local()
+"""Whether this thread is in a kernel that is counted, which may call others."""
+
+
+def _count(operator: Any, key: str) -> None:
+    original = torch.library.get_kernel(operator, key).call_boxed
     name = operator._schema.name.removeprefix("aten::")
+    if key.startswith("Sparse"):
+        name = f"{name} of sparse matrices"
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _active is not None:
-            _active.count(name)
-        return original(keys, *args, **kwargs)
+        if _active is None or getattr(_inside, "kernel", False):
+            return original(keys, *args, **kwargs)
+        _active.count(name)
+        _inside.kernel = True
+        try:
+            return original(keys, *args, **kwargs)
+        finally:
+            _inside.kernel = False
 
-    _register(library, operator, kernel)
+    _register(operator, key, kernel)
 
 
-def _register(library: Any, operator: Any, kernel: Callable[..., Any]) -> None:
+def _register(operator: Any, key: str, kernel: Callable[..., Any]) -> None:
+    namespace = operator.namespace
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before, which comes back
-        library.impl(operator, kernel, "CPU", with_keyset=True)
+        _libraries[namespace].impl(operator, kernel, key, with_keyset=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hal.errors import ConfigError
 from hal.matrix_unit import MatrixUnit
 from hal_sim import build, twin
 
@@ -38,6 +39,18 @@ class _Problem(ctypes.Structure):
     ]
 
 
+def asked() -> str:
+    """Return which core the environment asks for: auto, native or torch.
+
+    Raises:
+        ConfigError: it names another.
+    """
+    name = os.environ.get("HAL_SIM_CORE", "auto")
+    if name not in ("auto", "native", "torch"):
+        raise ConfigError(f"there is no HAL_SIM_CORE={name!r}", expected="auto, native or torch")
+    return name
+
+
 @functools.cache
 def library() -> Any:
     """Return the library, compiled if need be; None, after one warning, where that fails or it computes wrongly.
@@ -45,12 +58,10 @@ def library() -> Any:
     `HAL_SIM_CORE=torch` asks for None, `native` for an error instead of it.
 
     Raises:
-        BuildFailed: it was asked for by name, and cannot be had.
+        ConfigError: it was asked for by name, and cannot be had.
     """
-    asked = os.environ.get("HAL_SIM_CORE", "auto")
-    if asked not in ("auto", "native", "torch"):
-        raise build.BuildFailed(f"HAL_SIM_CORE must be auto, native or torch, not {asked!r}")
-    if asked == "torch":
+    asked_for = asked()
+    if asked_for == "torch":
         return None
     try:
         found = _loaded()
@@ -59,9 +70,9 @@ def library() -> Any:
         if not _is_sound(found):
             raise build.BuildFailed("the compiled library does not compute what it should: a compiler's fault?")
     except build.BuildFailed as error:
-        if asked == "native":
-            raise
-        log.warning("simulated matrix units run in torch's own operators, some 40 times slower: %s", error)
+        if asked_for == "native":
+            raise ConfigError(f"HAL_SIM_CORE=native, and there is no compiled core: {error}") from error
+        log.warning("simulated matrix units run in torch's own operators, some hundred times slower: %s", error)
         return None
     return found
 

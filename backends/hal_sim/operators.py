@@ -21,11 +21,30 @@ from hal_sim.simulation import Simulation
 def into(
     make: Callable[..., torch.Tensor], simulation: Simulation, *given: Any, out: torch.Tensor, **named: Any
 ) -> torch.Tensor:
-    """Put into `out` what one of the others returns."""
+    """Put into `out` what one of the others returns.
+
+    Raises:
+        RuntimeError: it has another dtype.
+    """
     result = make(simulation, *given, **named)
+    if out.dtype != result.dtype:
+        raise RuntimeError(f"Expected out tensor to have dtype {result.dtype}, but got {out.dtype} instead")
     if out.shape != result.shape:
         out.resize_(result.shape)
     return out.copy_(result)
+
+
+def widened(make: Callable[..., torch.Tensor], simulation: Simulation, *given: Any, **named: Any) -> torch.Tensor:
+    """Return what one of the others returns, rounded to the last argument, a dtype, and not to the operands'.
+
+    Raises:
+        RuntimeError: it is neither the operands' dtype nor, of 16 bits, float32.
+    """
+    *operands, dtype = given
+    own = operands[-1].dtype
+    if dtype != own and not (dtype == torch.float32 and own in (torch.float16, torch.bfloat16)):
+        raise RuntimeError(f"out_dtype must be {own}, or float32 of 16-bit operands, and is {dtype}")
+    return make(simulation, *operands, result=dtype, **named)
 
 
 def in_place(
@@ -42,41 +61,54 @@ def in_place(
     return c.copy_(result)
 
 
+def _check_dtypes(what: str, *operands: torch.Tensor | None) -> None:
+    """Refuse what a device of the kind refuses: products of several dtypes, and of 8-bit numbers without scales.
+
+    Raises:
+        RuntimeError: the operands' dtypes differ.
+        NotImplementedError: they have 8 bits.
+    """
+    dtypes = [operand.dtype for operand in operands if operand is not None]
+    if any(dtype != dtypes[0] for dtype in dtypes):
+        raise RuntimeError(f"{what}: operands must have the same dtype, but got {', '.join(map(str, dtypes))}")
+    if dtypes[0].itemsize == 1:
+        raise NotImplementedError(f"{what} is not implemented for {dtypes[0]}: torch multiplies it with scales alone")
+
+
 def _two_matrices(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
-        raise RuntimeError(
-            f"{what}: mat1 and mat2 shapes cannot be multiplied, or dtypes differ "
-            f"({tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype})"
-        )
+    _check_dtypes(what, a, b)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise RuntimeError(f"{what}: mat1 and mat2 shapes cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)})")
 
 
 def _batches(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
-    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1] or a.dtype != b.dtype:
-        raise RuntimeError(
-            f"{what}: batches cannot be multiplied, or dtypes differ "
-            f"({tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype})"
-        )
+    _check_dtypes(what, a, b)
+    if a.ndim != 3 or b.ndim != 3 or a.shape[0] != b.shape[0] or a.shape[2] != b.shape[1]:
+        raise RuntimeError(f"{what}: batches cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)})")
 
 
-def mm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return a b."""
+def mm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor, *, result: torch.dtype | None = None) -> torch.Tensor:
+    """Return a b, in the dtype of the operands or in another."""
     _two_matrices(a, b, "mm")
-    return finished(simulation.product(a[None], b[None])[0], None, 1, 0, a.dtype)
+    return finished(simulation.product(a[None], b[None])[0], None, 1, 0, result or a.dtype)
 
 
-def bmm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return the products of two batches."""
+def bmm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor, *, result: torch.dtype | None = None) -> torch.Tensor:
+    """Return the products of two batches, in the dtype of the operands or in another."""
     _batches(a, b, "bmm")
-    return finished(simulation.product(a, b), None, 1, 0, a.dtype)
+    return finished(simulation.product(a, b), None, 1, 0, result or a.dtype)
 
 
 def addmm(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
-) -> torch.Tensor:
-    """Return beta c + alpha a b."""
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1,
+    result: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return beta c + alpha a b; in another dtype than the operands' only if it is asked for, and is the addend's."""
+    if result is None or c.dtype != result:
+        _check_dtypes("addmm", c, a)
     _two_matrices(a, b, "addmm")
     product = simulation.product(a[None], b[None])[0]
-    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
 
 
 def addmm_activation(
@@ -95,12 +127,15 @@ def addmm_activation(
 
 
 def baddbmm(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
-) -> torch.Tensor:
-    """Return beta c + alpha a b for each matrix of batches."""
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1,
+    result: torch.dtype | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Return what `addmm` does for each matrix of batches."""
+    if result is None or c.dtype != result:
+        _check_dtypes("baddbmm", c, a)
     _batches(a, b, "baddbmm")
     product = simulation.product(a, b)
-    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
 
 
 def addbmm(
@@ -116,8 +151,9 @@ def addmv(
     simulation: Simulation, c: torch.Tensor, a: torch.Tensor, v: torch.Tensor, *, beta: float = 1, alpha: float = 1
 ) -> torch.Tensor:
     """Return beta c + alpha a v."""
-    if a.ndim != 2 or v.ndim != 1 or a.shape[1] != v.shape[0] or a.dtype != v.dtype:
-        raise RuntimeError(f"addmv: {tuple(a.shape)} {a.dtype} and {tuple(v.shape)} {v.dtype} cannot be multiplied")
+    _check_dtypes("addmv", c, a, v)
+    if a.ndim != 2 or v.ndim != 1 or a.shape[1] != v.shape[0]:
+        raise RuntimeError(f"addmv: {tuple(a.shape)} and {tuple(v.shape)} cannot be multiplied")
     product = simulation.product(a[None], v[None, :, None])[0, :, 0]
     return finished(product, c.expand_as(product), alpha, beta, c.dtype)
 
@@ -136,8 +172,7 @@ def grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the products of groups; see `hal_sim.grouped`."""
-    if a.dtype != b.dtype:
-        raise RuntimeError(f"grouped_mm: dtypes differ ({a.dtype} and {b.dtype})")
+    _check_dtypes("grouped_mm", a, b)
     if bias is not None:
         raise RuntimeError("grouped_mm: a bias is not supported")
     if out_dtype not in (None, a.dtype):
@@ -150,7 +185,8 @@ def convolution(
     simulation: Simulation, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: list[int],
     padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int], groups: int,
 ) -> torch.Tensor:  # fmt: skip
-    """See `torch.ops.aten.convolution`."""
+    """See `torch.ops.aten.convolution`; torch has checked the shapes."""
+    _check_dtypes("convolution", x, weight, bias)
     stride, padding, dilation, output_padding = (
         _each(values, x.ndim - 2) for values in (stride, padding, dilation, output_padding)
     )
@@ -164,7 +200,7 @@ def convolution(
     else:
         y = windows.convolved(product, x, weight, stride, padding, dilation, groups)
     addend = None if bias is None else bias.view(1, -1, *[1] * (x.ndim - 2)).expand_as(y)
-    return finished(y, addend, 1, 1, x.dtype).contiguous()
+    return finished(y, addend, 1, 1, x.dtype).contiguous(memory_format=_memory_format(x, weight))
 
 
 def convolution_backward(
@@ -173,6 +209,7 @@ def convolution_backward(
     groups: int, output_mask: list[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """See `torch.ops.aten.convolution_backward`."""
+    _check_dtypes("convolution_backward", dy, x, weight)
     stride, padding, dilation = (_each(values, x.ndim - 2) for values in (stride, padding, dilation))
     product, rest = simulation.product, (stride, padding, dilation, groups)
     dx = dweight = dbias = None
@@ -185,6 +222,15 @@ def convolution_backward(
     if output_mask[2]:
         dbias = dy.sum([0, *range(2, dy.ndim)])
     return dx, dweight, dbias
+
+
+def _memory_format(x: torch.Tensor, weight: torch.Tensor) -> torch.memory_format:
+    """Return how a convolution's result lies in memory: channels last if that is how one of its operands lies."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is None:
+        return torch.contiguous_format
+    apart = any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in (x, weight))
+    return last if apart else torch.contiguous_format
 
 
 def _each(values: list[int], axes: int) -> list[int]:

@@ -45,10 +45,13 @@ def multiply(
         schedule: how K is shared out.
 
     Raises:
+        RuntimeError: the shapes do not go together.
         MemoryError: copies of the operands do not fit.
     """
     B, M, K = a_BMK.shape
     N = b_BKN.shape[2]
+    if b_BKN.shape[:2] != (B, K):  # the compiled core would read beyond the operand
+        raise RuntimeError(f"{tuple(a_BMK.shape)} and {tuple(b_BKN.shape)} cannot be multiplied")
     itemsize = a_BMK.element_size()
     a_BMK, b_BKN = operand(a_BMK, formats[0]), operand(b_BKN, formats[1])
     if not B * M * N * K:

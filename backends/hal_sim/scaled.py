@@ -29,6 +29,7 @@ def scaled_mm(
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
     _of_8_bits("scaled_mm", a, b)
+    _check_as_on_a_card(simulation, a, b, scale_a, scale_b, bias, out_dtype or a.dtype)
     product = simulation.product(a[None], b[None])[0]
     for name, scale, each in (("scale_a", scale_a, (a.shape[0], 1)), ("scale_b", scale_b, (1, b.shape[1]))):
         if scale.numel() != 1 and tuple(scale.shape) != each:
@@ -122,6 +123,35 @@ def _one(
     if len(scales) != 1 or len(names) != 1 or names[0] not in known or any(swizzles):
         raise _refused(simulation, what, f"{', '.join(names)} scales{' that are swizzled' if any(swizzles) else ''}")
     return scales[0]
+
+
+_BY_ROWS_AND_COLUMNS = ("sm_89", "sm_90")
+"""Architectures on which cuBLASLt has no other layout for operands of 8 bits."""
+
+
+def _check_as_on_a_card(
+    simulation: Simulation, a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor,
+    bias: torch.Tensor | None, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """Refuse what torch refuses on a card and takes on a CPU (aten/src/ATen/native/cuda/ScaledBlas.cpp).
+
+    Raises:
+        RuntimeError: a size is no multiple of 16, an operand lies the other way, or a dtype is not that of its place.
+    """
+    if a.shape[1] % 16 or b.shape[1] % 16:
+        raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)}: K and N must be multiples of 16")
+    for name, scale in (("scale_a", scale_a), ("scale_b", scale_b)):
+        if scale.dtype != torch.float32:
+            raise RuntimeError(f"scaled_mm: {name} is {scale.dtype}, expected float32")
+    along = (a.stride(1) == 1 or a.shape[1] == 1) and (b.stride(0) == 1 or b.shape[0] == 1)
+    if simulation.chip.arch in _BY_ROWS_AND_COLUMNS and not along:
+        raise RuntimeError("scaled_mm: only row-major times column-major matrices are supported by cuBLASLt")
+    if bias is not None:
+        if dtype == torch.float32:
+            raise RuntimeError("scaled_mm: a bias is not supported where the result is float32")
+        expected = dtype if dtype in (torch.float16, torch.bfloat16) else bias.dtype
+        if bias.dtype != expected or bias.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError(f"scaled_mm: a bias of {bias.dtype} for a result of {dtype}")
 
 
 def _of_8_bits(what: str, a: torch.Tensor, b: torch.Tensor) -> None:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
 
 from hal.errors import UnsupportedOperation
+from hal.not_simulated import NotSimulated
 from hal_sim.chips import Chip
 from hal_sim.product import multiply
 from hal_sim.schedule import Schedule
@@ -27,7 +27,7 @@ class Simulation:
         schedule: how K is shared out.
         strict: whether what is not simulated is refused.
         tf32: whether float32 operands go to the TF32 unit, or HF32 on Ascend.
-        not_simulated: operators that were computed as a CPU does, and how often.
+        not_simulated: operators that were computed as a CPU does.
     """
 
     device_id: str
@@ -35,7 +35,7 @@ class Simulation:
     schedule: Schedule
     strict: bool = False
     tf32: bool = False
-    not_simulated: Counter[str] = field(default_factory=Counter)
+    not_simulated: NotSimulated = field(default_factory=NotSimulated)
 
     def product(self, a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> torch.Tensor:
         """Return a b in the accumulator's format.
@@ -68,4 +68,4 @@ class Simulation:
                 f"{operator} multiplies inside a kernel of its own, which is not simulated", device=self.device_id,
                 what=operator, hint=f"open {self.device_id.replace('/strict', '')} to compute it as a CPU does",
             )  # fmt: skip
-        self.not_simulated[operator] += 1
+        self.not_simulated.add(operator)

@@ -24,6 +24,9 @@ _lock = threading.RLock()
 _adoption: Adoption | None = None
 
 
+_NOT_SIMULATED = "computed as a CPU does, in a kernel that the simulated device does not reach"
+
+
 def adopt(device: str | None = None, *, strict: bool = False) -> Adoption:
     """Let this program, which was written for CUDA, run on another device from here on.
 
@@ -135,6 +138,8 @@ class Adoption:
         )  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)
+        for device in devices:
+            device.on_not_simulated(lambda operator: redirection.change(operator, _NOT_SIMULATED))
         finder.install(self._patches)
         modules.install(StandIns(replaced, self._patches.methods), redirection, self._patches)
         return redirection

@@ -26,6 +26,14 @@ def is_insider(name: object) -> bool:
     return inside
 
 
+def is_ours(name: object) -> bool:
+    """Return whether a module of this name is this project's or a backend's."""
+    return isinstance(name, str) and not name.startswith(_TORCH) and is_insider(name)
+
+
+_TORCH = ("torch", "functorch")
+
+
 @functools.cache
 def _backends() -> frozenset[str]:
     """Return the packages of all backends that are registered, other distributions' included."""

@@ -8,16 +8,14 @@ import os
 import sys
 import threading
 import traceback
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
 from hal.errors import HalError
 from hal.exit_status import exit_status
 from hal.launch import adoption, gloo, report
+from hal.launch.caller import is_ours
 from hal.launch.settings import FIRST, Settings, from_environment
-
-_OURS = str(Path(__file__).parent.parent)
 
 
 def start_first() -> None:
@@ -121,7 +119,7 @@ def _pruned(error: BaseException) -> BaseException:
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
     kept = []
     while trace is not None:
-        if not trace.tb_frame.f_code.co_filename.startswith(_OURS):
+        if not is_ours(trace.tb_frame.f_globals.get("__name__")):
             kept.append(trace)
         trace = trace.tb_next
     following = None

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import hal
+from hal.errors import ConfigError
 from hal_sim import build, native
 
 
@@ -197,8 +199,10 @@ def test_without_a_compiler_torch_computes_and_it_is_said_once(variable, words, 
     assert words in caplog.text
     native.library.cache_clear()
     monkeypatch.setenv("HAL_SIM_CORE", "native")
-    with pytest.raises(build.BuildFailed, match=words):
+    with pytest.raises(ConfigError, match=words):
         native.library()
+    with pytest.raises(ConfigError, match=words):
+        hal.open_device("sim:h200")
 
 
 def test_an_empty_name_is_none(monkeypatch):
@@ -258,8 +262,10 @@ def test_torch_can_be_asked_for(compiler, monkeypatch, caplog):
     assert calls() == 0
     native.library.cache_clear()
     monkeypatch.setenv("HAL_SIM_CORE", "gpu")
-    with pytest.raises(build.BuildFailed, match="must be auto, native or torch"):
+    with pytest.raises(ConfigError, match="auto, native or torch"):
         native.library()
+    with pytest.raises(ConfigError, match="auto, native or torch"):
+        hal.open_device("sim:h200")
 
 
 def test_processes_that_build_at_once_end_with_one_library(compiler, tmp_path, real):

@@ -186,10 +186,10 @@ def test_scaled_batches(h200):
 
 
 def test_scaled_products_by_recipe(h200):
-    a, b, one = eight(16, 32, seed=0), eight(8, 32, seed=1).t(), torch.tensor(0.75)
+    a, b, one = eight(16, 32, seed=0), eight(48, 32, seed=1).t(), torch.tensor(0.75)
     whole, rows = F.ScalingType.TensorWise, F.ScalingType.RowWise
     assert torch.equal(F.scaled_mm(a, b, one, whole, one, whole), (e4m3(a, b) * one * one).bfloat16())
-    sa, sb = scales(16, 1, seed=2), scales(1, 8, seed=3)
+    sa, sb = scales(16, 1, seed=2), scales(1, 48, seed=3)
     assert torch.equal(F.scaled_mm(a, b, sa, rows, sb, rows), (e4m3(a, b) * sa * sb).bfloat16())
     assert torch.equal(F.scaled_mm(a, b, sa, rows, sb, rows), torch._scaled_mm(a, b, sa, sb, out_dtype=torch.bfloat16))
 
@@ -225,10 +225,17 @@ def test_a_chip_without_fp8_refuses_scaled_groups_and_a_cpu_has_none():
         (lambda a, b, sa, sb: (a, b, sb, sa), "scale_a of shape"),
         (lambda a, b, sa, sb: (a.bfloat16(), b, sa, sb), "8 bits"),
         (lambda a, b, sa, sb: (a, b.half(), sa, sb), "8 bits"),
+        (lambda a, b, sa, sb: (a[:, :20], b[:20], sa, sb), "multiples of 16"),
+        (lambda a, b, sa, sb: (a, b[:, :8], sa, sb[:, :8]), "multiples of 16"),
+        (lambda a, b, sa, sb: (a, b.contiguous(), sa, sb), "row-major times column-major"),
+        (lambda a, b, sa, sb: (a.t().contiguous().t(), b, sa, sb), "row-major times column-major"),
+        (lambda a, b, sa, sb: (a, b, sa.double(), sb), "scale_a is torch.float64"),
+        (lambda a, b, sa, sb: (a, b, sa, sb.bfloat16()), "scale_b is torch.bfloat16"),
+        (lambda a, b, sa, sb: (a, b, sa, sb, torch.ones(48)), "a bias of torch.float32"),
     ],
 )
 def test_what_torch_refuses_to_scale_is_refused(h200, change, says):
-    given = change(eight(16, 32, seed=0), eight(8, 32, seed=1).t(), scales(16, 1, seed=2), scales(1, 8, seed=3))
+    given = change(eight(16, 32, seed=0), eight(48, 32, seed=1).t(), scales(16, 1, seed=2), scales(1, 48, seed=3))
     with pytest.raises((RuntimeError, UnsupportedOperation), match=says):
         torch._scaled_mm(*given, out_dtype=torch.bfloat16)
 

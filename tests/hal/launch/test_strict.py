@@ -73,27 +73,37 @@ CHANGES = {
         torch.jit.script(on_cuda)  # here
         """,
     ),
+    "what a simulated unit does not reach": (
+        "change",
+        "addr",
+        """
+        x = torch.randn(4, 4, device="cuda")
+        torch.addr(x @ x, x[0], x[1])  # here
+        """,
+        "sim:h200",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", CHANGES)
 def test_a_change_of_meaning_is_noted_and_in_strict_mode_refused_at_its_line(what, program, tmp_path):
-    kind, api, code = CHANGES[what]
+    kind, api, code, device = (*CHANGES[what], "cpu")[:4]
     code = f"import torch\n{textwrap.dedent(code)}\nprint('done')\n"
     line = next(number for number, text in enumerate(code.splitlines(), 1) if "# here" in text)
     report = tmp_path / "report.json"
 
-    done = program(code, options=("--device", "cpu", "--report", str(report)))
+    done = program(code, options=("--device", device, "--report", str(report)))
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
     entries = json.loads(report.read_text())["entries"]
     assert [(entry["api"], entry["line"]) for entry in entries if entry["kind"] == kind] == [(api, line)]
     assert f"train.py:{line}: {api}: " in done.stderr
 
-    refused = program(code, options=("--device", "cpu", "--strict", "--report", str(report)))
+    refused = program(code, options=("--device", device, "--strict", "--report", str(report)))
     assert (refused.returncode, refused.stdout) == (1, "")
     last = refused.stderr.partition("hal run: CUDA was")[0]
-    assert f"cpu: {api} at {tmp_path / 'train.py'}:{line} would change its meaning: " in last
+    assert f"{device}: {api} at {tmp_path / 'train.py'}:{line} would change its meaning: " in last
     assert "# here" in last
+    assert "hal_sim" not in last  # nor the frames of a backend
     entries = json.loads(report.read_text())["entries"]
     assert [(entry["api"], entry["line"]) for entry in entries if entry["kind"] == "refused"] == [(api, line)]
 

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.compile while a simulated device is open: products stay calls, which reach the unit as they do elsewhere.
+
+Inductor makes sums of small products (`mv`, one row, one column) in code of its own, and with "max-autotune" whole
+products. Its caches of compiled code do not know who multiplies, and are left alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hal.changes import Switch
+
+_PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv", "mv"})
+
+
+def switch() -> Switch:
+    """Return the switch between Inductor's entry in torch and one around it. What was compiled is compiled anew."""
+    import torch
+
+    entry: Any = torch._TorchCompileInductorWrapper
+
+    def write(new: Any) -> None:
+        entry.__call__ = new
+        if "torch._dynamo" in sys.modules:
+            sys.modules["torch._dynamo"].reset()
+
+    return Switch("products in torch.compile", lambda: entry.__call__, write)
+
+
+def with_products(count: Callable[[str], None]) -> Callable[..., Any]:
+    """Return the entry around Inductor's own.
+
+    Args:
+        count: told of operators that compiled code computes by itself.
+    """
+    import torch
+
+    entry: Any = torch._TorchCompileInductorWrapper
+    original = entry.__call__
+
+    @functools.wraps(original)
+    def compile_with_products(*args: Any, **kwargs: Any) -> Any:
+        with _left_as_calls(count):
+            return original(*args, **kwargs)
+
+    return compile_with_products
+
+
+@contextlib.contextmanager
+def _left_as_calls(count: Callable[[str], None]) -> Iterator[None]:
+    import torch
+    import torch._functorch.config as functorch
+    from torch._inductor import config, decomposition, lowering
+
+    decompositions: dict[Any, Any] = decomposition.decompositions
+    removed = {operator: decompositions.pop(operator) for operator in list(decompositions) if _is_product(operator)}
+    lowerings: dict[Any, Any] = lowering.lowerings
+    products = {operator: own for operator, own in lowerings.items() if _is_product(operator)}
+    lowerings.update({operator: lowering.fallback_handler(operator, add_to_fallback_set=False)
+                      for operator in products if isinstance(operator, torch._ops.OpOverload)})  # fmt: skip
+    own_kernels = {operator: own for operator, own in lowerings.items() if "flex_attention" in str(operator)}
+    lowerings.update({operator: _counted(operator, own, count) for operator, own in own_kernels.items()})
+    decomposition.fast_random_decomps.cache_clear()
+    try:
+        # The backward pass is compiled at once, while this is in force.
+        with (config.patch(force_disable_caches=True, max_autotune_gemm_backends="ATEN"),
+              functorch.patch(enable_autograd_cache=False, force_non_lazy_backward_lowering=True)):  # fmt: skip
+            yield
+    finally:
+        decompositions.update(removed)
+        lowerings.update(products | own_kernels)
+        decomposition.fast_random_decomps.cache_clear()
+
+
+def _is_product(operator: Any) -> bool:
+    namespace, _, name = str(operator).partition(".")
+    return namespace == "aten" and name.partition(".")[0] in _PRODUCTS
+
+
+def _counted(operator: Any, own: Callable[..., Any], count: Callable[[str], None]) -> Callable[..., Any]:
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        count(f"{operator} in compiled code")
+        return own(*args, **kwargs)
+
+    return lower

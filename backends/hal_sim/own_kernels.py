@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators that multiply inside a kernel of their own, where no simulated unit reaches: they are counted.
+
+torch's own names, by the dispatch key of the kernel. A product of two vectors (`dot`) is none of them: it is a sum, for
+which a card has no matrix unit either.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+_ATEN: Mapping[str, tuple[str, ...]] = {
+    "CPU": (
+        "addr", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_slow_conv2d_forward", "slow_conv3d_forward", "slow_conv_transpose2d", "slow_conv_transpose3d",
+        "slow_conv_dilated2d", "slow_conv_dilated3d", "mkldnn_convolution", "_weight_int8pack_mm",
+        "_weight_int4pack_mm_for_cpu", "_dyn_quant_matmul_4bit", "_cdist_forward", "_cdist_backward",
+        # Decompositions and solvers, whose libraries multiply blocks.
+        "cholesky", "linalg_cholesky_ex", "cholesky_inverse", "_cholesky_solve_helper", "linalg_inv_ex",
+        "_linalg_solve_ex", "linalg_solve_triangular", "triangular_solve", "linalg_lu", "linalg_lu_factor_ex",
+        "linalg_lu_solve", "linalg_ldl_factor_ex", "linalg_ldl_solve", "linalg_qr", "geqrf", "ormqr",
+        "linalg_householder_product", "linalg_lstsq", "_linalg_svd", "_linalg_eigh", "linalg_eig", "_linalg_eigvals",
+        "_linalg_det", "_linalg_slogdet", "quantized_lstm", "quantized_gru",
+    ),
+    "SparseCPU": ("mm", "addmm", "bmm", "hspmm", "_sparse_sparse_matmul"),
+    "SparseCsrCPU": ("mm", "addmm", "_sparse_mm_reduce_impl", "sparse_sampled_addmm"),
+}  # fmt: skip
+
+_LIBRARIES = ("mkldnn", "mkl", "onednn", "quantized", "_quantized", "sparse")
+"""Namespaces of torch's operators that hand whole layers to another library, packed or quantised."""
+_OF_ALL = "CompositeExplicitAutograd"
+_LAYERS = re.compile(r"(?!.*(pack|reorder)).*(linear|conv|matmul|mm|gru|lstm|rnn)")
+_KEYS = ("CPU", "QuantizedCPU")
+
+
+def own_kernels() -> Iterator[tuple[Any, str]]:
+    """Yield the operators of this version of torch, each with a dispatch key for which it has a kernel."""
+    import torch
+
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    for key, names in _ATEN.items():
+        for packet in filter(None, (getattr(torch.ops.aten, name, None) for name in names)):
+            for overload in packet.overloads():
+                operator = getattr(packet, overload)
+                # Some kernels that serve the CPU are registered for every device.
+                if has_kernel(operator.name(), key) or (key == "CPU" and has_kernel(operator.name(), _OF_ALL)):
+                    yield operator, key
+    for whole in torch._C._dispatch_get_all_op_names():
+        namespace, _, name = whole.partition("::")
+        if namespace in _LIBRARIES and _LAYERS.match(name):
+            packet, _, overload = name.partition(".")
+            for key in filter(functools.partial(has_kernel, whole), _KEYS):
+                yield getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default"), key

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled code on a simulated device: its products are the unit's, bit for bit, whenever it was compiled."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+import hal
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, as it loads its compiler of kernels
+    pytest.mark.filterwarnings("ignore:(?s).*flex_attention called without torch.compile"),
+]
+
+
+def cancelling(*shape):
+    """Numbers whose sums over the last axis are zero but for the rounding, which another order shows."""
+    draw = torch.Generator().manual_seed(7)
+    half = torch.randn((*shape[:-1], shape[-1] // 2), generator=draw)
+    return torch.cat([half, -half], -1)[..., torch.randperm(shape[-1], generator=draw)]
+
+
+A, V = cancelling(9, 600), torch.ones(600) + cancelling(600) * 2**-8
+PRODUCTS = {
+    "mv": (torch.mv, A, V),
+    "matmul": (torch.matmul, A, V),
+    "one row": (torch.nn.functional.linear, A[:1], A[1:2], A[0, :1]),
+    "one by one": (torch.bmm, A[:4, None], A[4:8, :, None]),
+    "two rows": (torch.mm, A[:2], A[:3].T),
+    "addmv": (torch.addmv, A[:, 0], A, V),
+    "batches": (torch.baddbmm, A[:4, :1, None], A[:4, None], A[4:8, :, None]),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh():
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_are_the_units(name):
+    function, *given = PRODUCTS[name]
+    compiled = torch.compile(function)
+    compiled(*given)  # before: the CPU's
+    with hal.open_device("sim:h200"):
+        assert torch.equal(compiled(*given), function(*given))
+    with hal.open_device("sim:v100"):
+        assert torch.equal(compiled(*given), function(*given))
+
+
+def test_gradients_too():
+    layer, x = torch.nn.Linear(600, 1), A[:1].clone().requires_grad_()
+    with hal.open_device("sim:h200"):
+        mine = torch.autograd.grad(torch.compile(layer)(x).sum(), (x, layer.weight))
+        assert all(map(torch.equal, mine, torch.autograd.grad(layer(x).sum(), (x, layer.weight))))
+
+
+def test_the_kernels_that_autotuning_would_choose_are_left_out():
+    a = A[:, :64].bfloat16()
+    with hal.open_device("sim:h200"):
+        compiled = torch.compile(lambda x: torch.relu(x @ x.T), mode="max-autotune-no-cudagraphs")
+        assert torch.equal(compiled(a), torch.relu(a @ a.T))
+
+
+def test_convolutions_that_lie_channels_last():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    net, x = (thing.to(memory_format=torch.channels_last) for thing in (net, torch.randn(2, 3, 9, 9)))
+    with torch.no_grad(), hal.open_device("sim:h200"):
+        assert torch.equal(torch.compile(net)(x), net(x))
+
+
+def test_attention_that_is_compiled_is_counted():
+    q = torch.randn(1, 2, 16, 16)
+    with hal.open_device("sim:h200") as device:
+        flex_attention(q, q, q)
+        assert device.not_simulated() == {}
+        torch.compile(flex_attention)(q, q, q)
+        assert device.not_simulated() == {"flex_attention in compiled code": 1}
+    with hal.open_device("sim:h200/strict"), pytest.raises(Exception, match="not simulated"):
+        torch.compile(flex_attention)(q, q, q)
+
+
+def test_afterwards_the_compiler_is_as_it_was():
+    from torch._inductor import decomposition, lowering
+
+    before = dict(decomposition.decompositions), dict(lowering.lowerings)
+    entry = torch._TorchCompileInductorWrapper.__call__
+    with hal.open_device("sim:h200"):
+        torch.compile(torch.mv)(A, V)
+        assert (dict(decomposition.decompositions), dict(lowering.lowerings)) == before
+    assert torch._TorchCompileInductorWrapper.__call__ is entry

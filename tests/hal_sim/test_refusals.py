@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What torch refuses on a CPU or on a card is refused on a simulated device: it must not hide a mistake."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hal
+from hal.errors import HalError
+from hal.matrix_unit import MATRIX_UNITS
+from hal_sim import product
+
+
+@pytest.fixture
+def h200():
+    with hal.open_device("sim:h200") as device:
+        yield device
+
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+BF16, FP32, E4M3 = torch.bfloat16, torch.float32, torch.float8_e4m3fn
+
+MIXED = {
+    "addend": lambda: torch.addmm(draw(4, 4), draw(4, 4, dtype=BF16), draw(4, 4, dtype=BF16)),
+    "bias": lambda: F.linear(draw(4, 4, dtype=BF16), draw(4, 4, dtype=BF16), draw(4)),
+    "addends": lambda: torch.baddbmm(draw(2, 4, 4), draw(2, 4, 4, dtype=BF16), draw(2, 4, 4, dtype=BF16)),
+    "vector": lambda: torch.addmv(draw(4), draw(4, 4, dtype=BF16), draw(4, dtype=BF16)),
+    "product": lambda: draw(4, 4) @ draw(4, 4, dtype=BF16),
+    "batches": lambda: torch.bmm(draw(2, 4, 4), draw(2, 4, 4, dtype=BF16)),
+    "out": lambda: torch.mm(draw(4, 4, dtype=BF16), draw(4, 4, dtype=BF16), out=torch.empty(4, 4)),
+    "integer out": lambda: torch.mm(draw(4, 4), draw(4, 4), out=torch.empty(4, 4, dtype=torch.int32)),
+    "convolution": lambda: F.conv1d(draw(1, 3, 8), draw(4, 3, 3, dtype=BF16)),
+    "bias of a convolution": lambda: F.conv1d(draw(1, 3, 8, dtype=BF16), draw(4, 3, 3, dtype=BF16), draw(4)),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_dtypes_do_not_mix(name):
+    with pytest.raises(RuntimeError):
+        MIXED[name]()
+    with hal.open_device("sim:h200"), pytest.raises(RuntimeError, match=r"dtype|type .* should be the same"):
+        MIXED[name]()
+
+
+SHAPES = {
+    "too few channels": lambda: F.conv2d(draw(1, 3, 8, 8), draw(8, 64, 3, 3)),
+    "too many channels": lambda: F.conv2d(draw(1, 64, 8, 8), draw(8, 3, 3, 3)),
+    "many channels of a weight": lambda: F.conv1d(draw(1, 3, 8), draw(4, 100_003, 3)),
+    "transposed": lambda: F.conv_transpose1d(draw(1, 4, 5), draw(80, 2, 3)),
+    "groups": lambda: F.conv1d(draw(1, 9, 5), draw(9, 2, 3), groups=4),
+    "padding": lambda: F.conv1d(draw(1, 3, 8), draw(4, 3, 3), padding=-1),
+    "stride": lambda: F.conv1d(draw(1, 3, 8), draw(4, 3, 3), stride=0),
+    "window": lambda: F.conv1d(draw(1, 3, 2), draw(4, 3, 3)),
+    "bias": lambda: F.conv1d(draw(1, 3, 8), draw(4, 3, 3), draw(5)),
+}
+
+
+@pytest.mark.parametrize("core", ["native", "torch"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolutions_that_do_not_fit(name, core, monkeypatch):
+    with pytest.raises(RuntimeError) as own:
+        SHAPES[name]()
+    if core == "torch":
+        monkeypatch.setattr(product.native, "library", lambda: None)
+    with hal.open_device("sim:h200"), pytest.raises(RuntimeError) as ours:
+        SHAPES[name]()
+    assert str(ours.value) == str(own.value)
+
+
+def test_the_core_is_never_given_operands_that_do_not_fit():
+    unit = MATRIX_UNITS["sm_90"]["bfloat16"]
+    for a, b in (((1, 4, 8), (1, 9, 4)), ((1, 4, 8), (1, 7, 4)), ((2, 4, 8), (1, 8, 4))):
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            product.multiply(draw(*a, dtype=BF16), draw(*b, dtype=BF16), unit, ("bfloat16", "bfloat16"))
+
+
+def test_numbers_of_8_bits_are_multiplied_with_scales_alone(h200):
+    a, b = draw(16, 16).to(E4M3), draw(16, 16).to(E4M3)
+    for call in (lambda: a @ b, lambda: torch.bmm(a[None], b[None]), lambda: torch.mv(a, b[0]),
+                 lambda: F.conv1d(a[None], b[:, :, None])):  # fmt: skip
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+def test_a_wider_result_is_the_units_sum(h200):
+    a, b = draw(8, 300, dtype=BF16), draw(300, 8, dtype=BF16)
+    wide = torch.mm(a, b, out_dtype=FP32)
+    unit = MATRIX_UNITS["sm_90"]["bfloat16"]
+    assert torch.equal(wide, product.multiply(a[None], b[None], unit, ("bfloat16", "bfloat16"))[0])
+    assert torch.equal(wide.bfloat16(), a @ b)
+    assert torch.equal(torch.bmm(a[None], b[None], out_dtype=FP32)[0], wide)
+    c = draw(8, 8)
+    for addend in (c, c.bfloat16()):
+        assert torch.equal(torch.addmm(addend, a, b, out_dtype=FP32), wide + addend.float())
+        assert torch.equal(torch.baddbmm(addend[None], a[None], b[None], out_dtype=FP32)[0], wide + addend.float())
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises((RuntimeError, HalError), match="out_dtype"):
+            torch.mm(a, b, out_dtype=dtype)
+
+
+@pytest.mark.parametrize("last", ["input", "weight", "both", "neither"])
+def test_a_convolution_lies_in_memory_as_torchs_own_does(last):
+    x, weight = draw(2, 3, 8, 8), draw(4, 3, 3, 3)
+    if last in ("input", "both"):
+        x = x.to(memory_format=torch.channels_last)
+    if last in ("weight", "both"):
+        weight = weight.to(memory_format=torch.channels_last)
+    own = F.conv2d(x, weight)
+    with hal.open_device("sim:h200"):
+        assert F.conv2d(x, weight).stride() == own.stride()

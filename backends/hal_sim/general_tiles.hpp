@@ -13,7 +13,8 @@ class GeneralTiles {
 public:
     // What is left of the matrix that `fast` was at.
     GeneralTiles(const Unit& unit, const Problem& problem, Tiles& fast, int64_t at)
-        : unit_(unit), p_(problem), fast_(fast), at_(at), tiles_((p_.m + kRows - 1) / kRows),
+        : unit_(unit), wide_a_({problem.m, problem.k}), wide_b_({problem.k, problem.n}),
+          p_(widened(problem, at)), fast_(fast), at_(at), tiles_((p_.m + kRows - 1) / kRows),
           panels_((p_.n + kLanes - 1) / kLanes), aligned_(unit.kind == kTruncated || unit.kind == kFloored),
           a_({tiles_, p_.k, kRows}), b_({panels_, p_.k, kLanes}), a_exponents_({tiles_, p_.k, kRows}),
           b_exponents_({panels_, p_.k, kLanes}), special_rows_({tiles_}), special_columns_({panels_}) {}
@@ -23,12 +24,12 @@ public:
     void pack(int64_t piece) {
         if (piece < tiles_) {
             const int64_t first = piece * kRows, at = first * p_.k;
-            *special_rows_.at(piece) = fill(p_.a + at_ * p_.a_batch, p_.a_row, p_.a_column, first, p_.m, kRows,
+            *special_rows_.at(piece) = fill(wide_a_.at(0), p_.a.row, p_.a.column, first, p_.m, kRows,
                                             unit_.min_exponent_a, a_.at(at), a_exponents_.at(at));
         } else {
             piece -= tiles_;
             const int64_t first = piece * kLanes, at = first * p_.k;
-            *special_columns_.at(piece) = fill(p_.b + at_ * p_.b_batch, p_.b_column, p_.b_row, first, p_.n, kLanes,
+            *special_columns_.at(piece) = fill(wide_b_.at(0), p_.b.column, p_.b.row, first, p_.n, kLanes,
                                                unit_.min_exponent_b, b_.at(at), b_exponents_.at(at));
         }
     }
@@ -53,6 +54,14 @@ public:
     Environment environment() const { return Environment(unit_.kind == kTruncated ? FE_TOWARDZERO : FE_TONEAREST); }
 
 private:
+    // Returns the problem with this matrix of each operand in float32.
+    Problem widened(const Problem& problem, int64_t at) {
+        Problem wide = problem;
+        wide.a = problem.a.widened(at, problem.m, problem.k, wide_a_.at(0));
+        wide.b = problem.b.widened(at, problem.k, problem.n, wide_b_.at(0));
+        return wide;
+    }
+
     // Returns whether there is a NaN or an infinity.
     bool fill(const float* from, int64_t stride, int64_t k_stride, int64_t first, int64_t count, int width,
               int min_exponent, float* significands, int32_t* exponents) {
@@ -94,7 +103,8 @@ private:
     }
 
     const Unit& unit_;
-    const Problem& p_;
+    Buffer<float> wide_a_, wide_b_;
+    const Problem p_;
     Tiles& fast_;
     const int64_t at_, tiles_, panels_;
     const bool aligned_;

@@ -29,14 +29,39 @@ class _Unit(ctypes.Structure):
     )]  # fmt: skip
 
 
+class _Operand(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("storage", "batch", "row", "column")),
+    ]
+
+
 class _Problem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("batch", "m", "n", "k")),
-        *((name, ctypes.c_void_p) for name in ("a", "b", "c", "d")),
-        *((f"{name}_{axis}", ctypes.c_int64) for name in ("a", "b", "c") for axis in ("batch", "row", "column")),
-        ("d_batch", ctypes.c_int64),
-        ("d_row", ctypes.c_int64),
+        ("a", _Operand),
+        ("b", _Operand),
+        ("c", ctypes.c_void_p),
+        ("d", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("c_batch", "c_row", "c_column", "d_batch", "d_row")),
     ]
+
+
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_TABLE = 3
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> torch.Tensor:
+    """Return what each number of 8 bits is."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _operand(x: torch.Tensor) -> _Operand:
+    storage = _STORED.get(x.dtype, _TABLE)
+    table = _table(x.dtype).data_ptr() if storage == _TABLE else None
+    return _Operand(x.data_ptr(), table, storage, *x.stride())
 
 
 def asked() -> str:
@@ -95,7 +120,7 @@ def multiply(
 ) -> torch.Tensor:  # fmt: skip
     """Return what `twin.multiply` does; see there. `reference` takes the plainest code, one element after the other.
 
-    No c is zero.
+    Operands may be of 16 or 8 bits as well. No c is zero.
 
     Raises:
         MemoryError: there is none for copies of the operands, or for threads.
@@ -114,8 +139,9 @@ def multiply(
         return d_BMN
     d_BMN = torch.empty((B, M, N), dtype=torch.float32)
     c, c_strides = (None, (0, 0, 0)) if c_BMN is None else (c_BMN.data_ptr(), c_BMN.stride())
-    problem = _Problem(B, M, N, K, a_BMK.data_ptr(), b_BKN.data_ptr(), c, d_BMN.data_ptr(), *a_BMK.stride(),
-                       *b_BKN.stride(), *c_strides, M * N, N)  # fmt: skip
+    if reference or unit.result == "float16":  # the plainest code reads float32
+        a_BMK, b_BKN = a_BMK.float(), b_BKN.float()
+    problem = _Problem(B, M, N, K, _operand(a_BMK), _operand(b_BKN), c, d_BMN.data_ptr(), *c_strides, M * N, N)
     function = found.hal_sim_reference if reference else found.hal_sim_multiply
     _check(function(ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(problem), threads), a_BMK, b_BKN)
     return d_BMN

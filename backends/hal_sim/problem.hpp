@@ -9,17 +9,17 @@
 #include <vector>
 
 #include "reference.hpp"
+#include "stored.hpp"
 #include "vectors.hpp"
 
 namespace hal_sim {
 
-// `batch` matrices with any strides, in elements. c may be null, which is zero; d is d[i * d_row + j].
+// `batch` matrices. c may be null, which is zero, and has any strides, in elements; d is d[i * d_row + j].
 struct Problem {
     int64_t batch, m, n, k;
-    const float *a, *b, *c;
+    Operand a, b;
+    const float* c;
     float* d;
-    int64_t a_batch, a_row, a_column;
-    int64_t b_batch, b_row, b_column;
     int64_t c_batch, c_row, c_column;
     int64_t d_batch, d_row;
 
@@ -28,10 +28,11 @@ struct Problem {
     }
     float& d_at(int64_t at, int64_t i, int64_t j) const { return d[at * d_batch + i * d_row + j]; }
 
-    // One element, as plainly as can be.
+    // One element of operands in float32, as plainly as can be.
     void by_reference(const Unit& unit, int64_t at, int64_t i, int64_t j) const {
-        d_at(at, i, j) = dot(unit, a + at * a_batch + i * a_row, a_column, b + at * b_batch + j * b_column, b_row, k,
-                             c_at(at, i, j));
+        const float* row = static_cast<const float*>(a.data) + at * a.batch + i * a.row;
+        const float* column = static_cast<const float*>(b.data) + at * b.batch + j * b.column;
+        d_at(at, i, j) = dot(unit, row, a.column, column, b.row, k, c_at(at, i, j));
     }
 };
 

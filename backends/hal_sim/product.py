@@ -15,6 +15,8 @@ ONE_PIECE = Schedule()
 def operand(x: torch.Tensor, format: str) -> torch.Tensor:
     """Return an operand as the unit takes it in: float32 (float64 of float64), cut or rounded to its format's bits.
 
+    The compiled core reads numbers of 16 and 8 bits as they are.
+
     TF32 units drop the low 13 bits of a float32. Ascend's HF32 keeps 12 bits, here rounded to nearest (unverified).
     """
     if x.dtype == torch.float64:
@@ -53,11 +55,12 @@ def multiply(
     if b_BKN.shape[:2] != (B, K):  # the compiled core would read beyond the operand
         raise RuntimeError(f"{tuple(a_BMK.shape)} and {tuple(b_BKN.shape)} cannot be multiplied")
     itemsize = a_BMK.element_size()
-    a_BMK, b_BKN = operand(a_BMK, formats[0]), operand(b_BKN, formats[1])
-    if not B * M * N * K:
-        return torch.zeros((B, M, N), dtype=a_BMK.dtype)
-    least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
     library = native.library()
+    if library is None or itemsize > 2:
+        a_BMK, b_BKN = operand(a_BMK, formats[0]), operand(b_BKN, formats[1])
+    if not B * M * N * K:
+        return torch.zeros((B, M, N), dtype=torch.float64 if itemsize == 8 else torch.float32)
+    least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
     total: torch.Tensor | None = None
     for slices in schedule.pieces(K, itemsize):
         of_slice: torch.Tensor | None = None

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "reference.hpp"
+#include "stored.hpp"
 #include "vectors.hpp"
 
 namespace hal_sim {
@@ -32,17 +33,22 @@ struct Strip {
 };
 
 // Copies `count` lines of `k` numbers to to[k][kWidth] and fills it up with zeros.
-template <int kWidth>
-void gather(const float* from, int64_t stride, int64_t k_stride, int count, int64_t k, int64_t padded, float* to) {
+template <int kWidth, class Stored>
+void gather(Stored from, int64_t stride, int64_t k_stride, int count, int64_t k, int64_t padded, float* to) {
     constexpr int64_t kBlock = 16;  // of k: the lines of to[] that are written to stay in the cache
     const int64_t filled = count < kWidth ? 0 : k;
     std::memset(to + filled * kWidth, 0, size_t(padded - filled) * kWidth * sizeof(float));
     if (stride == 1) {
-        const size_t bytes = size_t(count) * sizeof(float);
+        const int fours = count / 4 * 4;
         for (int64_t i = 0; i < k; ++i) {
-            // A size that the compiler knows is a few moves, and one that it does not a call.
-            if (count == kWidth) std::memcpy(to + i * kWidth, from + i * k_stride, kWidth * sizeof(float));
-            else std::memcpy(to + i * kWidth, from + i * k_stride, bytes);
+            const int64_t at = i * k_stride;
+            // A number of steps that the compiler knows is unrolled.
+            if (count == kWidth) {
+                for (int line = 0; line < kWidth; line += 4) store(from.four(at + line), to + i * kWidth + line);
+                continue;
+            }
+            for (int line = 0; line < fours; line += 4) store(from.four(at + line), to + i * kWidth + line);
+            for (int line = fours; line < count; ++line) to[i * kWidth + line] = from.one(at + line);
         }
         return;
     }
@@ -52,13 +58,13 @@ void gather(const float* from, int64_t stride, int64_t k_stride, int count, int6
         for (; k_stride == 1 && last - first == kBlock && line + 4 <= count; line += 4) {
             for (int64_t i = first; i < last; i += 4) {
                 Four block[4];
-                for (int r = 0; r < 4; ++r) block[r] = load<Four>(from + (line + r) * stride + i);
+                for (int r = 0; r < 4; ++r) block[r] = from.four((line + r) * stride + i);
                 transpose(block);
                 for (int r = 0; r < 4; ++r) store(block[r], to + (i + r) * kWidth + line);
             }
         }
         for (; line < count; ++line) {
-            for (int64_t i = first; i < last; ++i) to[i * kWidth + line] = from[line * stride + i * k_stride];
+            for (int64_t i = first; i < last; ++i) to[i * kWidth + line] = from.one(line * stride + i * k_stride);
         }
     }
 }

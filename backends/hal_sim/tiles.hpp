@@ -44,17 +44,19 @@ public:
 
     void pack(int64_t piece) {
         if (piece < tiles_) {
-            const float* from = p_.a + at_ * p_.a_batch + piece * kRows * p_.a_row;
-            float* values = a_.at(piece * padded_ * kRows);
-            *rows_.at(piece) = packed<kRows>(from, p_.a_row, p_.a_column, p_.m - piece * kRows, unit_.min_exponent_a,
-                                             values, a_codes_.at(piece * padded_ * kRows));
+            const int64_t first = at_ * p_.a.batch + piece * kRows * p_.a.row, to = piece * padded_ * kRows;
+            p_.a.from(first, [&](auto from) {
+                *rows_.at(piece) = packed<kRows>(from, p_.a.row, p_.a.column, p_.m - piece * kRows,
+                                                 unit_.min_exponent_a, a_.at(to), a_codes_.at(to));
+            });
         } else {
             piece -= tiles_;
-            const float* from = p_.b + at_ * p_.b_batch + piece * kColumns * p_.b_column;
-            float* values = b_.at(piece * padded_ * kColumns);
-            *columns_.at(piece) =
-                packed<kColumns>(from, p_.b_column, p_.b_row, p_.n - piece * kColumns, unit_.min_exponent_b, values,
-                                 b_codes_.at(piece * padded_ * kLanes));
+            const int64_t first = at_ * p_.b.batch + piece * kColumns * p_.b.column;
+            p_.b.from(first, [&](auto from) {
+                *columns_.at(piece) = packed<kColumns>(from, p_.b.column, p_.b.row, p_.n - piece * kColumns,
+                                                       unit_.min_exponent_b, b_.at(piece * padded_ * kColumns),
+                                                       b_codes_.at(piece * padded_ * kLanes));
+            });
         }
     }
 
@@ -96,8 +98,8 @@ private:
     static constexpr int kMostBitsOfK = 20;
     int64_t chunks() const { return (tiles_ + kTilesOfAChunk - 1) / kTilesOfAChunk; }
 
-    template <int kWidth>
-    Strip packed(const float* from, int64_t stride, int64_t k_stride, int64_t lines, int min_exponent, float* values,
+    template <int kWidth, class Stored>
+    Strip packed(Stored from, int64_t stride, int64_t k_stride, int64_t lines, int min_exponent, float* values,
                  int32_t* codes) const {
         gather<kWidth>(from, stride, k_stride, int(std::min<int64_t>(kWidth, lines)), p_.k, padded_, values);
         Strip strip;

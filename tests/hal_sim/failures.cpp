@@ -27,11 +27,11 @@ static double x[kSize * kSize], y[kSize * kSize], z[kSize * kSize];
 
 static Problem square() {
     constexpr int64_t n = kSize, all = n * n;
-    return {1, n, n, n, a, b, nullptr, d, all, n, 1, all, n, 1, 0, 0, 0, all, n};
+    return {1, n, n, n, {a, nullptr, 0, all, n, 1}, {b, nullptr, 0, all, n, 1}, nullptr, d, 0, 0, 0, all, n};
 }
 
 static Problem of_one_number(int64_t m, int64_t k) {  // all strides are 0: only packed copies need memory
-    return {1, m, 1, k, a, b, nullptr, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, m, 1};
+    return {1, m, 1, k, {a, nullptr, 0, 0, 0, 0}, {b, nullptr, 0, 0, 0, 0}, nullptr, d, 0, 0, 0, m, 1};
 }
 
 static int call(int function) {

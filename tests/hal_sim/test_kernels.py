@@ -2,14 +2,15 @@
 """The fast kernels against the plainest code, bit for bit, where they begin, end, or have to give up."""
 
 import ctypes
+import itertools
 import platform
 
 import pytest
 import torch
-from sim_operands import DTYPES, RULES, addends, differing, operands
+from sim_operands import DTYPES, RULES, addends, as_read, differing, operands
 
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
-from hal_sim import build, native, product
+from hal_sim import build, native
 
 FLOAT32_RULES = [rule for rule in RULES if rule[0].result != "float64"]
 ALIGNED_RULES = [rule for rule in FLOAT32_RULES if rule[0].kind in ("truncated", "floored")]
@@ -17,7 +18,7 @@ ALIGNED_RULES = [rule for rule in FLOAT32_RULES if rule[0].kind in ("truncated",
 
 def check(unit, format, a, b, c=None, library=None):
     """Compare and return what was computed."""
-    a, b = product.operand(a, format), product.operand(b, format)
+    a, b = as_read(a, format), as_read(b, format)
     library, least = library or native.library(), (FORMATS[format].min_exponent,) * 2
     fast = native.multiply(library, a, b, c, unit, least)
     plain = native.multiply(library, a, b, c, unit, least, reference=True)
@@ -142,6 +143,57 @@ def test_narrower_vectors_compute_the_same(target, monkeypatch, tmp_path):
             a, b = operands(kind, (1, 9, 140), format, 1), operands(kind, (1, 140, 37), format, 2)
             found = check(unit, format, a, b, addends(unit, (1, 9, 37), 3), library)
             assert not len(differing(found, check(unit, format, a, b, addends(unit, (1, 9, 37), 3))))
+
+
+NARROW = [
+    torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
+]  # fmt: skip
+
+
+@pytest.fixture(params=["native", "x86-64"])
+def library(request, monkeypatch):
+    """The library for this processor, and that for any of its kind, which converts float16 by itself."""
+    if request.param != "native":
+        if platform.machine() != "x86_64":
+            pytest.skip("this processor has one set of instructions")
+        monkeypatch.setenv("HAL_SIM_TARGET", request.param)
+    return ctypes.CDLL(str(build.compiled()))
+
+
+def every(dtype):
+    """Return each number of a narrow dtype, NaN and infinities among them."""
+    bits = torch.arange(2 ** (8 * dtype.itemsize))
+    return bits.to({1: torch.uint8, 2: torch.uint16}[dtype.itemsize]).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_each_number_is_read_as_torch_converts_it(dtype, library):
+    numbers, one = every(dtype)[:, None, None], torch.ones(1, 1, 1).to(dtype)
+    least = (FORMATS[str(dtype).removeprefix("torch.")].min_exponent,) * 2
+    for a, b in ((numbers, one.expand_as(numbers)), (one.expand_as(numbers), numbers)):
+        found = native.multiply(library, a, b, None, MatrixUnit("fused"), least)
+        assert torch.equal(found.nan_to_num(1e38), numbers.float().nan_to_num(1e38))
+
+
+@pytest.mark.parametrize("kind", ["every", "normal"])
+@pytest.mark.parametrize("dtype", NARROW)
+def test_numbers_are_read_in_any_layout(dtype, kind, library):
+    """Strips are gathered four numbers at a time where these lie side by side, along either axis, or one by one."""
+    draw, format = torch.Generator().manual_seed(4), str(dtype).removeprefix("torch.")
+    pool = every(dtype)
+    pool = pool[pool.float().isfinite()] if kind == "every" else torch.randn(4000, generator=draw).to(dtype)
+    least = (FORMATS[format].min_exponent,) * 2
+    for rows, columns in ((64, 64), (67, 61)):
+        lying = [pool[torch.randint(len(pool), (1, rows, columns), generator=draw)] for _ in range(2)]
+        layouts = ((x, x.mT.contiguous().mT, moved(x), x.repeat_interleave(2, 2)[..., ::2]) for x in lying)
+        for a, b in itertools.product(*layouts):
+            given = library, a, b.mT, None, MATRIX_UNITS["sm_90"]["bfloat16"], least
+            assert not len(differing(native.multiply(*given), native.multiply(*given, reference=True)))
+
+
+def moved(x):
+    """Return the same numbers where no vector begins."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
 def test_batches_are_computed_as_their_matrices_are():

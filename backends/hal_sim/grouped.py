@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped products on a simulated unit: one for each expert, over slices of rows, of columns or of K.
 
-Groups of one size are multiplied as a batch: an expert with a few tokens costs less than the call for it.
+One group after the other, or all in one call where there is one for that: an expert with a few tokens costs less than
+a call.
 
 Legend: R rows of all groups, G groups, M rows, N columns, K products.
 """
@@ -9,18 +10,21 @@ Legend: R rows of all groups, G groups, M rows, N columns, K products.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """The product of [B, M, K] and [B, K, N] in the accumulator's format."""
+Lengths = Sequence[tuple[int, int]]
+"""The first place and the length of each group."""
+Together = Callable[[torch.Tensor, torch.Tensor, Lengths, bool], torch.Tensor]
+"""Products of [R, K] and [G, K, N], or of [M, R] and [R, N], by groups of R; last, whether the two are exchanged."""
 
-_SMALL = 1 << 18
-"""Multiply-adds of a product that takes no longer than a call: the operands of larger ones are not copied."""
 
-
-def grouped(product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+def grouped(
+    product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None, together: Together | None = None
+) -> torch.Tensor:
     """Return the products of groups, in the accumulator's format.
 
     Args:
@@ -28,6 +32,7 @@ def grouped(product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tens
         a: [R, K] with groups of rows, [M, R] with groups of columns, or [G, M, K].
         b: [R, N] with groups of rows, [K, R] with groups of columns, or [G, K, N].
         ends: int32 [G], where each group ends in the axis of R; None: both have one matrix for each group.
+        together: of all groups; None: `product` of each.
 
     Returns:
         [R, N], [M, R] or [G, M, N]. What no group has is zero.
@@ -40,12 +45,12 @@ def grouped(product: Product, a: torch.Tensor, b: torch.Tensor, ends: torch.Tens
             raise RuntimeError(f"grouped: {_shape(a)} and {_shape(b)} cannot be multiplied without offsets")
         return product(a, b)
     if a.ndim == 2 and b.ndim == 3:
-        return _of_rows(product, a, b, _lengths(ends, a.shape[0], b.shape[0]))
+        return _of_rows(product, together, a, b, _lengths(ends, a.shape[0], b.shape[0]), False)
     if a.ndim == 3 and b.ndim == 2:
         lengths = _lengths(ends, b.shape[1], a.shape[0])
-        return _of_rows(lambda x, y: product(y.mT, x.mT).mT, b.T, a.mT, lengths).T
+        return _of_rows(lambda x, y: product(y.mT, x.mT).mT, together, b.T, a.mT, lengths, True).T
     if a.ndim == 2 and b.ndim == 2:
-        return _of_products(product, a, b, _lengths(ends, a.shape[1], ends.numel()))
+        return _of_products(product, together, a, b, _lengths(ends, a.shape[1], ends.numel()))
     raise RuntimeError(f"grouped: {_shape(a)} and {_shape(b)} have no groups in common")
 
 
@@ -87,62 +92,33 @@ def _lengths(ends: torch.Tensor, extent: int, groups: int) -> list[tuple[int, in
     return [(first, end - first) for first, end in pairs]
 
 
-def _alike(lengths: Sequence[tuple[int, int]], each: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield batches of (group, first place) of one length, as many as are small together; of length 0 none.
-
-    Args:
-        lengths: of the groups.
-        each: multiply-adds for each place of a group.
-    """
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for group, (first, length) in enumerate(lengths):
-        by_length.setdefault(length, []).append((group, first))
-    by_length.pop(0, None)
-    for length, groups in by_length.items():
-        together = len(groups) if length * each <= _SMALL else 1
-        for at in range(0, len(groups), together):
-            yield groups[at : at + together]
-
-
-def _places(batch: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
-    """Return where each group's places are; [G, length]."""
-    return torch.tensor([first for _, first in batch])[:, None] + torch.arange(length)
-
-
 def _of_rows(
-    product: Product, a_RK: torch.Tensor, b_GKN: torch.Tensor, lengths: Sequence[tuple[int, int]]
-) -> torch.Tensor:
-    _, K, N = b_GKN.shape
-    if a_RK.shape[1] != K:
+    product: Product, together: Together | None, a_RK: torch.Tensor, b_GKN: torch.Tensor, lengths: Lengths,
+    exchanged: bool,
+) -> torch.Tensor:  # fmt: skip
+    if a_RK.shape[1] != b_GKN.shape[1]:
         raise RuntimeError(f"grouped: {_shape(a_RK)} and {_shape(b_GKN)} cannot be multiplied")
-    out_RN: torch.Tensor | None = None
-    for batch in _alike(lengths, K * N):
-        length = lengths[batch[0][0]][1]
-        if len(batch) == 1:
-            ((group, first),) = batch
-            rows: slice | torch.Tensor = slice(first, first + length)
-            found = product(a_RK[rows][None], b_GKN[group][None])[0]
-        else:
-            rows = _places(batch, length)
-            found = product(a_RK[rows], b_GKN[[group for group, _ in batch]])
-        out_RN = found.new_zeros(a_RK.shape[0], N) if out_RN is None else out_RN
-        out_RN[rows] = found
-    return product(a_RK[None, :, :0], b_GKN[:1, :0])[0] if out_RN is None else out_RN
+    if together is not None:
+        return together(a_RK, b_GKN, lengths, exchanged)
+    out_RN = product(a_RK[None, :, :0], b_GKN[:1, :0])[0]
+    for group, (first, length) in enumerate(lengths):
+        if length:
+            rows = slice(first, first + length)
+            out_RN[rows] = product(a_RK[rows][None], b_GKN[group][None])[0]
+    return out_RN
 
 
 def _of_products(
-    product: Product, a_MR: torch.Tensor, b_RN: torch.Tensor, lengths: Sequence[tuple[int, int]]
+    product: Product, together: Together | None, a_MR: torch.Tensor, b_RN: torch.Tensor, lengths: Lengths
 ) -> torch.Tensor:
     (M, R), N = a_MR.shape, b_RN.shape[1]
     if b_RN.shape[0] != R:
         raise RuntimeError(f"grouped: {_shape(a_MR)} and {_shape(b_RN)} cannot be multiplied")
+    if together is not None:
+        return together(a_MR, b_RN, lengths, False)
     out_GMN = product(a_MR[None, :, :0].expand(len(lengths), M, 0), b_RN[None, :0].expand(len(lengths), 0, N))
-    for batch in _alike(lengths, M * N):
-        length = lengths[batch[0][0]][1]
-        if len(batch) == 1:
-            ((group, first),) = batch
-            out_GMN[group] = product(a_MR[None, :, first : first + length], b_RN[None, first : first + length])[0]
-        else:
-            at = _places(batch, length)
-            out_GMN[[group for group, _ in batch]] = product(a_MR.T[at].mT, b_RN[at])
+    for group, (first, length) in enumerate(lengths):
+        if length:
+            inner = slice(first, first + length)
+            out_GMN[group] = product(a_MR[None, :, inner], b_RN[None, inner])[0]
     return out_GMN

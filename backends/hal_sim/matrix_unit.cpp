@@ -29,11 +29,18 @@ void one_matrix(const Unit& unit, const Problem& problem, Tiles& tiles, int64_t 
     together(rest, threads);
 }
 
-void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
-    // A thread costs as much to start as about this many products.
+double products_of(const Problem& problem) {
+    return double(problem.batch) * double(problem.m) * double(problem.n) * double(problem.k);
+}
+
+// How many threads are worth it: one costs as much to start as about this many products.
+int64_t threads_for(double products, int64_t threads) {
     constexpr double kWorthAThread = 1 << 22;
-    const double products = double(problem.batch) * double(problem.m) * double(problem.n) * double(problem.k);
-    threads = std::min(threads, 1 + int64_t(products / kWorthAThread));
+    return std::min(threads, 1 + int64_t(products / kWorthAThread));
+}
+
+void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
+    threads = threads_for(products_of(problem), threads);
     if (problem.batch < 4 * threads && threads > 1) {
         Tiles tiles(unit, problem);
         for (int64_t at = 0; at < problem.batch; ++at) one_matrix(unit, problem, tiles, at, threads);
@@ -43,6 +50,23 @@ void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
     on_threads(threads, [&] {
         Tiles tiles(unit, problem);
         for (int64_t at; (at = next++) < problem.batch;) one_matrix(unit, problem, tiles, at, 1);
+    });
+}
+
+// Problems of one matrix each, of any sizes; those without products are left.
+void multiply_many(const Unit& unit, const Problem* problems, int64_t count, int64_t threads) {
+    double products = 0;
+    for (int64_t i = 0; i < count; ++i) products += products_of(problems[i]);
+    threads = threads_for(products, threads);
+    const bool few = count < 4 * threads && threads > 1;
+    std::atomic<int64_t> next{0};
+    on_threads(few ? 1 : threads, [&] {
+        for (int64_t i; (i = next++) < count;) {
+            const Problem& problem = problems[i];
+            if (problem.m == 0 || problem.n == 0 || problem.k == 0) continue;
+            Tiles tiles(unit, problem);
+            one_matrix(unit, problem, tiles, 0, few ? threads_for(products_of(problem), threads) : 1);
+        }
     });
 }
 
@@ -87,6 +111,10 @@ extern "C" int hal_sim_fused_float64(int64_t m, int64_t n, int64_t k, const doub
 
 extern "C" int hal_sim_reference(const Unit* unit, const Problem* problem, int threads) {
     return hal_sim::status_of([=] { hal_sim::by_reference(*unit, *problem, threads); });
+}
+
+extern "C" int hal_sim_multiply_many(const Unit* unit, const Problem* problems, int64_t count, int threads) {
+    return hal_sim::status_of([=] { hal_sim::multiply_many(*unit, problems, count, threads); });
 }
 
 extern "C" int hal_sim_multiply(const Unit* unit, const Problem* problem, int threads) {

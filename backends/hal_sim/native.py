@@ -30,7 +30,7 @@ class _Unit(ctypes.Structure):
 
 
 class _Operand(ctypes.Structure):
-    _fields_ = [
+    _fields_ = [  # all of 8 bytes, as those of a problem
         ("data", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("storage", "batch", "row", "column")),
@@ -48,6 +48,9 @@ class _Problem(ctypes.Structure):
     ]
 
 
+_OFFSETS = {name: getattr(_Problem, name).offset for name in ("m", "k", "a", "b", "d")}
+"""Of fields of 8 bytes; an operand begins with where its numbers are."""
+
 _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TABLE = 3
 
@@ -61,7 +64,8 @@ def _table(dtype: torch.dtype) -> torch.Tensor:
 def _operand(x: torch.Tensor) -> _Operand:
     storage = _STORED.get(x.dtype, _TABLE)
     table = _table(x.dtype).data_ptr() if storage == _TABLE else None
-    return _Operand(x.data_ptr(), table, storage, *x.stride())
+    strides = x.stride() if x.ndim == 3 else (0, *x.stride())
+    return _Operand(x.data_ptr(), table, storage, *strides)
 
 
 def asked() -> str:
@@ -90,7 +94,7 @@ def library() -> Any:
         return None
     try:
         found = _loaded()
-        for name in ("hal_sim_multiply", "hal_sim_reference", "hal_sim_fused_float64"):
+        for name in ("hal_sim_multiply", "hal_sim_multiply_many", "hal_sim_reference", "hal_sim_fused_float64"):
             getattr(found, name).restype = ctypes.c_int
         if not _is_sound(found):
             raise build.BuildFailed("the compiled library does not compute what it should: a compiler's fault?")
@@ -145,6 +149,36 @@ def multiply(
     function = found.hal_sim_reference if reference else found.hal_sim_multiply
     _check(function(ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(problem), threads), a_BMK, b_BKN)
     return d_BMN
+
+
+def multiply_many(
+    found: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int],
+    sizes: tuple[torch.Tensor | int, int, torch.Tensor | int], at: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:  # fmt: skip
+    """Put into `out` many products of parts of two operands, from zero; where one has no products, `out` is left.
+
+    Args:
+        found: the library.
+        a, b: the operands, as for `multiply`; the last two axes are those of a part.
+        out: float32, contiguous.
+        unit, min_exponents: as for `multiply`.
+        sizes: M, N and K of the parts, for all or for each.
+        at: where each part begins in a, b and `out`, in elements.
+
+    Raises:
+        MemoryError: there is none for copies of the operands, or for threads.
+    """
+    one = _Problem(1, 0, sizes[1], 0, _operand(a), _operand(b), None, out.data_ptr(), 0, 0, 0, 0, out.stride(-2))
+    fields = torch.frombuffer(bytearray(bytes(one)), dtype=torch.int64).repeat(len(at[0]), 1)
+    place = {name: offset // 8 for name, offset in _OFFSETS.items()}
+    fields[:, place["m"]], fields[:, place["k"]] = sizes[0], sizes[2]
+    for name, x, start in zip(("a", "b", "d"), (a, b, out), at, strict=True):
+        fields[:, place[name]] += start * x.element_size()
+    status = found.hal_sim_multiply_many(
+        ctypes.byref(_rule(unit, min_exponents)), _pointer(fields), ctypes.c_int64(len(fields)), torch.get_num_threads()
+    )
+    if status:
+        raise MemoryError(f"simulated products of {tuple(a.shape)} by {tuple(b.shape)} need memory that is not there")
 
 
 def _check(status: int, a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from hal_sim import convolution as windows
 from hal_sim.epilogue import finished
-from hal_sim.grouped import check_layout, grouped
+from hal_sim.grouped import check_layout
 from hal_sim.simulation import Simulation
 
 
@@ -178,7 +178,7 @@ def grouped_mm(
     if out_dtype not in (None, a.dtype):
         raise RuntimeError(f"grouped_mm: the result has the dtype of the operands, {a.dtype}, not {out_dtype}")
     check_layout(a, b)
-    return grouped(simulation.product, a, b, offs).to(a.dtype).contiguous()
+    return simulation.grouped(a, b, offs).to(a.dtype).contiguous()
 
 
 def convolution(

@@ -7,6 +7,7 @@ import torch
 
 from hal.matrix_unit import FORMATS, MatrixUnit
 from hal_sim import native, twin
+from hal_sim.grouped import Lengths
 from hal_sim.schedule import Schedule
 
 ONE_PIECE = Schedule()
@@ -75,6 +76,39 @@ def multiply(
         total = of_slice if total is None else _sum(total, of_slice, unit)
     assert total is not None
     return total
+
+
+def multiply_groups(
+    unit: MatrixUnit, formats: tuple[str, str], a: torch.Tensor, b: torch.Tensor, lengths: Lengths, exchanged: bool
+) -> torch.Tensor:
+    """Return the products of groups in float32, each in one piece, by one call of the compiled core.
+
+    Args:
+        unit: the rule.
+        formats: of the operands, keys of `FORMATS`.
+        a, b: [R, K] and [G, K, N], or [M, R] and [R, N], of dtypes whose numbers the formats hold.
+        lengths: the groups of R.
+        exchanged: whether the formats are those of b and a.
+
+    Returns:
+        [R, N] or [G, M, N]. What no group has is zero.
+
+    Raises:
+        MemoryError: copies of the operands do not fit.
+    """
+    formats = formats[::-1] if exchanged else formats
+    a, b = (x if x.element_size() <= 2 else operand(x, format) for x, format in zip((a, b), formats, strict=True))
+    least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
+    first, length = torch.tensor(lengths).view(-1, 2).T
+    each, N = torch.arange(len(lengths)), b.shape[-1]
+    if b.ndim == 3:
+        out = torch.zeros(a.shape[0], N)
+        sizes, at = (length, N, a.shape[1]), (first * a.stride(0), each * b.stride(0), first * N)
+    else:
+        out = torch.zeros(len(lengths), a.shape[0], N)
+        sizes, at = (a.shape[0], N, length), (first * a.stride(1), first * b.stride(0), each * a.shape[0] * N)
+    native.multiply_many(native.library(), a, b, out, unit, least, sizes, at)
+    return out
 
 
 def _sum(x: torch.Tensor, y: torch.Tensor, unit: MatrixUnit) -> torch.Tensor:

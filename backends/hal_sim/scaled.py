@@ -13,7 +13,7 @@ import torch
 
 from hal.errors import UnsupportedOperation
 from hal_sim.epilogue import finished
-from hal_sim.grouped import check_layout, grouped
+from hal_sim.grouped import check_layout
 from hal_sim.simulation import Simulation
 
 _RECIPES = ("TensorWise", "RowWise", "BlockWise1x16", "BlockWise1x32", "BlockWise1x128", "BlockWise128x128")
@@ -85,7 +85,7 @@ def scaled_grouped_mm(
         raise RuntimeError("scaled_grouped_mm: neither a bias nor a scale of the result is supported")
     _of_8_bits("scaled_grouped_mm", a, b)
     check_layout(a, b)
-    product = grouped(simulation.product, a, b, offs)
+    product = simulation.grouped(a, b, offs)
     groups = 0 if offs is None else offs.numel()
     rows = _of_rows(scale_a, a, groups if b.ndim == 2 else 0, "scale_a")
     columns = _of_rows(scale_b, b.mT, groups if a.ndim == 2 else 0, "scale_b")

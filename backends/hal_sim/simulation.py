@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import torch
 
 from hal.errors import UnsupportedOperation
 from hal.not_simulated import NotSimulated
+from hal_sim import native
 from hal_sim.chips import Chip
-from hal_sim.product import multiply
+from hal_sim.grouped import grouped
+from hal_sim.product import ONE_PIECE, multiply, multiply_groups
 from hal_sim.schedule import Schedule
 
 NARROW = ("tf32", "hf32")
@@ -45,6 +48,18 @@ class Simulation:
         """
         formats = self._format(a_BMK.dtype), self._format(b_BKN.dtype)
         return multiply(a_BMK, b_BKN, self.chip.units[formats[0]], formats, self.schedule)
+
+    def grouped(self, a: torch.Tensor, b: torch.Tensor, ends: torch.Tensor | None) -> torch.Tensor:
+        """Return the products of groups, see `hal_sim.grouped`, in the accumulator's format.
+
+        Raises:
+            UnsupportedOperation: the chip has no unit for the dtype.
+        """
+        formats = self._format(a.dtype), self._format(b.dtype)
+        unit = self.chip.units[formats[0]]
+        together = functools.partial(multiply_groups, unit, formats)
+        at_once = self.schedule == ONE_PIECE and unit.result != "float64" and native.library() is not None
+        return grouped(self.product, a, b, ends, together if at_once else None)
 
     def _format(self, dtype: torch.dtype) -> str:
         name = str(dtype).removeprefix("torch.")

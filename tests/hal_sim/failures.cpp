@@ -39,13 +39,15 @@ static int call(int function) {
     const Problem problem = square();
     if (function == 0) return hal_sim_multiply(&unit, &problem, 4);
     if (function == 1) return hal_sim_reference(&unit, &problem, 4);
+    const Problem both[] = {problem, problem};
+    if (function == 2) return hal_sim_multiply_many(&unit, both, 2, 4);
     return hal_sim_fused_float64(kSize, 64, 64, x, y, z, 4);
 }
 
 // Whichever allocation fails, the call returns, with a product or without memory.
 static int any_allocation() {
     int wrong = 0;
-    for (int function = 0; function < 3; ++function) {
+    for (int function = 0; function < 4; ++function) {
         for (long failing = 0; failing < 10; ++failing) {
             const pid_t child = fork();
             if (!child) {

@@ -72,6 +72,8 @@ def test_a_unit_that_keeps_fewer_bits_than_its_contract_says_is_caught(tmp_path)
         "import hal_sim.simulation as s\n"
         "original = s.multiply\n"
         "s.multiply = lambda a, b, unit, *rest: original(a, b, coarse if unit == cuts else unit, *rest)\n"
+        "groups = s.multiply_groups\n"
+        "s.multiply_groups = lambda unit, *rest: groups(coarse if unit == cuts else unit, *rest)\n"
     )
     done, report = conformance(tmp_path, "--device", "sim:h200", "--case", "experts.random*", "--dtype", "float16",
                                "--strict")  # fmt: skip
@@ -94,8 +96,9 @@ def outputs(tasks, device, count):
 
 def test_what_is_said_never_to_reach_the_unit_does_not_and_is_the_cpus_bit_by_bit(monkeypatch):
     count = []
-    multiply = simulation.multiply
-    monkeypatch.setattr(simulation, "multiply", lambda *given: count.append(0) or multiply(*given))
+    for name in ("multiply", "multiply_groups"):
+        own = getattr(simulation, name)
+        monkeypatch.setattr(simulation, name, lambda *given, own=own: count.append(0) or own(*given))
     tasks = plan(Selection(dtypes=("float32", "bfloat16"), scale="tiny"), Catalogue().all())
     on_sim = outputs(tasks, "sim:h200", count)
     assert not [str(task) for task in tasks if on_sim[task][0] != task.case.multiplies]

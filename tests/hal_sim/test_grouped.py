@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grouped and scaled products: group by group they are those of the unit, whatever the sizes of the groups."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import hal
 from hal.errors import UnsupportedOperation
-from hal_sim import grouped, product
+from hal_sim import grouped, native, product
 from hal_sim.chips import CHIPS
 from hal_sim.schedule import Schedule
 
@@ -29,65 +31,88 @@ def batches(a, b):
     return product.multiply(a, b, CHIPS["h200"].units[name], (name, name))
 
 
+TOGETHER = functools.partial(product.multiply_groups, CHIPS["h200"].units["bfloat16"], ("bfloat16", "bfloat16"))
+WAYS = pytest.mark.parametrize("together", [None, TOGETHER], ids=["one by one", "together"])
+
+
 def parts(lengths, extra=0):
     """Return the ends of groups, their slices, and the extent of all of it."""
     ends = torch.tensor(lengths).cumsum(0).to(torch.int32)
     return ends, [slice(int(e) - n, int(e)) for e, n in zip(ends, lengths, strict=True)], sum(lengths) + extra
 
 
+@WAYS
 @given(LENGTHS, st.integers(0, 3))
 @settings(max_examples=60)
-def test_groups_of_rows(lengths, extra):
+def test_groups_of_rows(together, lengths, extra):
     ends, slices, R = parts(lengths, extra)
     a, b = numbers(R, 24), numbers(len(lengths), 24, 16, seed=1)
-    found = grouped.grouped(batches, a, b, ends)
+    found = grouped.grouped(batches, a, b, ends, together)
     expected = torch.zeros(R, 16)
     for each, weights in zip(slices, b, strict=True):
         expected[each] = unit(a[each], weights)
     assert torch.equal(found, expected)
 
 
+@WAYS
 @given(LENGTHS, st.integers(0, 3))
 @settings(max_examples=60)
-def test_groups_of_columns(lengths, extra):
+def test_groups_of_columns(together, lengths, extra):
     ends, slices, R = parts(lengths, extra)
     a, b = numbers(len(lengths), 5, 24), numbers(24, R, seed=1)
-    found = grouped.grouped(batches, a, b, ends)
+    found = grouped.grouped(batches, a, b, ends, together)
     expected = torch.zeros(5, R)
     for each, weights in zip(slices, a, strict=True):
         expected[:, each] = unit(weights, b[:, each])
     assert torch.equal(found, expected)
 
 
+@WAYS
 @given(LENGTHS, st.integers(0, 3))
 @settings(max_examples=60)
-def test_groups_of_products(lengths, extra):
+def test_groups_of_products(together, lengths, extra):
     ends, slices, R = parts(lengths, extra)
     a, b = numbers(5, R), numbers(R, 16, seed=1)
-    found = grouped.grouped(batches, a, b, ends)
+    found = grouped.grouped(batches, a, b, ends, together)
     for each, of_group in zip(slices, found, strict=True):
         assert torch.equal(of_group, unit(a[:, each], b[each]))
 
 
-def test_large_groups_are_multiplied_without_a_copy(monkeypatch):
-    monkeypatch.setattr(grouped, "_SMALL", 0)
-    taken = []
-
-    def watched(a, b):
-        taken.append((a.data_ptr(), b.data_ptr()))
-        return batches(a, b)
-
-    a, b = numbers(8, 24), numbers(2, 24, 16, seed=1)
-    found = grouped.grouped(watched, a, b, torch.tensor([4, 8], dtype=torch.int32))
-    assert torch.equal(found, torch.cat([unit(a[:4], b[0]), unit(a[4:], b[1])]))
-    assert taken == [(a.data_ptr(), b.data_ptr()), (a[4:].data_ptr(), b[1].data_ptr())]
+def test_all_groups_are_one_call_of_the_core(h200, monkeypatch):
+    calls = []
+    many = native.multiply_many
+    monkeypatch.setattr(native, "multiply_many", lambda *given: calls.append("many") or many(*given))
+    monkeypatch.setattr(native, "multiply", lambda *given: calls.append("one"))
+    ends = torch.tensor([5, 5, 30, 64], dtype=torch.int32)
+    F.grouped_mm(numbers(64, 24), numbers(4, 24, 16), offs=ends)
+    F.grouped_mm(numbers(24, 64).T.contiguous().T, numbers(64, 16), offs=ends)
+    assert calls == ["many", "many"]
 
 
-def test_small_groups_of_one_size_are_one_product():
-    count = []
-    ends = torch.arange(1, 65, dtype=torch.int32)
-    grouped.grouped(lambda a, b: count.append(0) or batches(a, b), numbers(64, 24), numbers(64, 24, 16), ends)
-    assert len(count) == 1
+def test_groups_of_a_schedule_are_shared_out_one_by_one():
+    ends = torch.tensor([40, 64], dtype=torch.int32)
+    a, b = numbers(64, 512), numbers(2, 512, 16, seed=1)
+    schedule = Schedule(split_k=4)
+    with hal.open_device("sim:h200/splitk=4"):
+        found = F.grouped_mm(a, b, offs=ends)
+    expected = torch.cat([unit(a[:40], b[0], schedule=schedule), unit(a[40:], b[1], schedule=schedule)])
+    assert torch.equal(found, expected.bfloat16())
+    assert not torch.equal(expected, torch.cat([unit(a[:40], b[0]), unit(a[40:], b[1])]))
+
+
+@pytest.mark.parametrize("lengths", [[300, 700], [3, 0, 900, 40, 7, 7, 7, 120, 1, 2, 90, 33, 0]])
+def test_threads_share_groups_of_any_size(lengths):
+    ends, slices, R = parts(lengths)
+    a, b = numbers(R, 96), numbers(len(lengths), 96, 80, seed=1)
+    a[1, 2] = torch.nan  # for which the core has slower ways
+    expected = torch.cat([unit(a[each], weights) for each, weights in zip(slices, b, strict=True)])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = grouped.grouped(batches, a, b, ends, TOGETHER)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
 
 
 @pytest.mark.parametrize(

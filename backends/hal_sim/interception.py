@@ -79,7 +79,9 @@ def _register_all() -> None:
     for name, make in _WIDE.items():
         packet = getattr(torch.ops.aten, name)
         if "dtype" in packet.overloads():
-            _replace(packet.dtype, functools.partial(operators.widened, make))
+            wide = functools.partial(operators.widened, make)
+            _replace(packet.dtype, wide)
+            _replace(packet.dtype_out, functools.partial(operators.into, wide))
     for operator, key in own_kernels():
         _count(operator, key)
 

@@ -131,10 +131,11 @@ class Adoption:
         api.activate(redirection)
         doors = (
             tensors.methods, tensors.default_device, operators.amp, tensors.constructors, tensors.loading,
-            operators.lacking, operators.widened, operators.flash_kernels, compiler.dynamo, compiler.traced,
-            compiler.script, distributed.collectives, distributed.parallel, distributed.data_parallel,
-            operators.optimizers, distributed.sync_batch_norm, tensors.storages, tensors.crossings,
-            tensors.packed_sequences, distributed.dtensor_random, tensors.printing, operators.kernels, tensors.net,
+            operators.lacking, operators.widened, operators.flash_kernels, operators.triton_kernels,
+            compiler.dynamo, compiler.traced, compiler.script, distributed.collectives, distributed.parallel,
+            distributed.data_parallel, operators.optimizers, distributed.sync_batch_norm, tensors.storages,
+            tensors.crossings, tensors.packed_sequences, distributed.dtensor_random, distributed.dtensor_attention,
+            tensors.printing, operators.kernels, tensors.net,
         )  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)

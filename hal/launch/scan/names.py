@@ -109,6 +109,8 @@ class Names:
             return self._look_up(node.id)
         if isinstance(node, ast.NamedExpr):
             return self.of(node.value)
+        if isinstance(node, ast.IfExp):  # `wait = torch.cuda.synchronize if on_cuda else nothing`
+            return self.of(node.body) or self.of(node.orelse)
         if isinstance(node, ast.Attribute):
             if _of_self(node):
                 classes = (scope for scope in reversed(self._scopes) if scope.is_class)
@@ -131,6 +133,8 @@ class Names:
             for module in scope.stars:
                 if module.startswith("torch.") or (module == "torch" and name in self._exported):
                     return f"{module}.{name}"
+                if name == "torch":  # `from helpers import *`, whose file imports it, as far as anything here says so
+                    return name
         return None
 
 

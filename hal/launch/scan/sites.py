@@ -41,6 +41,7 @@ _OF_A_DEVICE_MODULE = {
     "set_rng_state_all", "set_stream", "synchronize",
 }  # fmt: skip
 _MAKERS_OF_LIKES = {"new_tensor", "new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"}
+_OWN_RULES = _MAKERS_OF_LIKES | {"to", "type", "cpu", "numpy"}
 _FACTORIES = frozenset(
     f"torch.{name}"
     for name in (
@@ -48,6 +49,7 @@ _FACTORIES = frozenset(
         "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "tensor", "zeros", "zeros_like",
     )
 )  # fmt: skip
+_REGISTRATIONS = ("torch.library.impl", "torch.library.register_kernel", "torch.library.custom_op")
 _PREFIXES = ("torch.cuda", "torch.version.cuda", "torch.version.hip", "torch.backends.cuda", "torch.backends.cudnn")
 _IMPORTERS = ("importlib.import_module", "importlib.util.find_spec")
 _ENVIRONMENT = ("os.environ", "os.getenv", "os.putenv", "os.unsetenv")
@@ -211,6 +213,9 @@ class _Finder(ast.NodeVisitor):
             self._method(node, node.func, keywords)
         elif full is not None and full.startswith("torch."):
             self._function(node, full, keywords)
+        elif full == "functools.partial" and node.args and (self._names.of(node.args[0]) or "").startswith("torch."):
+            called = ast.Call(node.args[0], node.args[1:], node.keywords, lineno=node.lineno, col_offset=0)
+            self._function(called, str(self._names.of(node.args[0])), keywords)
         elif full is not None and _of_a_device_module(node.func):
             self._of_device_module(node, full.rpartition(".")[2])
         elif full is not None and full in _IMPORTERS and node.args and isinstance(node.args[0], ast.Constant):
@@ -233,6 +238,10 @@ class _Finder(ast.NodeVisitor):
         if full == "torch.device":
             if given and not _is_other_device(given[0]):
                 self._add(node, full, certain=_is_index(given[0]) or any(map(is_cuda, given)))
+            self._take(*filter(is_cuda, given))
+        elif full in _REGISTRATIONS:
+            if any(isinstance(part, ast.Constant) and str(part.value).lower() == "cuda" for part in given):
+                self._add(node, "torch.library.Library.impl")
             self._take(*filter(is_cuda, given))
         elif api is not None:
             about = self._about(api)
@@ -266,6 +275,8 @@ class _Finder(ast.NodeVisitor):
                 self._add(place, "torch.Tensor.to", certain=self._takes_cuda(device))
         elif name in _MAKERS_OF_LIKES and "device" in keywords and not _is_other_device(keywords["device"]):
             self._add(place, f"torch.Tensor.{name}", certain=self._takes_cuda(keywords["device"]))
+        elif f"torch.Tensor.{name}" in self._known and name not in _OWN_RULES:
+            self._add(place, f"torch.Tensor.{name}", certain=False)
         elif name == "type":
             asked = node.args[0] if node.args else None
             cuda = isinstance(asked, ast.Constant) and str(asked.value).startswith("torch.cuda.")

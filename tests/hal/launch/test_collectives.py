@@ -61,6 +61,24 @@ def test_parts_of_different_sizes_are_gathered_and_the_rank_may_wait_later(progr
     """)  # fmt: skip
 
 
+def test_every_work_has_a_future(program):
+    run(program, """
+    part, whole = torch.empty(2, device=device), numbers(4)
+    want = (numbers(4, of=0) + numbers(4, of=1)).chunk(2)[rank]
+    for call in (
+        lambda: dist.reduce_scatter_tensor(part, whole, async_op=True),
+        lambda: dist.reduce_scatter(part, list(whole.chunk(2)), async_op=True),
+    ):
+        work = call()
+        doubled = work.get_future().then(lambda done: done.value()[0] * 2)
+        assert torch.equal(doubled.wait(), want * 2)
+        assert work.is_completed() and work.is_success() and torch.equal(part.zero_() + want, want)
+    assert dist.reduce_scatter_tensor(part, whole) is None
+    for work in (dist.all_reduce(whole, async_op=True), dist.broadcast(whole, 0, async_op=True)):
+        work.get_future().wait()
+    """)  # fmt: skip
+
+
 def test_several_calls_are_made_one(program):
     run(program, """
     def coalesced(**how):

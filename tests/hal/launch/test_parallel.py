@@ -5,7 +5,9 @@ import copy
 import importlib
 import io
 import pickle
+import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -241,6 +243,43 @@ def test_shards_have_random_numbers_of_their_own_and_replicas_the_same(program):
 def program_of_one():
     with hal.adopt("cpu"):
         yield importlib.import_module("torch")
+
+
+def test_attention_on_distributed_tensors_is_sharded_as_on_cuda(program):
+    runs(
+        program,
+        """
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+    attend, mesh = nn.functional.scaled_dot_product_attention, init_device_mesh("cuda", (2,))
+    torch.manual_seed(0)
+    whole = [torch.randn(2, 4, 16, 8, device=device, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(2, 4, 16, 8, device=device)
+    expected = attend(*whole, is_causal=True)
+    grads = torch.autograd.grad(expected, whole, upstream)
+    for place in (Shard(0), Shard(1), Replicate()):
+        parts = [distribute_tensor(x.detach(), mesh, [place]).requires_grad_() for x in whole]
+        found = attend(*parts, is_causal=True)
+        assert found.placements == (place,)
+        assert torch.equal(found.full_tensor(), expected)
+        mine = torch.autograd.grad(found, parts, distribute_tensor(upstream, mesh, [place]))
+        assert all(torch.equal(a.full_tensor(), b) for a, b in zip(mine, grads)), place
+    """,
+    )
+
+
+def test_a_release_forgets_how_a_cpus_attention_is_sharded():
+    code = """
+        import hal, torch
+        from torch.distributed.tensor import DTensor
+        known = DTensor._op_dispatcher.sharding_propagator
+        before = set(known.op_strategy_funcs), set(known.op_to_schema_info)
+        with hal.adopt("cpu"):
+            assert len(known.op_strategy_funcs) == len(before[0]) + 2
+        assert (set(known.op_strategy_funcs), set(known.op_to_schema_info)) == before
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("given", [{}, {"device_ids": [0], "output_device": 0}, {"device_ids": ["cuda:0"]}])

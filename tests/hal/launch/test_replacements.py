@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from importlib import metadata
 
@@ -188,6 +189,47 @@ def test_apexs_norms_and_optimisers(adoption):
         from apex.optimizers import FusedLAMB  # noqa: F401
     with pytest.raises(ImportError):
         from apex import amp  # noqa: F401
+
+
+def test_apexs_functions_of_norms(adoption):
+    norms = importlib.import_module("apex.normalization.fused_layer_norm")
+    x, weight, bias, upstream = draw(3, 8), draw(8), draw(8), draw(3, 8).detach()
+    for mine, theirs in (
+        (norms.FusedLayerNormAffineFunction.apply(x, weight, bias, 8, 1e-5),
+         torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5)),
+        (norms.fused_layer_norm_affine(x, weight, bias, torch.Size([8]), 1e-5, True),
+         torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5)),
+        (norms.fused_rms_norm_affine(x, weight, (8,), 1e-5), torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)),
+    ):  # fmt: skip
+        assert torch.equal(mine, theirs)
+        for a, b in zip(*(torch.autograd.grad(y, (x, weight), upstream) for y in (mine, theirs)), strict=True):
+            assert torch.equal(a, b)
+    assert norms.FusedRMSNorm is importlib.import_module("apex.normalization").FusedRMSNorm
+    # Megatron asks for this argument by name before it gives it.
+    assert "memory_efficient" in inspect.signature(norms.FusedLayerNormAffineFunction.forward).parameters
+
+
+def test_kernels_of_a_triton_without_a_driver_are_refused_with_a_hint(tmp_path, monkeypatch):
+    package = tmp_path / "triton"
+    (package / "runtime").mkdir(parents=True)
+    (package / "__init__.py").write_text("from triton.runtime import driver\n")
+    (package / "runtime" / "__init__.py").write_text("")
+    (package / "runtime" / "driver.py").write_text(
+        "def _create_driver():\n    raise RuntimeError('0 active drivers ([]). There should only be one.')\n\n"
+        "def active():\n    return _create_driver()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    with hal.adopt("cpu") as adoption:
+        triton = importlib.import_module("triton")
+        with pytest.raises(UnsupportedOperation, match=r"no driver for cpu(.|\n)*torch.compile writes kernels"):
+            triton.driver.active()
+        assert [entry.api for entry in adoption.entries() if entry.kind == "refused"] == ["triton"]
+    with pytest.raises(RuntimeError, match="0 active drivers"):
+        triton.driver.active()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "triton"]:
+        sys.modules.pop(name)
 
 
 def test_it_is_a_change_of_meaning_at_the_programs_line_and_refused_in_strict_mode():

@@ -55,7 +55,17 @@ def test_products_with_a_wide_result(cuda, dtype):
     a, b = torch.randn(4, 5).to(dtype), torch.randn(5, 6).to(dtype)
     assert torch.equal(torch.mm(a, b, out_dtype=torch.float32), a.float() @ b.float())
     assert torch.equal(torch.bmm(a[None], b[None], out_dtype=torch.float32)[0], a.float() @ b.float())
-    assert {entry.api for entry in cuda.adoption.entries() if entry.kind == "fallback"} >= {"torch.mm", "torch.bmm"}
+    out, c = torch.empty(4, 6), torch.randn(4, 6)
+    assert torch.mm(a, b, out_dtype=torch.float32, out=out) is out
+    assert torch.equal(out, a.float() @ b.float())
+    for addend in (c, c.to(dtype)):
+        expected = torch.addmm(addend.float(), a.float(), b.float())
+        assert torch.equal(torch.addmm(addend, a, b, out_dtype=torch.float32), expected)
+        assert torch.equal(torch.addmm(addend, a, b, out_dtype=torch.float32, out=out), expected)
+        batches, own = (addend[None], a[None], b[None]), torch.baddbmm(*(x.float()[None] for x in (addend, a, b)))
+        assert torch.equal(torch.baddbmm(*batches, out_dtype=torch.float32, out=out[None]), own)
+    found = {entry.api for entry in cuda.adoption.entries() if entry.kind == "fallback"}
+    assert found == {"torch.mm", "torch.bmm", "torch.addmm", "torch.baddbmm"}
 
 
 HALF = {torch.float32: torch.float16, torch.complex64: torch.complex32}

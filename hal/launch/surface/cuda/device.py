@@ -47,7 +47,7 @@ def lazy_call(r: Redirection, function: Any, **kwargs: Any) -> None:
     function()
 
 
-@api("torch.cuda._is_in_bad_fork")
+@api("torch.cuda._is_in_bad_fork", "torch._C._cuda_isInBadFork")
 def is_in_bad_fork(r: Redirection) -> bool:
     """Whether a device was opened before this process was forked, and cannot be used in it."""
     return bool(getattr(r.module, "_is_in_bad_fork", lambda: False)())

@@ -4,6 +4,7 @@
 from hal.launch.surface.distributed import (
     collectives,
     data_parallel,
+    dtensor_attention,
     dtensor_random,
     nccl,
     parallel,
@@ -14,6 +15,7 @@ from hal.launch.surface.distributed import (
 __all__ = [
     "collectives",
     "data_parallel",
+    "dtensor_attention",
     "dtensor_random",
     "nccl",
     "parallel",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,8 @@ def reduce_scatter_tensor(
         input = _scaled(input, factor)
     whole, part = _flat(r, group, input, output)
     call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
-    return call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    work = call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    return _with_future(r, work, group, [output])
 
 
 def _factor(r: Redirection, op: Any, group: Any) -> tuple[Any, Any]:
@@ -146,7 +148,8 @@ def reduce_scatter(
     factor, op = _factor(r, op, group)
     if factor is not None:
         input_list = [_scaled(part, factor) for part in input_list]
-    return dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    work = dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    return _with_future(r, work, group, [output])
 
 
 def _single(dist: Any, name: str, older: str) -> Any:
@@ -177,35 +180,56 @@ def all_gather(
     return None
 
 
+def _with_future(r: Redirection, work: Any, group: Any, result: list[torch.Tensor]) -> Any:
+    """Return a work that has a future, which gloo's of these kinds have not."""
+    return _Works([work], result) if work is not None and _is_gloo(r, group) else work
+
+
 class _Works:
-    """Several works as one."""
+    """Several works as one, or one that has no future of its own; whatever else is asked for, the last one answers."""
 
     def __init__(self, works: list[Any], result: list[torch.Tensor]) -> None:
         self._works = works
         self._result = result
+        self._waited = False  # gloo does not say of all kinds that they are done
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._works[-1], name)
 
     def wait(self, *args: Any) -> bool:
         """Wait for all."""
         done = [work.wait(*args) for work in self._works]
+        self._waited = True
         return all(done)
 
     def is_completed(self) -> bool:
         """Return whether all are done."""
-        return all(work.is_completed() for work in self._works)
+        return self._waited or all(work.is_completed() for work in self._works)
 
     def is_success(self) -> bool:
         """Return whether all went well."""
-        return all(work.is_success() for work in self._works)
+        return self._waited or all(work.is_success() for work in self._works)
 
     def result(self) -> list[torch.Tensor]:
-        """Return what was gathered."""
+        """Return the tensors that hold the result."""
         return self._result
 
     def get_future(self) -> Any:
-        """Return a future of what was gathered."""
-        from torch.futures import collect_all
+        """Return a future of the result, which a thread waits for: callers go on, as they do with NCCL."""
+        from torch.futures import Future
 
-        return collect_all([work.get_future() for work in self._works]).then(lambda _: self._result)
+        future: Any = Future()
+
+        def settle() -> None:
+            try:
+                self.wait()
+            except RuntimeError as error:  # torch's own of every kind, timeouts included
+                future.set_exception(error)
+            else:
+                future.set_result(self._result)
+
+        threading.Thread(target=settle, daemon=True).start()
+        return future
 
 
 @api(

@@ -9,6 +9,7 @@ from hal.launch.surface.operators import (
     kernels,
     lacking,
     optimizers,
+    triton_kernels,
     widened,
 )
 
@@ -20,5 +21,6 @@ __all__ = [
     "kernels",
     "lacking",
     "optimizers",
+    "triton_kernels",
     "widened",
 ]

@@ -24,7 +24,7 @@ _IN_FLOAT32 = (
 )  # fmt: skip
 """What OpInfo's samples in float16 and bfloat16 find to be missing in torch 2.13."""
 
-_PRODUCTS = ("mm.dtype", "bmm.dtype", "addmm.dtype", "baddbmm.dtype")
+_PRODUCTS = tuple(f"{name}.{form}" for name in ("mm", "bmm", "addmm", "baddbmm") for form in ("dtype", "dtype_out"))
 """Products of 16 bits whose result is float32."""
 
 TRANSFORMS = (

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, final
 
 from hal.errors import DeviceClosed
+from hal.not_simulated import Listener
 from hal.placement import place
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ class Device:
         """Return which operators a simulated device left to the CPU, and how often; of a real one there are none."""
         return self._not_simulated.calls()
 
-    def on_not_simulated(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` with the name of each such operator, before it is computed; what it raises is raised."""
+    def on_not_simulated(self, listener: Listener) -> None:
+        """Call `listener` with each such operator and its operands before it is computed; what it raises is raised."""
         self._not_simulated.listen(listener)
 
     def versions(self) -> dict[str, str | None]:

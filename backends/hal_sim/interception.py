@@ -94,7 +94,7 @@ def _replace(operator: Any, make: Callable[..., Any]) -> None:
         if _active is None or not all(dtype.is_floating_point for dtype in dtypes):
             # Integers and complex numbers are for no unit that is simulated; sums of integers are the same everywhere.
             if _active is not None and any(dtype.is_complex for dtype in dtypes):
-                _active.count(f"{name} of complex numbers")
+                _active.count(f"{name} of complex numbers", args)
             return original(keys, *args, **kwargs)
         if name == "convolution":
             _check_convolution(functools.partial(original, keys), *args, **kwargs)
@@ -139,7 +139,7 @@ def _count(operator: Any, key: str) -> None:
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         if _active is None or getattr(_inside, "kernel", False):
             return original(keys, *args, **kwargs)
-        _active.count(name)
+        _active.count(name, args)
         _inside.kernel = True
         try:
             return original(keys, *args, **kwargs)

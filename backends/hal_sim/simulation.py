@@ -72,7 +72,7 @@ class Simulation:
             )
         return name
 
-    def count(self, operator: str) -> None:
+    def count(self, operator: str, operands: tuple[object, ...] = ()) -> None:
         """Take note of an operator that is not simulated.
 
         Raises:
@@ -83,4 +83,4 @@ class Simulation:
                 f"{operator} multiplies inside a kernel of its own, which is not simulated", device=self.device_id,
                 what=operator, hint=f"open {self.device_id.replace('/strict', '')} to compute it as a CPU does",
             )  # fmt: skip
-        self.not_simulated.add(operator)
+        self.not_simulated.add(operator, operands)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import threading
@@ -24,7 +25,14 @@ _lock = threading.RLock()
 _adoption: Adoption | None = None
 
 
-_NOT_SIMULATED = "computed as a CPU does, in a kernel that the simulated device does not reach"
+def _note_not_simulated(redirection: Redirection, operator: str, operands: tuple[object, ...]) -> None:
+    """Note what a simulated device left to the CPU, unless it was on the host anyway."""
+    import torch
+
+    hosts = redirection.hosts
+    tensors = [operand for operand in operands if isinstance(operand, torch.Tensor)]
+    if hosts is None or not tensors or not all(tensor in hosts for tensor in tensors):
+        redirection.change(operator, "computed as a CPU does, in a kernel that the simulated device does not reach")
 
 
 def adopt(device: str | None = None, *, strict: bool = False) -> Adoption:
@@ -130,8 +138,8 @@ class Adoption:
         replaced["torch"]["device"] = tensors.device_class.device_class()
         api.activate(redirection)
         doors = (
-            tensors.methods, tensors.default_device, operators.amp, tensors.constructors, tensors.loading,
-            operators.lacking, operators.widened, operators.flash_kernels, operators.triton_kernels,
+            tensors.methods, tensors.device_class, tensors.default_device, operators.amp, tensors.constructors,
+            tensors.loading, operators.lacking, operators.widened, operators.flash_kernels, operators.triton_kernels,
             compiler.dynamo, compiler.traced, compiler.script, distributed.collectives, distributed.parallel,
             distributed.data_parallel, operators.optimizers, distributed.sync_batch_norm, tensors.storages,
             tensors.crossings, tensors.packed_sequences, distributed.dtensor_random, distributed.dtensor_attention,
@@ -140,7 +148,7 @@ class Adoption:
         for door in doors:
             door.install(redirection, self._patches)
         for device in devices:
-            device.on_not_simulated(lambda operator: redirection.change(operator, _NOT_SIMULATED))
+            device.on_not_simulated(functools.partial(_note_not_simulated, redirection))
         finder.install(self._patches)
         modules.install(StandIns(replaced, self._patches.methods), redirection, self._patches)
         return redirection

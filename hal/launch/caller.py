@@ -51,8 +51,16 @@ _MOST_KNOWN = 100_000
 def inside(frame: FrameType) -> bool:
     """Return whether the code of a frame sees the true device."""
     name = frame.f_globals.get("__name__")
+    if name is None:
+        return _is_of_a_graph(frame)
     known = _known.get(name)  # looked up here as well: this is asked whenever torch asks a tensor for its device
     return is_insider(name) if known is None else known
+
+
+def _is_of_a_graph(frame: FrameType) -> bool:
+    """Return whether code that belongs to no module is what torch makes of a graph, which holds true devices."""
+    file = frame.f_code.co_filename
+    return file.startswith("<eval_with_key>") or ".py:codegen(" in file
 
 
 def outside(frame: FrameType | None) -> FrameType | None:

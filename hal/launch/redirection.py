@@ -220,7 +220,7 @@ class Redirection:
         """
         frame = sys._getframe(1)
         self.audit.note("fallback", api, note, frame, nbytes)
-        self._refuse_in_strict_mode(api, f"{self.type} lacks it, and it runs {note}", frame)
+        self._refuse_in_strict_mode(api, f"{self.type} lacks it, and it is computed another way: {note}", frame)
 
     def _refuse_in_strict_mode(self, api: str, note: str, frame: FrameType) -> None:
         if self.strict:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
@@ -152,7 +151,8 @@ def seen(original: Any) -> Any:
 
 def seen_module(name: str) -> Any:
     """Return what this process sees as a module of torch's; a stand-in is pickled as a call of this."""
-    return seen(importlib.import_module(name))
+    __import__(name)  # a statement's own way: in a child of a run it is what starts the redirection
+    return seen(sys.modules[name])
 
 
 def stood_in() -> list[tuple[Any, Any]]:

@@ -61,11 +61,11 @@ def test_what_reaches_the_unit_is_not_counted():
 def test_who_listens_is_told_before_and_may_refuse():
     heard = []
     with hal.open_device("sim:h200") as device:
-        device.on_not_simulated(heard.append)
+        device.on_not_simulated(lambda operator, operands: heard.append((operator, operands[0])))
         torch.addr(X, X[0], X[1])
-        assert heard == ["addr"]
+        assert heard == [("addr", X)]
 
-        def refuse(operator):
+        def refuse(operator, operands):
             raise ValueError(operator)
 
         device.on_not_simulated(refuse)

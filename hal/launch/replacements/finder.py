@@ -125,7 +125,15 @@ def stands_in(name: str, what: str) -> None:
         UnsupportedOperation: in strict mode.
     """
     redirection: Any = api.active()
-    if redirection is not None:
+    if redirection is None:
+        return
+    from torch.compiler import is_compiling
+
+    if is_compiling():
+        from hal.launch.surface.compiler import traced
+
+        traced.note("change", name, what)
+    else:
         redirection.change(name, what)
 
 

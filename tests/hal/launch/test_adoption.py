@@ -666,6 +666,60 @@ def test_the_compiler_can_be_reset_while_a_device_is_adopted(cuda):
     assert compiled(torch.ones(2, device="cuda"))
 
 
+class Wrapper(torch.Tensor):
+    """A tensor around another one, as libraries of quantised ones write it."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+        made.inner = inner
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        given = torch.utils._pytree.tree_map_only(Wrapper, lambda x: x.inner, (args, kwargs or {}))
+        found = function(*given[0], **given[1])
+        return Wrapper(found) if function is torch.ops.aten.detach.default else found
+
+
+def test_a_tensor_that_wraps_another_trains(cuda):
+    inner = cuda.torch.ones(3, 3, device="cuda")
+    parameter = torch.nn.Parameter(Wrapper(inner))
+    assert parameter.is_cuda
+    assert parameter.device == inner.device
+    (cuda.torch.ones(2, 3, device="cuda") @ parameter).sum().backward()
+    assert parameter.grad.tolist() == [[2.0] * 3] * 3
+
+
+class Moved(torch.nn.Parameter):
+    """A parameter with a `to` of its own."""
+
+    def to(self, *args, **kwargs):
+        return super().to(*args, **kwargs)
+
+
+@pytest.mark.parametrize("move", [lambda m: m.cuda(), lambda m: m.to("cuda"), lambda m: m.to(0)])
+def test_a_module_moves_also_what_stands_between_with_a_to_of_its_own(cuda, move):
+    model = torch.nn.Linear(2, 2)
+    model.weight = Moved(torch.ones(2, 2))
+    assert [p.device.type for p in move(model).parameters()] == ["cuda", "cuda"]
+    assert [p.device.type for p in model.cpu().parameters()] == ["cpu", "cpu"]
+    own = torch.Tensor.to
+    torch.Tensor.to = lambda self, *args, **kwargs: own(self, *args, **kwargs)  # as a profiler does
+    try:
+        assert [p.device.type for p in move(torch.nn.Linear(2, 2)).parameters()] == ["cuda", "cuda"]
+    finally:
+        torch.Tensor.to = own
+
+
+def test_what_is_on_the_host_is_not_for_a_simulated_device():
+    with hal.adopt("sim:h200", strict=True):
+        program = importlib.import_module("torch")
+        program.linalg.eigh(program.eye(3))
+        with pytest.raises(UnsupportedOperation, match="_linalg_eigh"):
+            program.linalg.eigh(program.eye(3, device="cuda"))
+
+
 def test_adopting_leaves_the_garbage_collector_nothing_to_look_at_and_frozen_objects_frozen():
     code = (
         "import gc, hal\n"

@@ -77,6 +77,53 @@ def test_the_class_passes_for_torchs(cuda):
     assert asked(made) == "a device"
 
 
+def test_it_has_the_slots_of_torchs_and_no_subclasses_either(cuda):
+    device, made = cuda.torch.device, torch.device("cuda", 0)
+    assert issubclass(device, device)
+    assert (device.__str__(made), device.__repr__(made), device.__hash__(made)) == (str(made), repr(made), hash(made))
+    assert device.__eq__(made, device(0))
+    assert pickle.loads(pickle.dumps(made)) == made
+    assert device.__reduce__(made) == made.__reduce__()
+    assert device.__new__(device, "cuda", 1) == TRUE[0]("cuda", 1)
+    assert {"type", "index"} <= set(dir(device))
+    with pytest.raises(TypeError, match="not an acceptable base type"):
+        type("Device", (device,), {})
+
+
+CHILD = """
+import marshal, pickle, sys, types
+code, module, kind = pickle.load(open("sent", "rb"))
+print(types.FunctionType(marshal.loads(code), {"torch": module})(2), kind)
+"""
+
+
+def test_what_cloudpickle_sends_is_redirected_in_a_child_of_the_run(program, tmp_path):
+    """It sends a function as its code and what its globals are, and a class that it finds under its name by that."""
+    (tmp_path / "cloudpickle").mkdir()
+    (tmp_path / "cloudpickle" / "__init__.py").write_text("")
+    (tmp_path / "cloudpickle" / "cloudpickle.py").write_text("def _class_reduce(kind):\n    return None\n")
+    (tmp_path / "child.py").write_text(CHILD)
+    done = program("""
+        import marshal, pickle, subprocess, sys
+        import cloudpickle.cloudpickle as library
+        import torch
+
+        class Sent:
+            def __reduce__(self):
+                return library._class_reduce(torch.device)
+
+        def where(n):
+            return torch.zeros(n, device=torch.device("cuda:0")).device
+
+        assert library._class_reduce(int) is None
+        with open("sent", "wb") as file:
+            pickle.dump((marshal.dumps(where.__code__), torch, Sent()), file)
+        done = subprocess.run([sys.executable, "child.py"], capture_output=True, text=True)
+        print(done.stdout.strip() or done.stderr)
+    """)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "cuda:0 <class 'torch.device'>\n"), done.stderr
+
+
 def test_the_class_is_pickled_as_a_name(cuda):
     device = cuda.torch.device
     assert pickle.loads(pickle.dumps(device)) is device
@@ -113,6 +160,8 @@ def test_compiled_code_has_the_same_class(cuda):
             return x.to(where) + t.ones(2, device=where)
         return x
 
+    later = t.compile(lambda x: x.to(t.device("cuda", x.shape[0] - 2)), dynamic=True, backend="eager")
+    assert later(t.ones(2, device=0)).is_cuda  # a number that is not known: run, as with torch's class
     x = t.ones(2, device=0)
     compiled = t.compile(step, fullgraph=True, backend="eager")
     assert compiled(x, 0).tolist() == step(x, 0).tolist() == [2.0, 2.0]

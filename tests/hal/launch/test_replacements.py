@@ -98,6 +98,7 @@ def test_packed_forms_and_sequences_of_other_lengths(adoption):
     assert_alike(y[0, :2], attention(q[:1, :2], k[:1, :2], v[:1, :2], causal=True)[0], size_of(q, k, v))
     assert_alike(y[1], attention(q[1:], k[1:], v[1:], causal=True)[0], size_of(q, k, v))
     assert not y[0, 2:].any()
+    assert torch.equal(padding.pad_input(packed[0], indices.int(), 2, 4), padding.pad_input(packed[0], indices, 2, 4))
     assert torch.equal(rows, packed[0])
 
 

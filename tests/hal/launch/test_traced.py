@@ -116,3 +116,29 @@ def test_what_compiled_code_makes_is_where_it_would_be(cuda):
     x = cuda.torch.ones(3, device="cuda")
     makes = program().makes
     assert torch.compile(makes, backend="eager")(x) == makes(x) == (False, True, True, True)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", lambda graph, inputs: graph.forward])
+def test_what_a_graph_moves_to_where_it_is_stays_the_same_tensor_and_on_the_device(cuda, backend):
+    """A graph holds the true device, and code that is written for one belongs to no module."""
+    t = cuda.torch
+
+    def train(x, buffer):
+        there = buffer.to(x.device)
+        there.add_(1)
+        return there, buffer.to("cuda"), x.new_zeros(2, device=x.device)
+
+    x, buffer = t.ones(2, device="cuda"), t.zeros(2, device="cuda")
+    found = t.compile(train, backend=backend)(x, buffer)
+    assert buffer.tolist() == [1, 1]
+    assert all(y.is_cuda for y in found)
+
+
+def test_a_library_that_is_replaced_is_noted_in_compiled_code(cuda):
+    flash = importlib.import_module("flash_attn")
+    q = cuda.torch.randn(1, 4, 2, 8, device="cuda")
+    attend = cuda.torch.compile(lambda q: flash.flash_attn_func(q, q, q) + 1, backend="eager", fullgraph=True)
+    assert torch.equal(attend(q), flash.flash_attn_func(q, q, q) + 1)
+    noted = [entry for entry in cuda.adoption.entries() if entry.api == "flash_attn.flash_attn_func"]
+    assert {entry.kind for entry in noted} == {"change"}
+    assert {entry.file for entry in noted} == {__file__}

@@ -26,7 +26,7 @@ door(
     "torch.Tensor.cuda", "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
     "torch.Tensor.new_empty_strided", "torch.Tensor.new_zeros", "torch.Tensor.new_ones", "torch.Tensor.new_full",
     "torch.Tensor.histc", "torch.Tensor.type_as", "torch.Tensor.numpy", "torch.nn.Module.to", "torch.nn.Module.cuda",
-    "torch.nn.Module.cpu", "torch.nn.Module.to_empty",
+    "torch.nn.Module.cpu", "torch.nn.Module.to_empty", "torch.Tensor._make_wrapper_subclass",
 )  # fmt: skip
 door("torch.Tensor.pin_memory", "torch.Tensor.is_pinned", "torch.Tensor.record_stream", verdict="emulated",
      note="nothing to do on a CPU")  # fmt: skip
@@ -47,9 +47,22 @@ def install(redirection: Redirection, patches: Patches) -> None:
         original = getattr(tensor, name)
         originals.add(original)
         patches.set(tensor, name, make(f"torch.Tensor.{name}", original, redirection))
+    patches.set(tensor, "_make_wrapper_subclass", staticmethod(_wrapper(tensor._make_wrapper_subclass)))
     _stay_methods(originals, patches)
     _let_lazy_parameters_move(patches)
     _install_modules(redirection, patches)
+
+
+def _wrapper(original: Any) -> Callable[..., Any]:
+    """Return what makes tensors that wrap others: they are where the others really are."""
+
+    def make_wrapper_subclass(*args: Any, **kwargs: Any) -> Any:
+        r = api._active
+        if r is not None and kwargs.get("device") is not None:
+            kwargs["device"] = r.translate(kwargs["device"])
+        return original(*args, **kwargs)
+
+    return make_wrapper_subclass
 
 
 def _stay_methods(originals: set[Any], patches: Patches) -> None:
@@ -200,7 +213,8 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
             moved = original(self, *args, **kwargs)
             if hosts is None or frame is None or not is_host(asked):
                 return moved
-            if frame.f_code is convert and redirection.moving is not None:
+            # A module's tensors, also where a class or the program stands between with a `to` of its own.
+            if redirection.moving is not None and isinstance(asked, device):
                 return hosts.moved(self, moved, redirection.moving)
             return moved if inside(frame) else hosts.moved(self, moved, True)
         if frame is not None:

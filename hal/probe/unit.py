@@ -16,7 +16,8 @@ INNER = 64
 """Inner length that is probed first, and rows and columns of each product."""
 
 MOMENTS = 4
-"""A sum must grow so often that its rounding can be seen; a longer product is taken until it does."""
+"""A sum must grow so often that its rounding can be seen; a longer product is taken until it does. Once less is enough
+if more than one product is added at first."""
 
 LONGEST = 256
 
@@ -65,7 +66,8 @@ def _long_enough(multiply: Multiplier, inner: int) -> tuple[Tree, int]:
     K = inner
     while True:
         tree = summation_tree(multiply, K)
-        if len(spine(tree)) >= MOMENTS or 2 * K > LONGEST:
+        moments = spine(tree)
+        if len(moments) + (len(moments[0]) > 1) >= MOMENTS or 2 * K > LONGEST:
             return tree, K
         K *= 2
 

@@ -59,10 +59,36 @@ def test_an_accumulator_of_up_to_thirty_bits_loses_the_ones(bits):
 def test_recursion_takes_far_fewer_products_than_all_pairs(monkeypatch):
     tree = chain(range(96))
     by_pairs, by_recursion = multiplier(one_after_another()), multiplier(one_after_another())
+    monkeypatch.setattr(trees, "ALL_PAIRS", 96)
     assert summation_tree(by_pairs, 96).text == tree.text
     monkeypatch.setattr(trees, "ALL_PAIRS", 2)
     assert summation_tree(by_recursion, 96).text == tree.text
-    assert by_recursion.calls[0] < by_pairs.calls[0]
+    assert by_recursion.calls[0] < by_pairs.calls[0] / 2
+
+
+@given(random_trees(), st.integers(0, 3))
+def test_the_tree_of_a_few_products_is_what_the_whole_one_leaves_of_them(tree, first):
+    few = range(first, len(tree.leaves), 3)
+
+    def left(at):
+        if at.is_leaf:
+            return at if at.leaves[0] in few else None
+        children = [child for child in map(left, at.children) if child is not None]
+        return node(children) if len(children) > 1 else next(iter(children), None)
+
+    wanted = left(tree)
+    if len(few) > 2:
+        assert summation_tree(multiplier(along(tree)), len(tree.leaves), few).text == wanted.text
+
+
+def test_rows_with_an_order_of_their_own_are_found_beyond_all_pairs_too():
+    up, down = one_after_another(), one_after_another(order=lambda K: range(K)[::-1])
+
+    def halves(products):
+        return np.concatenate([up(products[:, :32]), down(products[:, 32:])])
+
+    with pytest.raises(NoTree):
+        summation_tree(multiplier(halves), trees.ALL_PAIRS + 8)
 
 
 def test_one_product_and_two_are_trees_without_a_question_of_order():

@@ -26,9 +26,14 @@ class UnitFacts:
         accumulator_at_least: whether the format's range ends there, so that there may be more.
         alignment_bits: bits that products added at once keep below the leading one of the largest.
         aligned: what becomes of the rest: "cut", "rounded down" or "nearest".
+        exponents: by which products are aligned: "summed" ones of the operands, or of "normalised" products.
+        products_under_sum: bits that products keep below the leading one of a larger sum, if not all.
+        rest_under_sum: what becomes of the rest of them: "cut" or "rounded down".
+        sum_under_product: bits that a sum keeps below the leading one of a larger product, if not all.
         sums: how a sum is rounded to the accumulator.
         small_sum: what becomes of a small sum under a large product: "dropped" or "rounded down".
         products: "exact" or "rounded".
+        stored: how a sum is rounded to a result with fewer bits.
         input_bits: significand bits that survive of an operand.
         input_rounding: what becomes of the others.
         subnormal_inputs: "kept" or "flushed".
@@ -48,9 +53,14 @@ class UnitFacts:
     accumulator_at_least: bool = False
     alignment_bits: int | None = None
     aligned: str | None = None
+    exponents: str | None = None
+    products_under_sum: int | None = None
+    rest_under_sum: str | None = None
+    sum_under_product: int | None = None
     sums: str | None = None
     small_sum: str | None = None
     products: str | None = None
+    stored: str | None = None
     input_bits: int | None = None
     input_rounding: str | None = None
     subnormal_inputs: str | None = None

@@ -35,7 +35,7 @@ GUESSES = frozenset(arch for arch, rules in MATRIX_UNITS.items() if rules["float
 
 def nearest(units: Mapping[str, UnitFacts]) -> Likeness:
     """Return the known architectures that a device is most like, over all formats that were probed."""
-    found = {arch: _differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
+    found = {arch: differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
     least = min(map(_weight, found.values()))
     archs = tuple(arch for arch, differences in found.items() if _weight(differences) == least)
     return Likeness(archs, {name: what for name, what in found[archs[0]].items() if what})
@@ -46,23 +46,27 @@ def _weight(differences: Mapping[str, Sequence[str]]) -> tuple[int, int]:
     return sum(map(bool, differences.values())), sum(map(len, differences.values()))
 
 
-def _differences(units: Mapping[str, UnitFacts], rules: Mapping[str, MatrixUnit]) -> dict[str, tuple[str, ...]]:
-    differences: dict[str, tuple[str, ...]] = {}
+def differences(units: Mapping[str, UnitFacts], rules: Mapping[str, MatrixUnit]) -> dict[str, tuple[str, ...]]:
+    """Return, for each format, the facts that are not what the rules say."""
+    found: dict[str, tuple[str, ...]] = {}
     for format in sorted({*units, *rules}):
         if format not in rules:
-            differences[format] = ("has no such unit",)
+            found[format] = ("has no such unit",)
         elif format in units:
             want, got = expected(rules[format], format, units[format].inner), units[format].arithmetic
             # What a result cannot show, since it is stored in another format, is no difference.
-            differences[format] = tuple(
+            found[format] = tuple(
                 name
                 for name, value in want.items()
                 if value != got[name] and not (name in _UNSEEN and got[name] is None)
             )
         elif format != "tf32":  # a mode, which need not have been asked for
-            differences[format] = ("was not measured",)
-    return differences
+            found[format] = ("was not measured",)
+    return found
 
+
+_FLOORED_BITS = 31
+"""That products keep below a larger sum, in a "floored" unit (`MatrixUnit.kind`)."""
 
 _UNSEEN = ("subnormal_results", "overflow", "small_sum")
 
@@ -79,9 +83,14 @@ def expected(unit: MatrixUnit, format: str, K: int) -> Mapping[str, object]:
         "accumulator_at_least": False,
         "alignment_bits": unit.fraction_bits if at_once else None,
         "aligned": ("rounded down" if unit.interleaved else "cut") if at_once else None,
+        "exponents": "summed" if at_once else None,
+        "products_under_sum": _FLOORED_BITS if unit.kind == "floored" else unit.fraction_bits if at_once else None,
+        "rest_under_sum": {"floored": "rounded down", "truncated": "cut"}.get(unit.kind),
+        "sum_under_product": unit.fraction_bits if at_once else None,
         "sums": "toward zero" if unit.kind == "truncated" else "nearest, ties to even",
         "small_sum": "rounded down" if unit.kind == "floored" and not unit.interleaved else "dropped",
         "products": "exact",
+        "stored": "nearest, ties to even" if format in ("bfloat16", "float16") else None,
         "input_bits": FORMATS[format].bits,
         "input_rounding": "cut" if format == "tf32" else None,
         "subnormal_inputs": "flushed" if flushes else "kept",

@@ -42,10 +42,13 @@ def term(multiply: Multiplier, k: int, value: float) -> Term:
     if significand * 2 ** (format.bits - 1) % 1:
         raise ValueError(f"{value!r} has more bits than {multiply.format}")
     least, most = format.min_exponent, multiply.largest_exponent
+    lowest = least - (format.bits - 1)  # of subnormal powers of two
     of_b = min(max(exponent // 2, least), most)
     of_a = exponent - of_b
-    lowest = least - (format.bits - 1 if significand == 1.0 else 0)  # a power of two may be subnormal
-    if of_a > most or of_a < lowest or (of_a == most and significand > 1.75):
+    if of_a < lowest and significand == 1.0:
+        of_a, of_b = lowest, exponent - lowest
+    too_small = of_b < lowest or (of_a < least and significand != 1.0)
+    if of_a > most or too_small or (of_a == most and significand > 1.75):
         raise ValueError(f"{value!r} is no product of two numbers of {multiply.format}")
     return Term(k, math.copysign(math.ldexp(significand, of_a), value), math.ldexp(1.0, of_b))
 

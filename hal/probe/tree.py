@@ -28,7 +28,7 @@ Beyond, the tree is built by recursion."""
 AT_ONCE = 32
 """Leaves that join a tree in one node, of which all pairs are asked for in one go: most matrix units add no more."""
 
-ELSEWHERE = 256
+ELSEWHERE = 64
 """Pairs at random for which the tree foretells the answer, at another place in the matrix."""
 
 ABSORBED_BITS = 30

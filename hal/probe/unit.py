@@ -47,7 +47,7 @@ def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
     )
     if tree is None:
         return facts
-    sums = rounding(multiply, tree, kept.bits)
+    sums = rounding(multiply, tree, kept.bits, flushes=kept.subnormals == "flushed")
     return replace(
         facts,
         tree=tree.text,
@@ -56,9 +56,14 @@ def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
         accumulator_at_least=sums.at_least,
         alignment_bits=sums.alignment_bits,
         aligned=sums.aligned,
+        exponents=sums.exponents,
+        products_under_sum=sums.products_under_sum,
+        rest_under_sum=sums.rest_under_sum,
+        sum_under_product=sums.sum_under_product,
         sums=sums.sums,
         small_sum=sums.small_sum,
         products=sums.products,
+        stored=sums.stored,
     )
 
 

@@ -97,6 +97,20 @@ def test_products_that_are_added_at_once_are_found_as_they_are_aligned(how, belo
     seen = rounding(multiplier(aligned(4, below, how, bits, sums)), tree, 8)
     assert (seen.group, seen.alignment_bits, seen.aligned) == (4, below, how)
     assert (seen.accumulator_bits, seen.sums) == (bits, sums)
+    assert seen.exponents == "normalised"  # as numpy's own are
+    if how == "cut":
+        # To nearest, what lies below half a unit is told from a tie; toward zero, anything makes a 1 less.
+        assert seen.products_under_sum == (below if sums == "toward zero" else max(below, bits))
+        assert seen.sum_under_product == seen.products_under_sum
+
+
+@pytest.mark.parametrize("how", ["nearest, ties to even", "nearest, ties away", "toward zero", "down"])
+@pytest.mark.parametrize("format", ["bfloat16", "float16"])
+def test_the_rounding_of_a_result_is_found(format, how):
+    exact = one_after_another(24)
+    multiply = multiplier(lambda products: rounded(exact(products), FORMATS[format].bits, how), format)
+    assert found(multiply).stored == how
+    assert found(multiplier(exact, "float32")).stored is None
 
 
 @pytest.mark.parametrize(

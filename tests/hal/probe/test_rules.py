@@ -109,7 +109,7 @@ def test_a_format_too_many_or_too_few_is_a_difference(probed):
     more = units | {"float8_e5m2": probed["h200"].units["float8_e5m2"]}
     assert rules.nearest(more).differences["float8_e5m2"] == ("has no such unit",)
     without = {name: facts for name, facts in units.items() if name != "bfloat16"}
-    assert rules._differences(without, MATRIX_UNITS["sm_80"])["bfloat16"] == ("was not measured",)
+    assert rules.differences(without, MATRIX_UNITS["sm_80"])["bfloat16"] == ("was not measured",)
     without = {name: facts for name, facts in units.items() if name != "tf32"}
     assert rules.nearest(without).exact
 

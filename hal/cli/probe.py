@@ -162,9 +162,17 @@ def _nearest(facts: DeviceFacts) -> str:
     likeness = facts.likeness
     names = ", ".join(likeness.archs)
     if likeness.exact:
-        return f"all of this is the known arithmetic of {names}"
+        return f"all of this is the known arithmetic of {names}{_schedules(facts)}"
     what = "; ".join(f"{name}: {', '.join(of)}" for name, of in likeness.differences.items())
-    return f"no known arithmetic; nearest is {names}, which differs in {what}"
+    return f"no known arithmetic; nearest is {names}{_schedules(facts)}, which differs in {what}"
+
+
+def _schedules(facts: DeviceFacts) -> str:
+    """Return in words how K is shared out, once if all formats are alike."""
+    found = facts.likeness.schedules
+    if len(set(found.values())) == 1 and len(found) == len(facts.units):
+        return f", with {next(iter(found.values()))}"
+    return ", with " + "; ".join(f"{words} ({name})" for name, words in found.items()) if found else ""
 
 
 def _print_agreement(one: Products, other: Products, *, as_json: bool) -> None:

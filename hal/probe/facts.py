@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from hal.matrix_unit import FORMATS
 
@@ -21,6 +21,7 @@ class UnitFacts:
         inner: inner length K of the product that was probed.
         order: in which order products are added, in words; why there is no tree, if there is none.
         tree: the same in parentheses (`hal.probe.tree.Tree.text`).
+        longer: by a longer K, the tree of a few of its products, evenly spaced; or why there is none.
         group: products that are added at once.
         accumulator_bits: significand bits that a sum keeps.
         accumulator_at_least: whether the format's range ends there, so that there may be more.
@@ -48,6 +49,7 @@ class UnitFacts:
     inner: int
     order: str
     tree: str | None = None
+    longer: Mapping[str, str] = field(default_factory=dict)
     group: int | None = None
     accumulator_bits: int | None = None
     accumulator_at_least: bool = False

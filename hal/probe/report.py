@@ -78,7 +78,8 @@ class DeviceFacts:
             "refused": dict(self.refused),
             "topk_ties": self.topk_ties,
             "nearest": {"archs": list(likeness.archs), "exact": likeness.exact,
-                        "differences": {name: list(what) for name, what in likeness.differences.items()}},
+                        "differences": {name: list(what) for name, what in likeness.differences.items()},
+                        "schedules": dict(likeness.schedules)},
             "contract": self.contract.as_json(),
             "contradictions": list(self.contradictions),
         }  # fmt: skip

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
+from hal.probe import schedule
 from hal.probe.facts import UnitFacts
-from hal.probe.tree import Tree, leaf, node
+from hal.probe.tree import parsed
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Likeness:
     Attributes:
         archs: keys of `MATRIX_UNITS`, all equally close.
         differences: for each format, the facts that differ, and the formats that only one of the two has.
+        schedules: for each format whose K is shared out, in words how; the unit is none the less the same.
     """
 
     archs: tuple[str, ...]
     differences: Mapping[str, tuple[str, ...]]
+    schedules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def exact(self) -> bool:
@@ -38,7 +41,23 @@ def nearest(units: Mapping[str, UnitFacts]) -> Likeness:
     found = {arch: differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
     least = min(map(_weight, found.values()))
     archs = tuple(arch for arch, differences in found.items() if _weight(differences) == least)
-    return Likeness(archs, {name: what for name, what in found[archs[0]].items() if what})
+    rules = MATRIX_UNITS[archs[0]]
+    schedules = {
+        name: words for name, facts in units.items() if name in rules and (words := _schedule(facts, rules[name]))
+    }
+    return Likeness(archs, {name: what for name, what in found[archs[0]].items() if what}, schedules)
+
+
+def pieces(facts: UnitFacts, unit: MatrixUnit) -> dict[int, schedule.Pieces | None]:
+    """Return in which pieces of K a unit of this rule explains the additions, by the length of K; None: in none."""
+    if facts.tree is None:
+        return {}
+    trees = {facts.inner: facts.tree, **{int(K): text for K, text in facts.longer.items() if text.startswith("(")}}
+    return {K: schedule.pieces(parsed(text), unit, K) for K, text in trees.items()}
+
+
+def _schedule(facts: UnitFacts, unit: MatrixUnit) -> str:
+    return schedule.described({K: found for K, found in pieces(facts, unit).items() if found is not None})
 
 
 def _weight(differences: Mapping[str, Sequence[str]]) -> tuple[int, int]:
@@ -53,16 +72,26 @@ def differences(units: Mapping[str, UnitFacts], rules: Mapping[str, MatrixUnit])
         if format not in rules:
             found[format] = ("has no such unit",)
         elif format in units:
-            want, got = expected(rules[format], format, units[format].inner), units[format].arithmetic
+            want, got = expected(rules[format], format), units[format].arithmetic
             # What a result cannot show, since it is stored in another format, is no difference.
-            found[format] = tuple(
+            facts = [
                 name
                 for name, value in want.items()
                 if value != got[name] and not (name in _UNSEEN and got[name] is None)
-            )
+            ]
+            found[format] = (*_additions(units[format], rules[format]), *facts)
         elif format != "tf32":  # a mode, which need not have been asked for
             found[format] = ("was not measured",)
     return found
+
+
+def _additions(facts: UnitFacts, unit: MatrixUnit) -> list[str]:
+    """Return the facts about additions that no pieces of K explain."""
+    found = pieces(facts, unit)
+    return [
+        *(["tree"] if found.get(facts.inner) is None else []),
+        *(["longer"] if any(found.get(int(K)) is None for K in facts.longer) else []),
+    ]
 
 
 _FLOORED_BITS = 31
@@ -71,13 +100,12 @@ _FLOORED_BITS = 31
 _UNSEEN = ("subnormal_results", "overflow", "small_sum")
 
 
-def expected(unit: MatrixUnit, format: str, K: int) -> Mapping[str, object]:
-    """Return what `UnitFacts.arithmetic` says of a unit that follows a rule, at an inner length of K."""
+def expected(unit: MatrixUnit, format: str) -> Mapping[str, object]:
+    """Return what `UnitFacts.arithmetic` says of a unit that follows a rule, but for the additions."""
     at_once = unit.kind in ("truncated", "floored")
     flushes = unit.kind == "pairwise"
     narrow = format.startswith("float8")
     return {
-        "tree": tree(unit, K).text,
         "group": unit.group if at_once else 1,
         "accumulator_bits": {"float32": 24, "float32_13": 14, "float16": 11, "float64": 53}[unit.result],
         "accumulator_at_least": False,
@@ -99,21 +127,3 @@ def expected(unit: MatrixUnit, format: str, K: int) -> Mapping[str, object]:
         "overflow": None if narrow or format in ("float16", "float64") else
                     "cancels" if unit.kind == "truncated" else "infinity",
     }  # fmt: skip
-
-
-def tree(unit: MatrixUnit, K: int) -> Tree:
-    """Return the additions of a unit, k ascending."""
-    groups = [[leaf(k) for k in range(start, min(start + unit.group, K))] for start in range(0, K, unit.group)]
-    if unit.kind == "pairwise":
-        groups = [[_by_pairs(group)] for group in groups]
-    at = groups[0][0] if len(groups[0]) == 1 else node(groups[0])
-    for group in groups[1:]:
-        at = node([at, *group])
-    return at
-
-
-def _by_pairs(trees: list[Tree]) -> Tree:
-    while len(trees) > 1:
-        pairs = [trees[i : i + 2] for i in range(0, len(trees), 2)]
-        trees = [node(pair) if len(pair) == 2 else pair[0] for pair in pairs]
-    return trees[0]

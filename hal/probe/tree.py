@@ -100,6 +100,18 @@ def node(children: Sequence[Tree]) -> Tree:
     )
 
 
+def parsed(text: str) -> Tree:
+    """Return the tree that has this text."""
+    open_: list[list[Tree]] = [[]]
+    for word in text.replace("(", "( ").replace(")", " )").split():
+        if word == "(":
+            open_.append([])
+        else:
+            made = node(open_.pop()) if word == ")" else leaf(int(word))
+            open_[-1].append(made)
+    return open_[0][0]
+
+
 def summation_tree(multiply: Multiplier, K: int, leaves: Sequence[int] | None = None) -> Tree:
     """Find the tree of a product whose inner length is K.
 

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
+from hal.errors import HalError
 from hal.probe.facts import UnitFacts
 from hal.probe.multiplier import Multiplier
 from hal.probe.order import described, meeting, spine
@@ -21,9 +23,18 @@ if more than one product is added at first."""
 
 LONGEST = 256
 
+LONGER = {512: 16, 1024: 32}
+"""Inner lengths at which a library may share K out, and every which product is asked for there."""
 
-def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
-    """Probe one product."""
+
+def unit_facts(multiply: Multiplier, inner: int = INNER, longer: Mapping[int, int] = LONGER) -> UnitFacts:
+    """Probe one product.
+
+    Args:
+        multiply: the product.
+        inner: K.
+        longer: other K of which the order is asked, each with the distance of the products that show it.
+    """
     tree, K = None, inner
     try:
         tree, K = _long_enough(multiply, inner)
@@ -47,6 +58,7 @@ def unit_facts(multiply: Multiplier, inner: int = INNER) -> UnitFacts:
     )
     if tree is None:
         return facts
+    facts = replace(facts, longer={str(K): _sparse(multiply, K, spacing) for K, spacing in longer.items()})
     sums = rounding(multiply, tree, kept.bits, flushes=kept.subnormals == "flushed")
     return replace(
         facts,
@@ -75,6 +87,13 @@ def _long_enough(multiply: Multiplier, inner: int) -> tuple[Tree, int]:
         if len(moments) + (len(moments[0]) > 1) >= MOMENTS or 2 * K > LONGEST:
             return tree, K
         K *= 2
+
+
+def _sparse(multiply: Multiplier, K: int, spacing: int) -> str:
+    try:
+        return summation_tree(multiply, K, range(0, K, spacing)).text
+    except (NoTree, RuntimeError, HalError) as why:
+        return f"no tree: {why}"
 
 
 def _name(dtype: object) -> str:

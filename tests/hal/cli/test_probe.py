@@ -75,10 +75,18 @@ def test_a_process_of_its_own_gives_the_same_status_and_plain_text(hal_command: 
     assert "\x1b" not in done.stdout
 
 
-def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest() -> None:
-    done = probe("sim:v100/splitk=2", "--inner", "256")
+def test_slices_of_k_are_told_beside_the_unit_that_sums_each() -> None:
+    done = probe("sim:v100/splitk=2", "--inner", "16")
     assert done.exit_code == 0, done.output
-    assert "no known arithmetic; nearest is sm_70, which differs in float16: tree" in done.stdout
+    assert "all of this is the known arithmetic of sm_70, with K in 2 slices\n" in done.stdout
+
+
+def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = report.probe("sim:v100/splitk=4", 16)
+    units = {**facts.units, "float16": replace(facts.units["float16"], sums="up")}
+    monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units=units))
+    done = probe("sim:v100/splitk=4")
+    assert "no known arithmetic; nearest is sm_70, with K in 4 slices, which differs in float16: sums\n" in done.stdout
 
 
 def test_a_broken_promise_is_told_and_is_status_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from probe_kernels import chain
 
 from hal.matrix_unit import MatrixUnit
-from hal.probe import rules
 from hal.probe.order import described, fused, largest_group, meeting, spine
+from hal.probe.schedule import additions
 from hal.probe.tree import leaf, node
 
 
@@ -44,8 +44,8 @@ WORDS = {
     "groups of 4 at once, k ascending": grown(range(4), range(4, 8), range(8, 12)),
     "groups of 4 at once, in the order of k 8 4 0": grown(range(8, 12), range(4, 8), range(4)),
     "2 slices of 4 at once, k ascending": grown(range(4), range(4, 8)),
-    "groups of 4, each by pairs, then the pairs, k ascending": rules.tree(PAIRWISE, 16),
-    "groups of 2, each a pair, k ascending": rules.tree(MatrixUnit("pairwise", 2), 8),
+    "groups of 4, each by pairs, then the pairs, k ascending": additions(PAIRWISE, range(16)),
+    "groups of 2, each a pair, k ascending": additions(MatrixUnit("pairwise", 2), range(8)),
     "2 sums of every second product, each one product after another, k ascending; then (0 1)": LANES,
     "4 sums of every 4th product, each one product after another, k ascending; then ((0 1) (2 3))":
         node([node(FOUR_LANES[:2]), node(FOUR_LANES[2:])]),
@@ -71,7 +71,7 @@ def test_an_order_has_a_name(words):
 
 
 def test_the_last_group_may_be_a_rest():
-    assert described(rules.tree(MatrixUnit("truncated", 8), 20)) == "groups of 8 at once, k ascending"
+    assert described(additions(MatrixUnit("truncated", 8), range(20))) == "groups of 8 at once, k ascending"
 
 
 def test_a_long_order_without_a_name_is_cut():
@@ -94,7 +94,7 @@ def test_an_order_of_any_length_has_a_name(K):
 
 
 def test_the_moments_of_a_matrix_unit():
-    tree = rules.tree(MatrixUnit("truncated", 4), 12)
+    tree = additions(MatrixUnit("truncated", 4), range(12))
     assert [[child.leaves for child in moment] for moment in spine(tree)] == [
         [(0,), (1,), (2,), (3,)], [(4,), (5,), (6,), (7,)], [(8,), (9,), (10,), (11,)],
     ]  # fmt: skip

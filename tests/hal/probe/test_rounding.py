@@ -36,7 +36,7 @@ def test_an_accumulator_is_found_as_it_was_built(bits, how, format):
 
 @given(st.integers(8, 24), st.sampled_from(sorted(ROUNDINGS)))
 def test_a_whole_probe_finds_the_same(bits, how):
-    facts = unit_facts(multiplier(one_after_another(bits, how)), K)
+    facts = unit_facts(multiplier(one_after_another(bits, how)), K, {})
     assert facts.order == "one product after another, k ascending"
     assert (facts.accumulator_bits, facts.sums, facts.input_bits) == (bits, how, 8)
 
@@ -99,9 +99,9 @@ def test_products_that_are_added_at_once_are_found_as_they_are_aligned(how, belo
     assert (seen.accumulator_bits, seen.sums) == (bits, sums)
     assert seen.exponents == "normalised"  # as numpy's own are
     if how == "cut":
-        # To nearest, what lies below half a unit is told from a tie; toward zero, anything makes a 1 less.
-        assert seen.products_under_sum == (below if sums == "toward zero" else max(below, bits))
-        assert seen.sum_under_product == seen.products_under_sum
+        assert (seen.products_under_sum, seen.rest_under_sum) == (below, "cut")
+        # A sum of few bits is rounded before it meets a product.
+        assert seen.sum_under_product == (below if sums == "toward zero" else min(below, 2 * bits - 1))
 
 
 @pytest.mark.parametrize("how", ["nearest, ties to even", "nearest, ties away", "toward zero", "down"])
@@ -123,7 +123,7 @@ def test_bits_of_float32_operands_and_their_rounding_are_found(bits, how, words)
     multiply = with_operands(multiplier(one_after_another(), "float32"), lambda x: rounded(x, bits, how))
     seen = special.operands(multiply, K)
     assert (seen.bits, seen.rounding, seen.subnormals) == (bits, words, "kept")
-    facts = unit_facts(multiply, K)
+    facts = unit_facts(multiply, K, {})
     assert (facts.input_bits, facts.input_rounding, facts.accumulator_bits) == (bits, words, 24)
     assert facts.products == "exact"
 

@@ -17,6 +17,7 @@ from hal.contract import Contract
 from hal.matrix_unit import MATRIX_UNITS, MatrixUnit
 from hal.probe import kernels, report, rules
 from hal.probe.facts import fingerprint
+from hal.probe.schedule import additions
 from hal_sim.chips import CHIPS
 
 INNER = 16
@@ -75,11 +76,26 @@ def test_without_a_compiler_a_chip_is_the_same(probed):
     assert found == {chip: probed[chip].units["bfloat16"].as_json() for chip in found}
 
 
-def test_slices_of_k_are_no_known_arithmetic():
-    found = report.probe("sim:v100/splitk=2", 256)
-    assert not found.likeness.exact
-    assert "tree" in found.likeness.differences["float16"]
-    assert "2 slices of 128" in found.units["float16"].order
+SCHEDULES = {
+    "splitk=2": "K in 2 slices", "splitk=3": "K in 3 slices", "splitk=4": "K in 4 slices", "promote=64": "K in pieces of 64",
+    "promote=128": "K in pieces of 128", "splitk=2/promote=128": "K in 2 slices, each in pieces of 128",
+    "splitk=2/grain=16": "K in 2 slices",
+}  # fmt: skip
+
+
+def test_how_k_is_shared_out_is_told_beside_the_unit_that_sums_each_piece(probed):
+    found = {options: report.probe(f"sim:v100/{options}", 64) for options in SCHEDULES}
+    for options, facts in found.items():
+        assert facts.likeness == rules.Likeness(("sm_70",), {}, dict.fromkeys(facts.units, SCHEDULES[options])), options
+    assert len({probed["v100"].fingerprint, *(facts.fingerprint for facts in found.values())}) == len(found) + 1
+
+
+@pytest.mark.parametrize("options", ["h200/splitk=4", "mi300x/splitk=2"])
+def test_a_longer_k_is_asked_for_in_every_format(probed, options):
+    chip, _, schedule = options.partition("/")
+    found = report.probe(f"sim:{options}", INNER)
+    assert found.likeness == replace(probed[chip].likeness, schedules=dict.fromkeys(found.units, SCHEDULES[schedule]))
+    assert found.fingerprint != probed[chip].fingerprint
 
 
 @pytest.mark.parametrize(
@@ -115,34 +131,34 @@ def test_a_format_too_many_or_too_few_is_a_difference(probed):
 
 
 def test_the_tree_of_a_rule():
-    assert rules.tree(MatrixUnit("truncated", 4), 6).text == "((0 1 2 3) 4 5)"
-    assert rules.tree(MatrixUnit("pairwise", 4), 8).text == "(((0 1) (2 3)) ((4 5) (6 7)))"
-    assert rules.tree(MatrixUnit("pairwise", 4), 7).text == "(((0 1) (2 3)) ((4 5) 6))"
-    assert rules.tree(MatrixUnit("fused"), 3).text == "((0 1) 2)"
+    assert additions(MatrixUnit("truncated", 4), range(6)).text == "((0 1 2 3) 4 5)"
+    assert additions(MatrixUnit("pairwise", 4), range(8)).text == "(((0 1) (2 3)) ((4 5) (6 7)))"
+    assert additions(MatrixUnit("pairwise", 4), range(7)).text == "(((0 1) (2 3)) ((4 5) 6))"
+    assert additions(MatrixUnit("fused"), range(3)).text == "((0 1) 2)"
 
 
 def test_a_probe_as_json_is_plain(probed):
     data = json.loads(json.dumps(probed["a100"].as_json()))
     assert data["schema"] == "hal.probe/1"
-    assert data["nearest"] == {"archs": ["sm_80", "sm_86"], "exact": True, "differences": {}}
+    assert data["nearest"] == {"archs": ["sm_80", "sm_86"], "exact": True, "differences": {}, "schedules": {}}
     assert data["fingerprint"] == probed["a100"].fingerprint
     assert Contract.from_json(data["contract"]) == probed["a100"].contract
 
 
 def test_what_has_no_tree_is_told_with_all_that_is_known():
-    facts = report.unit_facts(multiplier(lambda products: products.sum(0), "float8_e4m3fn"), INNER)
+    facts = report.unit_facts(multiplier(lambda products: products.sum(0), "float8_e4m3fn"), INNER, {})
     assert facts.order.startswith("no tree: no product is lost")
     assert facts.tree is facts.accumulator_bits is facts.sums is None
     assert (facts.input_bits, facts.subnormal_inputs) == (4, "kept")
 
 
 def test_a_longer_product_is_taken_until_a_sum_grows_often_enough():
-    tree = rules.tree(MatrixUnit("truncated", 16), 64)
+    tree = additions(MatrixUnit("truncated", 16), range(64))
 
     def sum_(products):
-        return along(rules.tree(MatrixUnit("truncated", 16), len(products)))(products)
+        return along(additions(MatrixUnit("truncated", 16), range(len(products))))(products)
 
-    facts = report.unit_facts(multiplier(sum_), INNER)
+    facts = report.unit_facts(multiplier(sum_), INNER, {})
     assert facts.inner == 64
     assert facts.tree == tree.text
 
@@ -239,7 +255,7 @@ def test_no_rule_for_equal_numbers_is_told(monkeypatch):
 
 
 def test_a_kernel_of_one_order_has_the_tree_of_a_chain():
-    assert report.unit_facts(multiplier(one_after_another()), INNER).tree == chain(range(INNER)).text
+    assert report.unit_facts(multiplier(one_after_another()), INNER, {}).tree == chain(range(INNER)).text
 
 
 def test_h200_and_b200_differ_in_fp8_only(probed):

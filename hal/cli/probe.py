@@ -160,11 +160,17 @@ def _kernels(found: Kernels) -> str:
 
 def _nearest(facts: DeviceFacts) -> str:
     likeness = facts.likeness
-    names = ", ".join(likeness.archs)
+    names = ", ".join(likeness.archs) + _schedules(facts)
+    compared = f"{likeness.elements} elements of whole products"
     if likeness.exact:
-        return f"all of this is the known arithmetic of {names}{_schedules(facts)}"
+        return f"all of this is the known arithmetic of {names}; so are {compared}, bit by bit"
+    differ = ", ".join(f"{count} of {of} in {name}" for name, (count, of) in likeness.whole.items())
+    if not likeness.differences:
+        return f"no known arithmetic: all answers are those of {names}, but of {compared} some differ: {differ}"
     what = "; ".join(f"{name}: {', '.join(of)}" for name, of in likeness.differences.items())
-    return f"no known arithmetic; nearest is {names}{_schedules(facts)}, which differs in {what}"
+    return f"no known arithmetic; nearest is {names}, which differs in {what}" + (
+        f"; of {compared}, some differ: {differ}" if differ else ""
+    )
 
 
 def _schedules(facts: DeviceFacts) -> str:

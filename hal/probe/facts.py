@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import MappingProxyType
 
 from hal.matrix_unit import FORMATS
 
@@ -88,7 +89,12 @@ class UnitFacts:
         return asdict(self)
 
 
-def fingerprint(units: Mapping[str, UnitFacts]) -> str:
-    """Return twelve hexadecimal digits that two devices share if all that was measured of their arithmetic is alike."""
+def fingerprint(units: Mapping[str, UnitFacts], others: Mapping[str, object] = MappingProxyType({})) -> str:
+    """Return twelve hexadecimal digits that two devices share if all that was measured of their arithmetic is alike.
+
+    Args:
+        units: the facts of each format.
+        others: what else was measured, as plain JSON values.
+    """
     named = {name: {"inner": facts.inner, **facts.arithmetic} for name, facts in sorted(units.items())}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps([named, dict(others)], sort_keys=True).encode()).hexdigest()[:12]

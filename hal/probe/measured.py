@@ -14,6 +14,7 @@ from hal.probe.facts import UnitFacts, fingerprint
 from hal.probe.kernels import topk_ties
 from hal.probe.multiplier import multipliers
 from hal.probe.unit import unit_facts
+from hal.probe.whole import products
 
 if TYPE_CHECKING:
     from hal.device import Device
@@ -28,8 +29,9 @@ def measured_contract(device: Device) -> Contract:
     found, _ = multipliers(device)
     units = {format: unit_facts(multiply) for format, multiply in found.items()}
     assumed = device.contract
+    wholes = {format: products(multiply, units[format].inner).digest for format, multiply in found.items()}
     sentences = contradictions(assumed, units, topk_ties(device.torch_device))
-    evidence = "; ".join((f"measured here, fingerprint {fingerprint(units)}", *sentences, assumed.evidence))
+    evidence = "; ".join((f"measured here, fingerprint {fingerprint(units, wholes)}", *sentences, assumed.evidence))
     return replace(measured(units, assumed), evidence=evidence)
 
 

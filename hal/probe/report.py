@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import hal
 from hal.errors import DeviceConflict, HalError, Unsupported
+from hal.probe import whole
 from hal.probe.contradiction import contradictions
 from hal.probe.facts import UnitFacts, fingerprint
 from hal.probe.kernels import Kernels, kernels, topk_ties
@@ -17,6 +19,7 @@ from hal.probe.order import described
 from hal.probe.rules import Likeness, nearest
 from hal.probe.tree import NoTree, summation_tree
 from hal.probe.unit import INNER, unit_facts
+from hal.probe.whole import Products
 
 if TYPE_CHECKING:
     from hal.contract import Contract
@@ -34,6 +37,7 @@ class DeviceFacts:
         versions: of what decides results.
         units: by format of the operands.
         kernels: by format: whether one arithmetic is all there is.
+        products: by format, whole ones.
         orders: by format, and "single row" or "single column": the order there, where the bits differ.
         refused: formats that the device does not multiply, each with the reason.
         topk_ties: which of equal numbers its top-k takes.
@@ -44,6 +48,7 @@ class DeviceFacts:
     versions: Mapping[str, str | None]
     units: Mapping[str, UnitFacts]
     kernels: Mapping[str, Kernels]
+    products: Mapping[str, Products]
     orders: Mapping[str, Mapping[str, str]]
     refused: Mapping[str, str]
     topk_ties: str
@@ -51,13 +56,18 @@ class DeviceFacts:
 
     @property
     def fingerprint(self) -> str:
-        """Twelve hexadecimal digits for all arithmetic."""
-        return fingerprint(self.units)
+        """Twelve hexadecimal digits for all arithmetic: every answer, and the bits of whole products."""
+        others = {
+            "products": {name: found.digest for name, found in self.products.items()},
+            "kernels": {name: asdict(found) for name, found in self.kernels.items()},
+            "orders": {name: dict(found) for name, found in self.orders.items()},
+        }
+        return fingerprint(self.units, others)
 
-    @property
+    @cached_property
     def likeness(self) -> Likeness:
         """The nearest known architectures."""
-        return nearest(self.units)
+        return nearest(self.units, self.products)
 
     @property
     def contradictions(self) -> tuple[str, ...]:
@@ -79,7 +89,8 @@ class DeviceFacts:
             "topk_ties": self.topk_ties,
             "nearest": {"archs": list(likeness.archs), "exact": likeness.exact,
                         "differences": {name: list(what) for name, what in likeness.differences.items()},
-                        "schedules": dict(likeness.schedules)},
+                        "schedules": dict(likeness.schedules), "elements": likeness.elements,
+                        "differing": {name: list(counts) for name, counts in likeness.whole.items()}},
             "contract": self.contract.as_json(),
             "contradictions": list(self.contradictions),
         }  # fmt: skip
@@ -99,25 +110,30 @@ def probe(name: str, inner: int = INNER) -> DeviceFacts:
         found, refused = multipliers(device)
         ties = topk_ties(device.torch_device)
         units = {format: unit_facts(multiply, inner) for format, multiply in found.items()}
+        products = {format: whole.products(multiply, units[format].inner) for format, multiply in found.items()}
         seen = {format: kernels(multiply) for format, multiply in found.items()}
         orders = {format: _other_orders(found[format], seen[format], inner) for format in found}
         info, versions, contract = device.info.as_json(), device.versions(), device.contract
     # The float32 mode stays until the device is closed, so that it is opened once more.
     with hal.open_device(name) as device:
         try:
-            units |= _tf32(device, inner)
+            multiply = _tf32(device)
+            units["tf32"] = unit_facts(multiply, inner)
+            products["tf32"] = whole.products(multiply, units["tf32"].inner)
         except (Unsupported, DeviceConflict) as error:
             refused["tf32"] = error.message
-    return DeviceFacts(info, versions, units, seen, {k: v for k, v in orders.items() if v}, refused, ties, contract)
+    return DeviceFacts(
+        info, versions, units, seen, products, {k: v for k, v in orders.items() if v}, refused, ties, contract
+    )  # fmt: skip
 
 
-def _tf32(device: Device, inner: int) -> dict[str, UnitFacts]:
+def _tf32(device: Device) -> Multiplier:
     import torch
 
     report = device.precision.fp32_mode("tf32")
     bits = dict(report.input_bits).get("matmul")
     format = "hf32" if bits == 12 else "tf32"
-    return {"tf32": unit_facts(Multiplier(format, device.torch_device, torch.mm, torch.float32, torch.float32), inner)}
+    return Multiplier(format, device.torch_device, torch.mm, torch.float32, torch.float32)
 
 
 def _other_orders(multiply: Multiplier, seen: Kernels, inner: int) -> dict[str, str]:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
-from hal.probe import schedule
 from hal.probe.facts import UnitFacts
+from hal.probe.schedule import Pieces, described
+from hal.probe.schedule import pieces as in_pieces
 from hal.probe.tree import parsed
+from hal.probe.whole import Products, differing
 
 
 @dataclass(frozen=True)
@@ -20,44 +23,57 @@ class Likeness:
         archs: keys of `MATRIX_UNITS`, all equally close.
         differences: for each format, the facts that differ, and the formats that only one of the two has.
         schedules: for each format whose K is shared out, in words how; the unit is none the less the same.
+        whole: for each format of which whole products differ, how many elements do, of how many.
+        elements: that were compared, in all formats.
     """
 
     archs: tuple[str, ...]
     differences: Mapping[str, tuple[str, ...]]
     schedules: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    elements: int = field(default=0, compare=False)
 
     @property
     def exact(self) -> bool:
         """Whether nothing differs."""
-        return not any(self.differences.values())
+        return not any(self.differences.values()) and not self.whole
 
 
 GUESSES = frozenset(arch for arch, rules in MATRIX_UNITS.items() if rules["float16"].evidence == "unverified")
 """Architectures of which nobody has published anything: no device is shown to be like them."""
 
 
-def nearest(units: Mapping[str, UnitFacts]) -> Likeness:
-    """Return the known architectures that a device is most like, over all formats that were probed."""
+def nearest(units: Mapping[str, UnitFacts], products: Mapping[str, Products] = MappingProxyType({})) -> Likeness:
+    """Return the known architectures that a device is most like, over all formats that were probed.
+
+    Args:
+        units: what was found of each format.
+        products: whole products, of which each is computed by the rule as well.
+    """
     found = {arch: differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
     least = min(map(_weight, found.values()))
     archs = tuple(arch for arch, differences in found.items() if _weight(differences) == least)
     rules = MATRIX_UNITS[archs[0]]
-    schedules = {
-        name: words for name, facts in units.items() if name in rules and (words := _schedule(facts, rules[name]))
-    }
-    return Likeness(archs, {name: what for name, what in found[archs[0]].items() if what}, schedules)
+    shared = {name: pieces(facts, rules[name]) for name, facts in units.items() if name in rules}
+    compared = {
+        name: differing(products[name], units[name].format, rules[name], shared[name])
+        for name in shared if name in products
+    }  # fmt: skip
+    return Likeness(
+        archs,
+        differences={name: what for name, what in found[archs[0]].items() if what},
+        schedules={name: words for name, by_length in shared.items() if (words := described(by_length))},
+        whole={name: counts for name, counts in compared.items() if counts[0]},
+        elements=sum(elements for _, elements in compared.values()),
+    )
 
 
-def pieces(facts: UnitFacts, unit: MatrixUnit) -> dict[int, schedule.Pieces | None]:
+def pieces(facts: UnitFacts, unit: MatrixUnit) -> dict[int, Pieces | None]:
     """Return in which pieces of K a unit of this rule explains the additions, by the length of K; None: in none."""
     if facts.tree is None:
         return {}
     trees = {facts.inner: facts.tree, **{int(K): text for K, text in facts.longer.items() if text.startswith("(")}}
-    return {K: schedule.pieces(parsed(text), unit, K) for K, text in trees.items()}
-
-
-def _schedule(facts: UnitFacts, unit: MatrixUnit) -> str:
-    return schedule.described({K: found for K, found in pieces(facts, unit).items() if found is not None})
+    return {K: in_pieces(parsed(text), unit, K) for K, text in trees.items()}
 
 
 def _weight(differences: Mapping[str, Sequence[str]]) -> tuple[int, int]:

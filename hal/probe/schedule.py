@@ -72,13 +72,14 @@ def _by_pairs(trees: list[Tree]) -> Tree:
     return trees[0]
 
 
-def described(found: Mapping[int, Pieces]) -> str:
+def described(found: Mapping[int, Pieces | None]) -> str:
     """Return in words how K is shared out, by its length; nothing where it never is."""
-    shapes = {K: _shape(whole) for K, whole in sorted(found.items()) if whole.parts}
+    shared = {K: whole for K, whole in sorted(found.items()) if whole is not None and whole.parts}
+    shapes = {K: _shape(whole) for K, whole in shared.items()}
     if not shapes:
         return ""
     counts, lengths = {shape[0] for shape in shapes.values()}, {shape[1] for shape in shapes.values()}
-    inner = {_shape(_sequence(found[K])[0])[1] for K in shapes}
+    inner = {_shape(_sequence(whole)[0])[1] for whole in shared.values()}
     nested = f", each in pieces of {inner.pop()}" if len(inner) == 1 and not inner & lengths else ""
     if len(lengths) == 1 and len(shapes) > 1:
         return f"K in pieces of {lengths.pop()}"

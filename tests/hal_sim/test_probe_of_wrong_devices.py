@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import hal
-from hal.probe import rules
+from hal.probe import rules, whole
 from hal.probe.multiplier import multipliers
 from hal.probe.unit import unit_facts
 from hal_sim import native, twin
+from hal_sim.chips import CHIPS
 
 INNER = 64
 
@@ -60,13 +61,17 @@ def without_a_compiler(monkeypatch):
 
 def probed(chip, format):
     with hal.open_device(f"sim:{chip}") as device:
-        return unit_facts(multipliers(device)[0][format], INNER)
+        multiply = multipliers(device)[0][format]
+        facts = unit_facts(multiply, INNER)
+        return facts, whole.products(multiply, facts.inner)
 
 
-def differences(chip, facts):
-    with hal.open_device(f"sim:{chip}") as device:
-        arch = device.info.arch
-    return rules.differences({facts.format: facts}, rules.MATRIX_UNITS[arch])[facts.format]
+def differences(chip, found):
+    facts, products = found
+    unit = rules.MATRIX_UNITS[CHIPS[chip].arch][facts.format]
+    wrong, elements = whole.differing(products, facts.format, unit, rules.pieces(facts, unit))
+    assert elements == 4 * 1024 + 64
+    return rules.differences({facts.format: facts}, {facts.format: unit})[facts.format], wrong > 0
 
 
 @functools.cache
@@ -77,6 +82,6 @@ def right(chip, format):
 @pytest.mark.parametrize("name", WRONG)
 def test_one_rule_that_is_broken_is_named(name, monkeypatch, without_a_compiler):
     chip, kind, wrong, fact = WRONG[name]
-    assert differences(chip, right(chip, "bfloat16")) == ()
+    assert differences(chip, right(chip, "bfloat16")) == ((), False)
     monkeypatch.setitem(twin._CHAINS, kind, wrong)
-    assert differences(chip, probed(chip, "bfloat16")) == (fact,)
+    assert differences(chip, probed(chip, "bfloat16")) == ((fact,), True)

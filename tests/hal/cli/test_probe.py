@@ -55,8 +55,9 @@ def test_the_table_tells_all_that_was_found() -> None:
     assert "runs alike; batches alike" in done.stdout
     assert "not multiplied: " in done.stdout
     assert lines[-2:] == [
-        "all of this is the known arithmetic of sm_70", "nothing contradicts the declared contract",
-    ]  # fmt: skip
+        "all of this is the known arithmetic of sm_70; so are 8640 elements of whole products, bit by bit",
+        "nothing contradicts the declared contract",
+    ]
 
 
 def test_json_is_of_its_schema_and_agrees_with_python() -> None:
@@ -78,7 +79,7 @@ def test_a_process_of_its_own_gives_the_same_status_and_plain_text(hal_command: 
 def test_slices_of_k_are_told_beside_the_unit_that_sums_each() -> None:
     done = probe("sim:v100/splitk=2", "--inner", "16")
     assert done.exit_code == 0, done.output
-    assert "all of this is the known arithmetic of sm_70, with K in 2 slices\n" in done.stdout
+    assert "all of this is the known arithmetic of sm_70, with K in 2 slices; so are" in done.stdout
 
 
 def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +87,20 @@ def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest(monkeypatch: p
     units = {**facts.units, "float16": replace(facts.units["float16"], sums="up")}
     monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units=units))
     done = probe("sim:v100/splitk=4")
-    assert "no known arithmetic; nearest is sm_70, with K in 4 slices, which differs in float16: sums\n" in done.stdout
+    assert "no known arithmetic; nearest is sm_70, with K in 4 slices, which differs in float16: sums" in done.stdout
+
+
+def test_elements_that_no_question_foretold_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = report.probe("sim:v100", 16)
+    wrong = dict(facts.products["float16"].results)
+    wrong[16, "wide"] = wrong[16, "wide"] + 1
+    products = {**facts.products, "float16": replace(facts.products["float16"], results=wrong)}
+    monkeypatch.setattr(report, "probe", lambda *_: replace(facts, products=products))
+    done = probe("sim:v100")
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("no known arithmetic")]
+    assert line.startswith("no known arithmetic: all answers are those of sm_70, but of 8640 elements of whole")
+    assert line.endswith(" of 4160 in float16")
+    assert not replace(facts, products=products).likeness.exact
 
 
 def test_a_broken_promise_is_told_and_is_status_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from probe_kernels import along, chain, multiplier, one_after_another
 from hal.contract import Contract
 from hal.matrix_unit import MATRIX_UNITS, MatrixUnit
 from hal.probe import kernels, report, rules
-from hal.probe.facts import fingerprint
 from hal.probe.schedule import additions
 from hal_sim.chips import CHIPS
 
@@ -110,14 +109,24 @@ def test_one_fact_that_differs_is_named_and_changes_the_fingerprint(probed, fact
     assert not found.exact
     assert found.archs == ("sm_90",)
     assert found.differences == {"float16": (fact,)}
-    assert fingerprint(units) != probed["h200"].fingerprint
+    assert replace(probed["h200"], units=units).fingerprint != probed["h200"].fingerprint
+
+
+def test_whole_products_and_other_kernels_are_part_of_the_fingerprint(probed):
+    facts = probed["v100"]
+    products = {**facts.products, "float16": replace(facts.products["float16"], digest="another")}
+    seen = {**facts.kernels, "float16": replace(facts.kernels["float16"], single_row="other")}
+    orders = {"float16": {"single row": "k descending"}}
+    found = [replace(facts, **{name: value}) for name, value in
+             (("products", products), ("kernels", seen), ("orders", orders))]  # fmt: skip
+    assert len({facts.fingerprint, *(other.fingerprint for other in found)}) == 4
 
 
 @pytest.mark.parametrize(("fact", "value"), [("order", "x"), ("nan", "7fc00001"), ("result", "float32")])
 def test_names_and_the_code_of_nan_are_no_part_of_the_fingerprint(probed, fact, value):
     units = dict(probed["h200"].units)
     units["float16"] = replace(units["float16"], **{fact: value})
-    assert fingerprint(units) == probed["h200"].fingerprint
+    assert replace(probed["h200"], units=units).fingerprint == probed["h200"].fingerprint
 
 
 def test_a_format_too_many_or_too_few_is_a_difference(probed):
@@ -140,7 +149,14 @@ def test_the_tree_of_a_rule():
 def test_a_probe_as_json_is_plain(probed):
     data = json.loads(json.dumps(probed["a100"].as_json()))
     assert data["schema"] == "hal.probe/1"
-    assert data["nearest"] == {"archs": ["sm_80", "sm_86"], "exact": True, "differences": {}, "schedules": {}}
+    assert data["nearest"] == {
+        "archs": ["sm_80", "sm_86"],
+        "exact": True,
+        "differences": {},
+        "schedules": {},
+        "elements": 16960,
+        "differing": {},
+    }
     assert data["fingerprint"] == probed["a100"].fingerprint
     assert Contract.from_json(data["contract"]) == probed["a100"].contract
 

@@ -44,7 +44,8 @@ def probe(
     hal probe --predict sim:h200 --against cuda:0 (or a recording)
                                                   how many of them the simulated unit has bit by bit
 
-    Exit status 1 if the device does less than its backend's contract declares.
+    Exit status 1 if the device does less than its backend's contract declares, or something else than its
+    architecture is known to do.
     """
     if (predict is None) != (against is None) or (device is None) == (predict is None):
         raise click.UsageError("give DEVICE, or both --predict and --against")

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a device's arithmetic is less than its backend declares."""
+"""Where a device's arithmetic is less than its backend declares, or another than its architecture is known to have."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from hal.contract import Contract
-from hal.matrix_unit import FORMATS
+from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
 from hal.probe.facts import UnitFacts
+from hal.probe.rules import ADDITIONS, GUESSES, Likeness, differences, expected
 
 
 def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties: str) -> tuple[str, ...]:
@@ -39,3 +40,47 @@ def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties
     if contract.topk_ties == "lower_index" and topk_ties != "lower index":
         found.append(f"the contract promises the lower index of equal numbers, top-k takes {topk_ties}")
     return tuple(found)
+
+
+def of_architecture(arch: str | None, units: Mapping[str, UnitFacts], likeness: Likeness) -> tuple[str, ...]:
+    """Return one sentence for each format that is not what the declared architecture is known to do with it.
+
+    Nothing is said where nothing is known of the architecture, nor of what a library decides: the order of additions
+    outside of a matrix unit, pieces of K, and which formats it multiplies at all.
+
+    Args:
+        arch: that the backend declares.
+        units: what was measured.
+        likeness: to known architectures.
+    """
+    if arch is None or arch not in MATRIX_UNITS or arch in GUESSES:
+        return ()
+    rules = MATRIX_UNITS[arch]
+    found = []
+    if likeness.exact and arch not in likeness.archs:
+        others = ", ".join(likeness.archs)
+        found.append(f"the declared architecture is {arch}, but this is the known arithmetic of {others}")
+    for format, names in differences(units, rules).items():
+        if format in units and format in rules:
+            said = [_said(name, rules[format], units[format]) for name in names
+                    if name not in ADDITIONS or rules[format].kind != "fused"]  # fmt: skip
+            if said:
+                found.append(f"{format}: the declared architecture, {arch}, is known to have {'; '.join(said)}")
+    if arch in likeness.archs and not likeness.differences:
+        found += [
+            f"{format}: of {elements} elements of whole products, {count} are not what the declared architecture, "
+            f"{arch}, is known to make of them"
+            for format, (count, elements) in likeness.whole.items()
+        ]
+    return tuple(found)
+
+
+def _said(name: str, unit: MatrixUnit, facts: UnitFacts) -> str:
+    if name in ADDITIONS:
+        return "another order of additions" if name == "tree" else "another order of additions in longer products"
+    want, got = expected(unit, facts.format)[name], facts.arithmetic[name]
+    return f"{name.replace('_', ' ')} {_word(want)}, not {_word(got)}"
+
+
+def _word(value: object) -> str:
+    return "none" if value is None else str(value)

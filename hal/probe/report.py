@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import hal
 from hal.errors import DeviceConflict, HalError, Unsupported
 from hal.probe import whole
-from hal.probe.contradiction import contradictions
+from hal.probe.contradiction import contradictions, of_architecture
 from hal.probe.facts import UnitFacts, fingerprint
 from hal.probe.kernels import Kernels, kernels, topk_ties
 from hal.probe.multiplier import Multiplier, multipliers
@@ -71,8 +71,12 @@ class DeviceFacts:
 
     @property
     def contradictions(self) -> tuple[str, ...]:
-        """Sentences about promises of the contract that the device does not keep."""
-        return contradictions(self.contract, self.units, self.topk_ties)
+        """Sentences about promises of the contract that the device does not keep, and about its architecture."""
+        arch = self.device.get("arch")
+        return (
+            *of_architecture(None if arch is None else str(arch), self.units, self.likeness),
+            *contradictions(self.contract, self.units, self.topk_ties),
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return plain JSON values, schema `hal.probe/1`."""

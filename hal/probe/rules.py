@@ -113,6 +113,9 @@ def _additions(facts: UnitFacts, unit: MatrixUnit) -> list[str]:
 _FLOORED_BITS = 31
 """That products keep below a larger sum, in a "floored" unit (`MatrixUnit.kind`)."""
 
+ADDITIONS = ("tree", "longer")
+"""Facts about the order of additions."""
+
 _UNSEEN = ("subnormal_results", "overflow", "small_sum")
 
 

@@ -6,8 +6,11 @@ from dataclasses import replace
 import pytest
 
 from hal.contract import Arithmetic, Contract
-from hal.probe.contradiction import contradictions
+from hal.matrix_unit import MATRIX_UNITS
+from hal.probe import report, rules
+from hal.probe.contradiction import contradictions, of_architecture
 from hal.probe.facts import UnitFacts
+from hal_sim.chips import CHIPS
 
 FACTS = UnitFacts(
     "bfloat16", "bfloat16", 64, "one product after another", accumulator_bits=14, sums="toward zero", input_bits=7,
@@ -93,3 +96,70 @@ def test_a_contract_that_flushes_anything_else_is_no_contract(below):
     data["matmul"]["float16"]["flushes_below"] = below
     with pytest.raises(ValueError, match="flushes_below of float16"):
         Contract.from_json(data)
+
+
+# Declared architectures ----------------------------------------------------------------------------------------------
+
+RECORDED = ("v100", "a100", "l40s", "h200", "b200", "mi250", "mi300x")
+
+
+@pytest.fixture(scope="module")
+def probed():
+    return {chip: report.probe(f"sim:{chip}", 16) for chip in RECORDED}
+
+
+@pytest.mark.parametrize("really", RECORDED)
+def test_a_device_that_has_the_arithmetic_of_another_architecture_is_contradicted(probed, really):
+    facts = probed[really]
+    for declared in RECORDED:
+        arch = CHIPS[declared].arch
+        found = replace(facts, device={**facts.device, "arch": arch}).contradictions
+        if declared == really:
+            assert found == ()
+        else:
+            others = ", ".join(facts.likeness.archs)
+            assert found[0] == f"the declared architecture is {arch}, but this is the known arithmetic of {others}"
+
+
+def test_what_differs_is_said_format_by_format(probed):
+    found = of_architecture("sm_80", probed["h200"].units, probed["h200"].likeness)[1:]
+    assert found == tuple(
+        f"{format}: the declared architecture, sm_80, is known to have another order of additions; "
+        f"group {of}, not {2 * of}; alignment bits 24, not 25; products under sum 24, not 25; sum under product 24, not 25"
+        for format, of in (("bfloat16", 8), ("float16", 8), ("tf32", 4))
+    )  # fmt: skip
+
+
+def test_one_rule_that_is_not_the_declared_architectures_is_enough(probed):
+    facts = probed["mi300x"]
+    units = {**facts.units, "float16": replace(facts.units["float16"], products_under_sum=26)}
+    assert replace(facts, units=units).contradictions == (
+        "float16: the declared architecture, gfx942, is known to have products under sum 31, not 26",
+    )
+    tree = {**facts.units, "float16": replace(facts.units["float16"], tree=facts.units["float32"].tree)}
+    (found,) = replace(facts, units=tree).contradictions
+    assert found.endswith("is known to have another order of additions")
+
+
+def test_whole_products_that_are_not_the_declared_architectures_are_counted(probed):
+    facts = probed["h200"]
+    products = {**facts.products, "bfloat16": probed["a100"].products["bfloat16"]}
+    (found,) = replace(facts, products=products).contradictions
+    assert found.startswith("bfloat16: of ")
+    assert found.endswith(" are not what the declared architecture, sm_90, is known to make of them")
+
+
+def test_an_order_that_a_library_chooses_is_no_contradiction(probed):
+    facts = probed["h200"]
+    units = {
+        **facts.units,
+        "float32": replace(facts.units["float32"], tree="(0 1)", longer={"512": "no tree: it changes"}),
+    }
+    assert replace(facts, units=units).contradictions == ()
+    assert report.probe("sim:h200/splitk=4", 16).contradictions == ()
+
+
+@pytest.mark.parametrize("arch", [None, "x86_64", "sm_999", *sorted(rules.GUESSES)])
+def test_an_architecture_of_which_nothing_is_known_cannot_be_contradicted(probed, arch):
+    assert arch not in MATRIX_UNITS or arch in rules.GUESSES
+    assert of_architecture(arch, probed["h200"].units, probed["h200"].likeness) == ()

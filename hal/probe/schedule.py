@@ -37,7 +37,7 @@ def pieces(tree: Tree, unit: MatrixUnit, K: int) -> Pieces | None:
     spacing = ks[1] - ks[0] if len(ks) > 1 else K
     if ks != tuple(range(0, K, spacing)):
         return None
-    least = max(SHORTEST, unit.group)
+    least = max(SHORTEST, unit.group, 2 * spacing if spacing > 1 else 0)
 
     def part(at: Tree) -> Pieces | None:
         start, end = at.leaves[0], at.leaves[-1] + spacing

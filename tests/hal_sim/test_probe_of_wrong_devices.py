@@ -2,15 +2,17 @@
 """A device that is wrong in one thing is not taken for the one that it says it is."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import hal
-from hal.probe import rules, whole
-from hal.probe.multiplier import multipliers
+from hal.probe import kernels, report, rules, whole
+from hal.probe.multiplier import Multiplier, multipliers
+from hal.probe.schedule import Pieces
 from hal.probe.unit import unit_facts
-from hal_sim import native, twin
+from hal_sim import native, product, twin
 from hal_sim.chips import CHIPS
 
 INNER = 64
@@ -85,3 +87,98 @@ def test_one_rule_that_is_broken_is_named(name, monkeypatch, without_a_compiler)
     assert differences(chip, right(chip, "bfloat16")) == ((), False)
     monkeypatch.setitem(twin._CHAINS, kind, wrong)
     assert differences(chip, probed(chip, "bfloat16")) == ((fact,), True)
+
+
+# Kernels around a right unit -----------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def multiplier(unit, format, stored=lambda x, dtype: x.to(dtype), change=lambda x: x, order=None):
+    """Return a product that a unit computes, with other operands, in another order, or stored in another way."""
+    dtype = getattr(torch, format)
+    result = torch.float32 if format.startswith("float8") else dtype
+
+    def kernel(a, b):
+        if order is not None:
+            at = order(a.shape[1])
+            a, b = a[:, at], b[at]
+        return stored(product.multiply(change(a)[None], change(b)[None], unit, (format, format))[0], result)
+
+    return Multiplier(format, CPU, kernel, dtype, result)
+
+
+def cut(x, dtype):
+    return (x.view(torch.int32) & -(1 << 16)).view(torch.float32).to(dtype)
+
+
+def flushed(x):
+    return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, 0.0, x)
+
+
+def odd_after_even(K):
+    return [*range(0, K, 2), *range(1, K, 2)]
+
+
+def one_bit_off(x, dtype):
+    """Return one element in a thousand otherwise, and none that a question is about."""
+    unlikely = (x.view(torch.int32) & 0x3FF) == 0x155
+    return torch.where(unlikely, x * (1 + 2.0**-6), x).to(dtype)
+
+
+AROUND = {
+    "nothing wrong": ({}, {}, ()),
+    "results are cut": ({}, {"stored": cut}, ("stored",)),
+    "operands are flushed": ({}, {"change": flushed}, ("subnormal_inputs",)),
+    "groups of 8": ({"group": 8}, {}, ("tree", "group")),
+    "24 bits": ({"fraction_bits": 24}, {}, ("alignment_bits", "products_under_sum", "sum_under_product")),
+    "even products first": ({}, {"order": odd_after_even}, ("tree", "longer")),
+    "k descending": ({}, {"order": lambda K: list(range(K))[::-1]}, ("tree", "longer")),
+    "some bits are off": ({}, {"stored": one_bit_off}, ()),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_wrong_around_a_unit_is_named_or_counted(name):
+    changes, around, facts = AROUND[name]
+    unit = rules.MATRIX_UNITS["sm_90"]["bfloat16"]
+    multiply = multiplier(replace(unit, **changes), "bfloat16", **around)
+    found = unit_facts(multiply, INNER)
+    assert rules.differences({"bfloat16": found}, {"bfloat16": unit}) == {"bfloat16": facts}
+    if "tree" not in facts:
+        wrong, _ = whole.differing(whole.products(multiply, INNER), "bfloat16", unit, rules.pieces(found, unit))
+        assert (wrong > 0) == (name != "nothing wrong")
+
+
+@pytest.mark.parametrize("format", ["float16", "float8_e4m3fn"])
+def test_products_of_a_unit_that_cuts_one_bit_too_many_are_counted_in_every_format(format):
+    unit = rules.MATRIX_UNITS["sm_90"][format]
+    pieces = {INNER: Pieces(0, INNER), whole.LONG: Pieces(0, whole.LONG)}
+    found = whole.products(multiplier(replace(unit, fraction_bits=unit.fraction_bits - 1), format), INNER)
+    assert whole.differing(found, format, unit, pieces)[0] > 100
+
+
+def test_a_single_row_with_a_kernel_of_its_own_is_part_of_the_fingerprint():
+    unit = rules.MATRIX_UNITS["sm_90"]["bfloat16"]
+    right, other = multiplier(unit, "bfloat16"), multiplier(unit, "bfloat16", order=odd_after_even)
+    mixed = replace(right, kernel=lambda a, b: (other if len(a) == 1 else right).kernel(a, b))
+    assert unit_facts(mixed, INNER) == unit_facts(right, INNER)
+    found = [kernels.kernels(each) for each in (right, mixed)]
+    assert [each.single_row for each in found] == ["same", "other"]
+    facts = report.probe("sim:v100", 16)
+    prints = {replace(facts, kernels={**facts.kernels, "float16": each}).fingerprint for each in found}
+    assert len(prints) == 2
+
+
+def test_a_whole_device_that_is_wrong_is_not_exact_and_contradicts_its_architecture(monkeypatch, without_a_compiler):
+    """As a user meets it, but for the formats that take most of the time."""
+    monkeypatch.setitem(twin._CHAINS, "truncated", WRONG["h200, normalised products"][2])
+    monkeypatch.setattr(report, "multipliers", lambda device: ({"bfloat16": multipliers(device)[0]["bfloat16"]}, {}))
+    found = report.probe("sim:h200", INNER)
+    assert not found.likeness.exact
+    assert any(
+        sentence.startswith(
+            "bfloat16: the declared architecture, sm_90, is known to have exponents summed, not normalised"
+        )
+        for sentence in found.contradictions
+    )

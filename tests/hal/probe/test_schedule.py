@@ -63,6 +63,7 @@ def test_a_few_products_show_where_pieces_begin():
     found = pieces(tree, UNITS["truncated"], 96)
     assert found == Pieces(0, 96, (Pieces(0, 48), Pieces(48, 96)))
     assert described({96: found}) == "K = 96 in 2 slices of 48"
+    assert pieces(parsed("(0 (16 (32 (48 (64 80)))))"), UNITS["truncated"], 96) is None
     assert pieces(tree, UNITS["truncated"], 112) is None  # of which the last is not there
 
 

@@ -114,6 +114,9 @@ def _print_facts(facts: DeviceFacts) -> None:
     say("\norder of additions (K = the inner length that was probed)")
     for name, unit in facts.units.items():
         say(f"  {name.ljust(16)} K = {unit.inner}: {unit.order}")
+        for K, why in unit.longer.items():
+            if why.startswith("no tree"):
+                say(f"  {''.ljust(16)} K = {K}: {plain(why)}")
     say("\nthe same bits in other shapes, and from run to run")
     for name, found in facts.kernels.items():
         say(f"  {name.ljust(16)} {_kernels(found)}")
@@ -134,6 +137,11 @@ _TIES = {"lower index": "the lower index", "higher index": "the higher index", "
 def _row(name: str, unit: UnitFacts) -> tuple[str, ...]:
     sums = f"{unit.accumulator_bits}{' or more' if unit.accumulator_at_least else ''} bits, {unit.sums or '?'}"
     small = ", small ones down" if unit.small_sum == "rounded down" else ""
+    small += f", stored {unit.stored}" if unit.stored not in (None, "nearest, ties to even") else ""
+    aligned = "-" if unit.alignment_bits is None else f"{unit.alignment_bits} bits, {unit.aligned}"
+    aligned += ", normalised" if unit.exponents == "normalised" else ""
+    if unit.products_under_sum not in (None, unit.alignment_bits):
+        aligned += f"; {unit.products_under_sum} under a larger sum, {unit.rest_under_sum or '?'}"
     subnormals = {("kept", "kept"): "kept", ("kept", None): "kept"}.get(
         (unit.subnormal_inputs or "", unit.subnormal_results),
         f"{unit.subnormal_inputs} in, {unit.subnormal_results or '-'} out",
@@ -142,7 +150,7 @@ def _row(name: str, unit: UnitFacts) -> tuple[str, ...]:
         name,
         f"{unit.input_bits} bits{f', {unit.input_rounding}' if unit.input_rounding else ''}",
         "-" if unit.group is None else str(unit.group),
-        "-" if unit.alignment_bits is None else f"{unit.alignment_bits} bits, {unit.aligned}",
+        aligned,
         "?" if unit.accumulator_bits is None else sums + small,
         subnormals,
         unit.overflow or "-",
@@ -161,25 +169,26 @@ def _kernels(found: Kernels) -> str:
 
 def _nearest(facts: DeviceFacts) -> str:
     likeness = facts.likeness
-    names = ", ".join(likeness.archs) + _schedules(facts)
+    names = ", ".join(likeness.archs)
     compared = f"{likeness.elements} elements of whole products"
-    if likeness.exact:
-        return f"all of this is the known arithmetic of {names}; so are {compared}, bit by bit"
     differ = ", ".join(f"{count} of {of} in {name}" for name, (count, of) in likeness.whole.items())
+    if likeness.exact:
+        return f"all of this is the known arithmetic of {names}{_schedules(facts)}; so are {compared}, bit by bit"
     if not likeness.differences:
+        names += _schedules(facts)
         return f"no known arithmetic: all answers are those of {names}, but of {compared} some differ: {differ}"
     what = "; ".join(f"{name}: {', '.join(of)}" for name, of in likeness.differences.items())
-    return f"no known arithmetic; nearest is {names}, which differs in {what}" + (
-        f"; of {compared}, some differ: {differ}" if differ else ""
-    )
+    differ = f"; of {compared} some differ: {differ}" if differ else ""
+    return f"no known arithmetic; nearest is {names}, which differs in {what}{_schedules(facts)}{differ}"
 
 
 def _schedules(facts: DeviceFacts) -> str:
     """Return in words how K is shared out, once if all formats are alike."""
     found = facts.likeness.schedules
-    if len(set(found.values())) == 1 and len(found) == len(facts.units):
-        return f", with {next(iter(found.values()))}"
-    return ", with " + "; ".join(f"{words} ({name})" for name, words in found.items()) if found else ""
+    formats = {words: [name for name, of in found.items() if of == words] for words in found.values()}
+    if len(formats) == 1 and len(found) == len(facts.units):
+        return f", with {next(iter(formats))}"
+    return "".join(f"; with {words} in {', '.join(names)}" for words, names in formats.items())
 
 
 def _print_agreement(one: Products, other: Products, *, as_json: bool) -> None:

@@ -48,7 +48,7 @@ def nearest(units: Mapping[str, UnitFacts], products: Mapping[str, Products] = M
 
     Args:
         units: what was found of each format.
-        products: whole products, of which each is computed by the rule as well.
+        products: whole products, which are computed by the rule as well where it explains the order of additions.
     """
     found = {arch: differences(units, rules) for arch, rules in MATRIX_UNITS.items() if arch not in GUESSES}
     least = min(map(_weight, found.values()))
@@ -56,9 +56,10 @@ def nearest(units: Mapping[str, UnitFacts], products: Mapping[str, Products] = M
     rules = MATRIX_UNITS[archs[0]]
     shared = {name: pieces(facts, rules[name]) for name, facts in units.items() if name in rules}
     compared = {
-        name: differing(products[name], units[name].format, rules[name], shared[name])
-        for name in shared if name in products
-    }  # fmt: skip
+        name: differing(products[name], facts.format, rules[name], shared[name])
+        for name, facts in units.items()
+        if name in products and shared.get(name, {}).get(facts.inner)
+    }
     return Likeness(
         archs,
         differences={name: what for name, what in found[archs[0]].items() if what},

@@ -87,7 +87,20 @@ def test_an_arithmetic_that_nobody_knows_is_told_with_its_nearest(monkeypatch: p
     units = {**facts.units, "float16": replace(facts.units["float16"], sums="up")}
     monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units=units))
     done = probe("sim:v100/splitk=4")
-    assert "no known arithmetic; nearest is sm_70, with K in 4 slices, which differs in float16: sums" in done.stdout
+    assert "no known arithmetic; nearest is sm_70, which differs in float16: sums, with K in 4 slices" in done.stdout
+
+
+def test_what_is_unusual_of_a_sum_is_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = report.probe("sim:v100", 16)
+    unit = replace(facts.units["float16"], exponents="normalised", products_under_sum=31, rest_under_sum="rounded down",
+                   stored="toward zero", small_sum="rounded down", longer={"512": "no tree: it \x1bchanges"})  # fmt: skip
+    monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units={**facts.units, "float16": unit}))
+    out = probe("sim:v100").stdout
+    assert (
+        "23 bits, cut, normalised; 31 under a larger sum, rounded down  24 bits, toward zero, small ones down, " in out
+    )
+    assert "small ones down, stored toward zero" in out
+    assert "K = 512: no tree: it ?changes\n" in out
 
 
 def test_elements_that_no_question_foretold_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

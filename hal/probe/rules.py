@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
 from hal.probe.facts import UnitFacts
-from hal.probe.schedule import Pieces, described
+from hal.probe.schedule import Pieces, described, finer
 from hal.probe.schedule import pieces as in_pieces
 from hal.probe.tree import parsed
 from hal.probe.whole import Products, differing
@@ -73,8 +73,14 @@ def pieces(facts: UnitFacts, unit: MatrixUnit) -> dict[int, Pieces | None]:
     """Return in which pieces of K a unit of this rule explains the additions, by the length of K; None: in none."""
     if facts.tree is None:
         return {}
-    trees = {facts.inner: facts.tree, **{int(K): text for K, text in facts.longer.items() if text.startswith("(")}}
-    return {K: in_pieces(parsed(text), unit, K) for K, text in trees.items()}
+    shorter = in_pieces(parsed(facts.tree), unit, facts.inner)
+    found = {facts.inner: shorter}
+    for K, text in facts.longer.items():
+        if text.startswith("("):
+            tree = parsed(text)
+            shorter = finer(in_pieces(tree, unit, int(K)), shorter, tree)
+            found[int(K)] = shorter
+    return found
 
 
 def _weight(differences: Mapping[str, Sequence[str]]) -> tuple[int, int]:
@@ -89,26 +95,24 @@ def differences(units: Mapping[str, UnitFacts], rules: Mapping[str, MatrixUnit])
         if format not in rules:
             found[format] = ("has no such unit",)
         elif format in units:
-            want, got = expected(rules[format], format), units[format].arithmetic
-            # What a result cannot show, since it is stored in another format, is no difference.
-            facts = [
-                name
-                for name, value in want.items()
-                if value != got[name] and not (name in _UNSEEN and got[name] is None)
-            ]
-            found[format] = (*_additions(units[format], rules[format]), *facts)
+            found[format] = tuple(_differing(units[format], rules[format], format))
         elif format != "tf32":  # a mode, which need not have been asked for
             found[format] = ("was not measured",)
     return found
 
 
-def _additions(facts: UnitFacts, unit: MatrixUnit) -> list[str]:
-    """Return the facts about additions that no pieces of K explain."""
-    found = pieces(facts, unit)
-    return [
-        *(["tree"] if found.get(facts.inner) is None else []),
-        *(["longer"] if any(found.get(int(K)) is None for K in facts.longer) else []),
-    ]
+def _differing(facts: UnitFacts, unit: MatrixUnit, format: str) -> Iterator[str]:
+    shared, got = pieces(facts, unit), facts.arithmetic
+    inner = shared.get(facts.inner)
+    if inner is None:
+        yield "tree"
+    if any(shared.get(int(K)) is None for K in facts.longer):
+        yield "longer"
+    # Pieces of one group are summed outside of the unit, of whose own sums only whole products tell then.
+    outside = _OF_SUMS if inner is not None and inner.parts and inner.longest <= unit.group else ()
+    for name, value in expected(unit, format).items():
+        if value != got[name] and name not in outside and not (name in _UNSEEN and got[name] is None):
+            yield name
 
 
 _FLOORED_BITS = 31
@@ -118,6 +122,11 @@ ADDITIONS = ("tree", "longer")
 """Facts about the order of additions."""
 
 _UNSEEN = ("subnormal_results", "overflow", "small_sum")
+"""Facts that a result need not show, since it is stored in another format."""
+
+_OF_SUMS = (
+    "accumulator_bits", "products_under_sum", "rest_under_sum", "sum_under_product", "sums", "small_sum",
+)  # fmt: skip
 
 
 def expected(unit: MatrixUnit, format: str) -> Mapping[str, object]:

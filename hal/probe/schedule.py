@@ -30,6 +30,11 @@ class Pieces:
     end: int
     parts: tuple[Pieces, ...] = ()
 
+    @property
+    def longest(self) -> int:
+        """Products that the unit sums in one go, at most."""
+        return max((part.longest for part in self.parts), default=self.end - self.start)
+
 
 def pieces(tree: Tree, unit: MatrixUnit, K: int) -> Pieces | None:
     """Return the pieces that explain a tree of evenly spaced products, if a unit of this rule sums each; else None."""
@@ -70,6 +75,26 @@ def _by_pairs(trees: list[Tree]) -> Tree:
         pairs = [trees[i : i + 2] for i in range(0, len(trees), 2)]
         trees = [node(pair) if len(pair) == 2 else pair[0] for pair in pairs]
     return trees[0]
+
+
+def finer(long: Pieces | None, shorter: Pieces | None, tree: Tree) -> Pieces | None:
+    """Return a longer K in the pieces of a shorter one, if these are too short to be seen by the products asked there.
+
+    Args:
+        long: the longer K, all of it in one piece as far as it was seen.
+        shorter: the shorter one, of which more were asked.
+        tree: of the products that were asked of the longer one.
+    """
+    if long is None or long.parts or shorter is None or not shorter.parts:
+        return long
+    length = _shape(shorter)[1]
+    if length >= 2 * (tree.leaves[1] - tree.leaves[0]):
+        return long
+    at = Pieces(0, length)
+    for start in range(length, long.end, length):
+        end = min(start + length, long.end)
+        at = Pieces(0, end, (at, Pieces(start, end)))
+    return at
 
 
 def described(found: Mapping[int, Pieces | None]) -> str:

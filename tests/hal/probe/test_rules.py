@@ -78,7 +78,7 @@ def test_without_a_compiler_a_chip_is_the_same(probed):
 SCHEDULES = {
     "splitk=2": "K in 2 slices", "splitk=3": "K in 3 slices", "splitk=4": "K in 4 slices", "promote=64": "K in pieces of 64",
     "promote=128": "K in pieces of 128", "splitk=2/promote=128": "K in 2 slices, each in pieces of 128",
-    "splitk=2/grain=16": "K in 2 slices",
+    "splitk=2/grain=16": "K in 2 slices", "promote=16": "K in pieces of 16", "promote=32": "K in pieces of 32", "promote=8": "K in pieces of 8",
 }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def test_how_k_is_shared_out_is_told_beside_the_unit_that_sums_each_piece(probed
     assert len({probed["v100"].fingerprint, *(facts.fingerprint for facts in found.values())}) == len(found) + 1
 
 
-@pytest.mark.parametrize("options", ["h200/splitk=4", "mi300x/splitk=2"])
+@pytest.mark.parametrize("options", ["h200/splitk=4", "mi300x/splitk=2", "h200/promote=32"])
 def test_a_longer_k_is_asked_for_in_every_format(probed, options):
     chip, _, schedule = options.partition("/")
     found = report.probe(f"sim:{options}", INNER)

@@ -56,6 +56,15 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Such small products are faster in one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def without_a_compiler(monkeypatch):
     monkeypatch.setattr(native, "library", lambda: None)
@@ -173,6 +182,7 @@ def test_a_single_row_with_a_kernel_of_its_own_is_part_of_the_fingerprint():
 def test_a_whole_device_that_is_wrong_is_not_exact_and_contradicts_its_architecture(monkeypatch, without_a_compiler):
     """As a user meets it, but for the formats that take most of the time."""
     monkeypatch.setitem(twin._CHAINS, "truncated", WRONG["h200, normalised products"][2])
+    monkeypatch.setattr(report, "unit_facts", lambda multiply, inner: unit_facts(multiply, inner, {}))
     monkeypatch.setattr(report, "multipliers", lambda device: ({"bfloat16": multipliers(device)[0]["bfloat16"]}, {}))
     found = report.probe("sim:h200", INNER)
     assert not found.likeness.exact

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +59,7 @@ class DeviceFacts:
         """Twelve hexadecimal digits for all arithmetic: every answer, and the bits of whole products."""
         others = {
             "products": {name: found.digest for name, found in self.products.items()},
-            "kernels": {name: asdict(found) for name, found in self.kernels.items()},
+            "kernels": {name: found.answers for name, found in self.kernels.items()},
             "orders": {name: dict(found) for name, found in self.orders.items()},
         }
         return fingerprint(self.units, others)
@@ -87,7 +87,7 @@ class DeviceFacts:
             "versions": dict(self.versions),
             "fingerprint": self.fingerprint,
             "units": {name: facts.as_json() for name, facts in self.units.items()},
-            "kernels": {name: asdict(found) for name, found in self.kernels.items()},
+            "kernels": {name: found.answers for name, found in self.kernels.items()},
             "orders": {name: dict(found) for name, found in self.orders.items()},
             "refused": dict(self.refused),
             "topk_ties": self.topk_ties,

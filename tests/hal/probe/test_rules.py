@@ -121,6 +121,9 @@ def test_whole_products_and_other_kernels_are_part_of_the_fingerprint(probed):
     found = [replace(facts, **{name: value}) for name, value in
              (("products", products), ("kernels", seen), ("orders", orders))]  # fmt: skip
     assert len({facts.fingerprint, *(other.fingerprint for other in found)}) == 4
+    refused = [replace(facts, kernels={"float16": replace(facts.kernels["float16"], vector=f"refused: {why}")})
+               for why in ("in these words", "in others")]  # fmt: skip
+    assert refused[0].fingerprint == refused[1].fingerprint != facts.fingerprint
 
 
 @pytest.mark.parametrize(("fact", "value"), [("order", "x"), ("nan", "7fc00001"), ("result", "float32")])

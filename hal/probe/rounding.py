@@ -226,7 +226,7 @@ class _Prober:
         return self._visible(bits, how, lambda n: _around(asked(n), [], [(rest[0], 1.0), (rest[1], -1.0)]))
 
     def _small(self, n: int, bits: int, how: str | None, places: Sequence[int]) -> Values | None:
-        """Return what changes a 1 if its bit 2^-n counts: by less than a tie, or beside half a unit, which is one."""
+        """Return what changes a 1 if its bit 2^-n counts: alone, or (to nearest) beside half a unit, which is a tie."""
         if how == "toward zero":
             return [(places[0], -(2.0**-n))]
         if n < bits:

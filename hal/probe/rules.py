@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
@@ -73,14 +74,18 @@ def pieces(facts: UnitFacts, unit: MatrixUnit) -> dict[int, Pieces | None]:
     """Return in which pieces of K a unit of this rule explains the additions, by the length of K; None: in none."""
     if facts.tree is None:
         return {}
-    shorter = in_pieces(parsed(facts.tree), unit, facts.inner)
+    shorter = _in_pieces(facts.tree, unit, facts.inner)
     found = {facts.inner: shorter}
     for K, text in facts.longer.items():
         if text.startswith("("):
-            tree = parsed(text)
-            shorter = finer(in_pieces(tree, unit, int(K)), shorter, tree)
+            shorter = finer(_in_pieces(text, unit, int(K)), shorter, parsed(text))
             found[int(K)] = shorter
     return found
+
+
+@lru_cache(maxsize=256)  # most architectures have the same rule for most formats
+def _in_pieces(text: str, unit: MatrixUnit, K: int) -> Pieces | None:
+    return in_pieces(parsed(text), unit, K)
 
 
 def _weight(differences: Mapping[str, Sequence[str]]) -> tuple[int, int]:

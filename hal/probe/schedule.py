@@ -14,7 +14,8 @@ from hal.matrix_unit import MatrixUnit
 from hal.probe.tree import Tree, leaf, node
 
 SHORTEST = 8
-"""Products of a piece that is not the last; any order at all would be one of pieces otherwise."""
+MOST = 256
+"""Products of a piece that is not the last, and pieces: any order at all would be one of pieces otherwise."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def pieces(tree: Tree, unit: MatrixUnit, K: int) -> Pieces | None:
     spacing = ks[1] - ks[0] if len(ks) > 1 else K
     if ks != tuple(range(0, K, spacing)):
         return None
-    least = max(SHORTEST, unit.group, 2 * spacing if spacing > 1 else 0)
+    least = max(SHORTEST, K // MOST, unit.group, 2 * spacing if spacing > 1 else 0)
 
     def part(at: Tree) -> Pieces | None:
         start, end = at.leaves[0], at.leaves[-1] + spacing

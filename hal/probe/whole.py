@@ -108,9 +108,9 @@ def operands(format: str, kind: str, outer: int, K: int) -> tuple[F64, F64]:
     # Each product a second time with the other sign, all in random places: what is left is rounding alone.
     half = K // 2
     places = np.argsort(philox.uniform(SEED, f"places of {stream}", K), kind="stable")
-    places = places[places < 2 * half] if K % 2 else places
-    a, b = np.concatenate([a[:, :half], -a[:, :half]], 1), np.concatenate([b[:half], b[:half]])
-    return np.ascontiguousarray(np.pad(a[:, places], ((0, 0), (0, K % 2)))), np.pad(b[places], ((0, K % 2), (0, 0)))
+    alone = np.zeros((outer, K % 2))
+    a, b = np.hstack([a[:, :half], -a[:, :half], alone]), np.vstack([b[:half], b[:half], alone.T])
+    return np.ascontiguousarray(a[:, places]), b[places]
 
 
 KINDS = ("independent", "cancelling", "wide", "subnormal")
@@ -121,14 +121,12 @@ _WIDE = {
     "float16": (-8, 8), "float8_e4m3fn": (-9, 6), "float8_e4m3fnuz": (-9, 5), "float8_e5m2": (-15, 12),
     "float8_e5m2fnuz": (-15, 12),
 }  # fmt: skip
+"""Exponents that are far apart; -20 to 20 in wider formats."""
+
 _SMALL = {
-    "float64": 800,
-    "float16": 12,
-    "float8_e4m3fn": 6,
-    "float8_e4m3fnuz": 5,
-    "float8_e5m2": 12,
-    "float8_e5m2fnuz": 12,
-}
+    "float64": 800, "float16": 12, "float8_e4m3fn": 6, "float8_e4m3fnuz": 5, "float8_e5m2": 12, "float8_e5m2fnuz": 12,
+}  # fmt: skip
+"""Binades of the numbers that the smallest ones are multiplied with."""
 
 
 def _exponents(format: str, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:

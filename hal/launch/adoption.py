@@ -127,7 +127,7 @@ class Adoption:
         from hal.launch.redirection import Redirection
         from hal.launch.replacements import finder
         from hal.launch.stand_ins import StandIns
-        from hal.launch.surface import compiler, distributed, operators, tensors
+        from hal.launch.surface import compiler, cuda, distributed, operators, tensors
 
         redirection = Redirection(devices, strict)
         self._patches.on_undo(lambda: api.activate(None))
@@ -143,7 +143,7 @@ class Adoption:
             compiler.dynamo, compiler.traced, compiler.script, distributed.collectives, distributed.parallel,
             distributed.data_parallel, operators.optimizers, distributed.sync_batch_norm, tensors.storages,
             tensors.crossings, tensors.packed_sequences, distributed.dtensor_random, distributed.dtensor_attention,
-            tensors.printing, operators.kernels, tensors.net,
+            cuda.accelerator, tensors.printing, operators.kernels, tensors.net,
         )  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)

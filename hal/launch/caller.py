@@ -58,9 +58,13 @@ def inside(frame: FrameType) -> bool:
 
 
 def _is_of_a_graph(frame: FrameType) -> bool:
-    """Return whether code that belongs to no module is what torch makes of a graph, which holds true devices."""
-    file = frame.f_code.co_filename
-    return file.startswith("<eval_with_key>") or ".py:codegen(" in file
+    """Return whether code that belongs to no module is of a graph that the compiler made, which holds true devices.
+
+    A graph that the program traced itself (`torch.fx`) holds what the program wrote.
+    """
+    if not frame.f_code.co_filename.startswith("<eval_with_key>"):
+        return ".py:codegen(" in frame.f_code.co_filename
+    return "dynamo_flat_name_to_original_fqn" in getattr(frame.f_locals.get("self"), "meta", ())
 
 
 def outside(frame: FrameType | None) -> FrameType | None:

@@ -67,7 +67,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Fill it with what the replacement has."""
         assert module.__spec__ is not None
         source = importlib.import_module(str(module.__spec__.origin))
-        public = {name: value for name, value in vars(source).items() if not name.startswith("__")}
+        public = {name: value for name, value in vars(source).items()
+                  if not name.startswith("__") and not _is_of_ours(value)}  # fmt: skip
         vars(module).update(public, __doc__=source.__doc__)
         version = getattr(source, "__version__", None)
         if version is not None:
@@ -88,6 +89,15 @@ def _missing(module: ModuleType) -> Callable[[str], Any]:
         raise ImportError(f"cannot import name {name!r} from {what!r}{advice(f'{what}.{name}', device)}", name=what)
 
     return missing
+
+
+def _is_of_ours(value: Any) -> bool:
+    """Return whether a replacement uses this itself: `from flash_attn import *` would hand it to the program."""
+    own = ("hal", "torch", "typing", "__future__", "collections")
+    if isinstance(value, ModuleType):
+        return value.__name__.partition(".")[0] in own and not value.__name__.startswith("hal.launch.replacements.")
+    home = str(getattr(value, "__module__", ""))
+    return home.partition(".")[0] in own and not home.startswith("hal.launch.replacements.")
 
 
 def _normal(name: str) -> str:

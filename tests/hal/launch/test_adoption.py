@@ -712,6 +712,54 @@ def test_a_module_moves_also_what_stands_between_with_a_to_of_its_own(cuda, move
         torch.Tensor.to = own
 
 
+class Kept(torch.nn.Module):
+    """Moves, and keeps a copy on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(2))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.kept = self.w.detach().to(torch.device("cpu"))
+        return self
+
+
+def test_a_module_that_moves_may_keep_something_on_the_host(cuda):
+    model = Kept().to("cuda")
+    model.w.data.add_(1)
+    assert (model.kept.tolist(), model.kept.device.type) == ([0, 0], "cpu")
+    table = torch.nn.Linear(2, 2)
+    model.table = table
+    model.to("cuda")
+    table._apply(lambda x: x.to(cuda.torch.device("cpu")))
+    assert table.weight.device.type == "cpu"
+
+
+class Sides(torch.nn.Module):
+    def forward(self, x):
+        host = x.to("cpu")
+        x.add_(1)
+        return host, x.is_cuda, x.device.type, x.get_device()
+
+
+def test_a_graph_that_the_program_traced_itself_sees_what_the_program_sees(cuda):
+    traced = torch.fx.symbolic_trace(Sides())
+    found = [module(cuda.torch.zeros(2, device="cuda")) for module in (traced, Sides())]
+    for host, *sides in found:
+        assert (host.tolist(), host.device.type, sides) == ([0, 0], "cpu", [True, "cuda", 0])
+
+
+@pytest.mark.parametrize("asked", [None, "cpu", "cuda", "cuda:0", torch.device("cuda"), {"cuda:0": "cpu"}])
+def test_tensors_that_wrap_others_are_loaded(cuda, asked, tmp_path):
+    file = tmp_path / "x.pt"
+    for tensor in (Wrapper(cuda.torch.ones(2, device="cuda")), Wrapper(torch.ones(2))):
+        torch.save(tensor, file)
+        found = cuda.torch.load(file, map_location=asked, weights_only=False)
+        assert isinstance(found, Wrapper)
+        assert found.inner.tolist() == [1, 1]
+
+
 def test_what_is_on_the_host_is_not_for_a_simulated_device():
     with hal.adopt("sim:h200", strict=True):
         program = importlib.import_module("torch")

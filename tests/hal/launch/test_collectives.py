@@ -63,6 +63,9 @@ def test_parts_of_different_sizes_are_gathered_and_the_rank_may_wait_later(progr
 
 def test_every_work_has_a_future(program):
     run(program, """
+    import time
+    from datetime import timedelta
+
     part, whole = torch.empty(2, device=device), numbers(4)
     want = (numbers(4, of=0) + numbers(4, of=1)).chunk(2)[rank]
     for call in (
@@ -73,6 +76,11 @@ def test_every_work_has_a_future(program):
         doubled = work.get_future().then(lambda done: done.value()[0] * 2)
         assert torch.equal(doubled.wait(), want * 2)
         assert work.is_completed() and work.is_success() and torch.equal(part.zero_() + want, want)
+        work = call()
+        assert isinstance(work, dist.Work)
+        while not work.is_completed():
+            time.sleep(0.01)
+        assert work.wait(timeout=timedelta(seconds=60)) and torch.equal(part, want)
     assert dist.reduce_scatter_tensor(part, whole) is None
     for work in (dist.all_reduce(whole, async_op=True), dist.broadcast(whole, 0, async_op=True)):
         work.get_future().wait()

@@ -264,6 +264,17 @@ def test_attention_on_distributed_tensors_is_sharded_as_on_cuda(program):
         assert torch.equal(found.full_tensor(), expected)
         mine = torch.autograd.grad(found, parts, distribute_tensor(upstream, mesh, [place]))
         assert all(torch.equal(a.full_tensor(), b) for a, b in zip(mine, grads)), place
+        for shape in (16, 16), (1, 1, 16, 16), (2, 1, 16, 16), (1, 4, 16, 16), (2, 4, 16, 16):
+            mask = torch.rand(shape, device=device) > 0.3
+            mask[..., 0] = True
+            dist.broadcast(mask, 0)
+            for plain in mask, mask.float().log():
+                given = distribute_tensor(plain, mesh, [Replicate()])
+                found, expected_here = attend(*parts, attn_mask=given), attend(*whole, attn_mask=plain)
+                assert torch.equal(found.full_tensor(), expected_here), (place, shape)
+                mine = torch.autograd.grad(found, parts, distribute_tensor(upstream, mesh, [place]))
+                theirs = torch.autograd.grad(expected_here, whole, upstream)
+                assert all(torch.equal(a.full_tensor(), b) for a, b in zip(mine, theirs)), (place, shape)
     """,
     )
 

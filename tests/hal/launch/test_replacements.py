@@ -200,6 +200,12 @@ def test_apexs_functions_of_norms(adoption):
          torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5)),
         (norms.fused_layer_norm_affine(x, weight, bias, torch.Size([8]), 1e-5, True),
          torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5)),
+        (norms.mixed_dtype_fused_layer_norm_affine(x, weight, bias, 8, 1e-5),
+         torch.nn.functional.layer_norm(x, (8,), weight, bias, 1e-5)),
+        (norms.fused_layer_norm(x, 8, 1e-5) * weight, torch.nn.functional.layer_norm(x, (8,), eps=1e-5) * weight),
+        (norms.fused_rms_norm(x, 8, 1e-5) * weight, torch.nn.functional.rms_norm(x, (8,), eps=1e-5) * weight),
+        (norms.mixed_dtype_fused_rms_norm_affine(x, weight, 8, 1e-5),
+         torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)),
         (norms.fused_rms_norm_affine(x, weight, (8,), 1e-5), torch.nn.functional.rms_norm(x, (8,), weight, 1e-5)),
     ):  # fmt: skip
         assert torch.equal(mine, theirs)
@@ -242,6 +248,18 @@ def test_it_is_a_change_of_meaning_at_the_programs_line_and_refused_in_strict_mo
         assert change.api == "flash_attn.flash_attn_func"
     with hal.adopt("cpu", strict=True), pytest.raises(UnsupportedOperation, match="torch's attention"):
         importlib.import_module("flash_attn").flash_attn_func(q, q, q)
+
+
+@pytest.mark.parametrize(
+    "library", ["flash_attn.bert_padding", "apex.normalization.fused_layer_norm", "grouped_gemm.ops"]
+)
+def test_all_of_its_names_are_the_librarys(library, adoption):
+    names = {"__name__": "program"}
+    exec(f"from {library} import *", names)
+    given = {name: value for name, value in names.items() if not name.startswith("__")}
+    assert given
+    assert {value.__module__.partition(".")[0] for value in given.values()} == {"hal"}  # none of torch's
+    assert not {"torch", "F", "Any", "annotations"} & set(given)
 
 
 def test_it_is_there_only_while_a_device_is_adopted():

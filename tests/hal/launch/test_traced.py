@@ -139,6 +139,9 @@ def test_a_library_that_is_replaced_is_noted_in_compiled_code(cuda):
     q = cuda.torch.randn(1, 4, 2, 8, device="cuda")
     attend = cuda.torch.compile(lambda q: flash.flash_attn_func(q, q, q) + 1, backend="eager", fullgraph=True)
     assert torch.equal(attend(q), flash.flash_attn_func(q, q, q) + 1)
+    for length in (5, 6):  # which the compiler leaves open from the second on
+        q = cuda.torch.randn(1, length, 2, 8, device="cuda")
+        assert torch.equal(attend(q), flash.flash_attn_func(q, q, q) + 1)
     noted = [entry for entry in cuda.adoption.entries() if entry.api == "flash_attn.flash_attn_func"]
     assert {entry.kind for entry in noted} == {"change"}
     assert {entry.file for entry in noted} == {__file__}

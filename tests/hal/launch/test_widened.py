@@ -68,6 +68,13 @@ def test_products_with_a_wide_result(cuda, dtype):
     assert found == {"torch.mm", "torch.bmm", "torch.addmm", "torch.baddbmm"}
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, as it loads its compiler of kernels
+def test_products_with_a_wide_result_in_compiled_kernels(cuda):
+    a, b = torch.randn(4, 5).bfloat16(), torch.randn(5, 6).bfloat16()
+    compiled = cuda.torch.compile(lambda a, b: torch.mm(a, b, out_dtype=torch.float32).relu(), fullgraph=True)
+    assert torch.equal(compiled(a, b), (a.float() @ b.float()).relu())
+
+
 HALF = {torch.float32: torch.float16, torch.complex64: torch.complex32}
 TRANSFORMS = {
     "fft": lambda t, x: t.fft.fft2(x),

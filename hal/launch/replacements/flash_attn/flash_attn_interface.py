@@ -139,7 +139,7 @@ def _attend(
     t, s = q.shape[1], k.shape[1]
     left, right = window
     right = 0 if causal else right
-    plain = (left < 0 or left >= s) and right == 0 and t == s
+    plain = bool((left < 0 or left >= s) and right == 0 and t == s)  # also of lengths that the compiler does not know
     mask = None if plain else visible(t, s, left, right, causal, q.device)
     if s == 0:
         return q.new_zeros(q.shape[:-1] + v.shape[-1:])

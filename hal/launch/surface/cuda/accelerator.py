@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hal.launch.api import api
+from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
@@ -81,12 +83,46 @@ def load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwargs:
     return torch.load(f, _map_location(r, map_location), *args, **kwargs)
 
 
+def install(redirection: Redirection, patches: Patches) -> None:
+    """Let tensors that wrap others, which torch puts where the file or the program says, meet what the rest meets."""
+    import torch
+
+    original: Any = torch._utils._get_restore_location
+
+    def restore_location(device: Any) -> Any:
+        asked = torch.serialization._serialization_tls.map_location
+        return asked.of_device(device) if isinstance(asked, _Mapped) else original(device)
+
+    patches.set(torch._utils, "_get_restore_location", restore_location)
+
+
+class _Mapped:
+    """Where torch puts what it loads, for each storage and for a tensor that has none of its own.
+
+    Args:
+        r: in force.
+        location_of: given where something was saved, as text, returns where it goes; None: it stays.
+    """
+
+    def __init__(self, r: Redirection, location_of: Callable[[str], Any]) -> None:
+        self._r = r
+        self._location_of = location_of
+
+    def __call__(self, storage: Any, location: str) -> Any:
+        return _moved(self._r, storage, self._location_of(location))
+
+    def of_device(self, device: Any) -> Any:
+        """Return the true device of a tensor that was saved on one."""
+        location = self._location_of(str(device))
+        return self._r.translate(device if location is None else location)
+
+
 def _map_location(r: Redirection, asked: Any) -> Any:
     if asked is None:
         # What was saved on CUDA comes to the device of that number; the rest goes where torch would put it.
-        return lambda storage, location: storage if not location.startswith("cuda") else _moved(r, storage, location)
+        return _Mapped(r, lambda location: location if location.startswith("cuda") else None)
     if isinstance(asked, dict):
-        return lambda storage, location: _moved(r, storage, _by_dict(r, asked, location))
+        return _Mapped(r, lambda location: _by_dict(r, asked, location))
     if callable(asked):
 
         def answer(storage: Any, location: str) -> Any:
@@ -97,7 +133,7 @@ def _map_location(r: Redirection, asked: Any) -> Any:
 
         return answer
     if r.hosts is not None:
-        return lambda storage, _: _moved(r, storage, asked)
+        return _Mapped(r, lambda _: asked)
     return r.translate(asked)
 
 

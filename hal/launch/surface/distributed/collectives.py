@@ -8,6 +8,7 @@ rely on all of these.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -174,7 +175,7 @@ def all_gather(
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     works = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
     if async_op:
-        return _Works(works, tensor_list)
+        return _works(works, tensor_list)
     for work in works:
         work.wait()
     return None
@@ -182,54 +183,74 @@ def all_gather(
 
 def _with_future(r: Redirection, work: Any, group: Any, result: list[torch.Tensor]) -> Any:
     """Return a work that has a future, which gloo's of these kinds have not."""
-    return _Works([work], result) if work is not None and _is_gloo(r, group) else work
+    return _works([work], result) if work is not None and _is_gloo(r, group) else work
 
 
-class _Works:
-    """Several works as one, or one that has no future of its own; whatever else is asked for, the last one answers."""
+def _works(works: list[Any], result: list[torch.Tensor]) -> Any:
+    """Return several works as one, or one that has no future of its own."""
+    return _kind_of_works()(works, result)
 
-    def __init__(self, works: list[Any], result: list[torch.Tensor]) -> None:
-        self._works = works
-        self._result = result
-        self._waited = False  # gloo does not say of all kinds that they are done
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._works[-1], name)
+@functools.cache
+def _kind_of_works() -> Any:
+    from torch._C._distributed_c10d import Work
 
-    def wait(self, *args: Any) -> bool:
-        """Wait for all."""
-        done = [work.wait(*args) for work in self._works]
-        self._waited = True
-        return all(done)
+    class Works(Work):
+        """What torch calls a work; whatever else is asked for, the last one answers."""
 
-    def is_completed(self) -> bool:
-        """Return whether all are done."""
-        return self._waited or all(work.is_completed() for work in self._works)
+        def __init__(self, works: list[Any], result: list[torch.Tensor]) -> None:
+            super().__init__()
+            self._works = works
+            self._result = result
+            self._done = threading.Event()  # gloo does not say of all kinds that they are done
+            self._waiting: Any = None
 
-    def is_success(self) -> bool:
-        """Return whether all went well."""
-        return self._waited or all(work.is_success() for work in self._works)
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._works[-1], name)
 
-    def result(self) -> list[torch.Tensor]:
-        """Return the tensors that hold the result."""
-        return self._result
+        def wait(self, *args: Any, **kwargs: Any) -> bool:
+            """Wait for all."""
+            done = [work.wait(*args, **kwargs) for work in self._works]
+            self._done.set()
+            return all(done)
 
-    def get_future(self) -> Any:
-        """Return a future of the result, which a thread waits for: callers go on, as they do with NCCL."""
-        from torch.futures import Future
+        def is_completed(self) -> bool:
+            """Return whether all are done, which a thread finds out."""
+            if not self._done.is_set():
+                self._future()
+            return self._done.is_set()
 
-        future: Any = Future()
+        def is_success(self) -> bool:
+            """Return whether all went well."""
+            return self._done.is_set() or all(work.is_success() for work in self._works)
 
-        def settle() -> None:
-            try:
-                self.wait()
-            except RuntimeError as error:  # torch's own of every kind, timeouts included
-                future.set_exception(error)
-            else:
-                future.set_result(self._result)
+        def result(self) -> list[torch.Tensor]:
+            """Return the tensors that hold the result."""
+            return self._result
 
-        threading.Thread(target=settle, daemon=True).start()
-        return future
+        def get_future(self) -> Any:
+            """Return a future of the result, which a thread waits for: callers go on, as they do with NCCL."""
+            return self._future()
+
+        def _future(self) -> Any:
+            if self._waiting is not None:
+                return self._waiting
+            from torch.futures import Future
+
+            self._waiting = future = Future()  # type: ignore[var-annotated]
+
+            def settle() -> None:
+                try:
+                    self.wait()
+                except RuntimeError as error:  # torch's own of every kind, timeouts included
+                    future.set_exception(error)
+                else:
+                    future.set_result(self._result)
+
+            threading.Thread(target=settle, daemon=True).start()
+            return future
+
+    return Works
 
 
 @api(

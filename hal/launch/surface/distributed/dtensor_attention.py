@@ -45,10 +45,16 @@ def _shardings(outputs: int, tensors: int, others: int) -> Any:
     def shardings(*args: Any, attn_mask: Any = None, **kwargs: Any) -> list[Any]:
         from torch.distributed.tensor import Replicate, Shard
 
-        placements: list[Any] = [Replicate()]
-        if attn_mask is None:
-            placements += [Shard(0), Shard(1)]
-        return [([place] * outputs, [place] * tensors + [None] * others) for place in placements]
+        found = []
+        places: tuple[Any, ...] = (Replicate(), Shard(0), Shard(1))
+        for place in places:
+            inputs: list[Any] = [place] * tensors + [None] * others
+            if attn_mask is not None:  # [T, S], or with batch and heads, each of which may be 1 for all
+                shape = attn_mask.shape
+                whole = place == Replicate() or len(shape) < 4 or shape[place.dim] == 1
+                inputs.append(Replicate() if whole else place)
+            found.append(([place] * outputs, inputs))
+        return found
 
     return shardings
 

@@ -10,6 +10,7 @@ import functools
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from hal.launch.awaited import when_loaded
 from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
@@ -51,11 +52,24 @@ def install(redirection: Redirection, patches: Patches) -> None:
         add_kernel(library, name, "CPU", _product(name.partition(".")[0], redirection))
     for name in ("_scaled_grouped_mm", "_scaled_grouped_mm_v2"):
         add_kernel(library, name, "CPU", _grouped(name, redirection))
+    when_loaded("torch._inductor.lowering", "lowerings", functools.partial(_left_as_calls, patches))
     for name in TRANSFORMS:
         transform = find_operator(name)
         if transform is not None:
             for key in ("CPU", "AutogradCPU"):
                 library.impl(transform, _transform(transform, redirection), key)
+
+
+def _left_as_calls(patches: Patches, lowerings: dict[Any, Any]) -> None:
+    """Let the compiler of kernels call products with a wide result, which it writes for other devices alone."""
+    from torch._inductor.lowering import fallback_handler
+
+    for name in _PRODUCTS:
+        product = find_operator(name)
+        own = lowerings.get(product)
+        if own is not None:
+            lowerings[product] = fallback_handler(product, add_to_fallback_set=False)
+            patches.on_undo(functools.partial(lowerings.__setitem__, product, own))
 
 
 def _widened(name: str, redirection: Redirection, own: Kernel) -> Kernel:

@@ -214,7 +214,7 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
             if hosts is None or frame is None or not is_host(asked):
                 return moved
             # A module's tensors, also where a class or the program stands between with a `to` of its own.
-            if redirection.moving is not None and isinstance(asked, device):
+            if redirection.moving is not None and isinstance(asked, device) and _is_called_by(convert, frame):
                 return hosts.moved(self, moved, redirection.moving)
             return moved if inside(frame) else hosts.moved(self, moved, True)
         if frame is not None:
@@ -227,6 +227,13 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
         return moved if hosts is None or frame is None else hosts.moved(self, moved, False)
 
     return to
+
+
+def _is_called_by(code: Any, frame: Any) -> bool:
+    """Return whether a frame is of a function, or was called from one that is."""
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _convert() -> Any:

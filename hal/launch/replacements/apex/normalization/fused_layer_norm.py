@@ -101,5 +101,36 @@ def fused_rms_norm_affine(
     return FusedRMSNormAffineFunction.apply(input, weight, normalized_shape, eps, memory_efficient)
 
 
+def fused_layer_norm(
+    input: torch.Tensor, normalized_shape: Any, eps: float = 1e-6, memory_efficient: bool = False
+) -> torch.Tensor:
+    """Return rows normalised."""
+    stands_in("apex.normalization.fused_layer_norm.fused_layer_norm", _INSTEAD)
+    return F.layer_norm(input, _shape(normalized_shape), eps=eps)
+
+
+def fused_rms_norm(
+    input: torch.Tensor, normalized_shape: Any, eps: float = 1e-6, memory_efficient: bool = False
+) -> torch.Tensor:
+    """Return rows normalised by the root of the mean square."""
+    stands_in("apex.normalization.fused_layer_norm.fused_rms_norm", _INSTEAD)
+    return F.rms_norm(input, _shape(normalized_shape), eps=eps)
+
+
+def mixed_dtype_fused_layer_norm_affine(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, normalized_shape: Any, eps: float = 1e-6,
+    memory_efficient: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Return rows normalised, scaled and shifted, in the dtype of the weight."""
+    return fused_layer_norm_affine(input.to(weight.dtype), weight, bias, normalized_shape, eps, memory_efficient)
+
+
+def mixed_dtype_fused_rms_norm_affine(
+    input: torch.Tensor, weight: torch.Tensor, normalized_shape: Any, eps: float = 1e-6, memory_efficient: bool = False
+) -> torch.Tensor:
+    """Return rows normalised and scaled, in the dtype of the weight."""
+    return fused_rms_norm_affine(input.to(weight.dtype), weight, normalized_shape, eps, memory_efficient)
+
+
 def _shape(normalized_shape: Any) -> tuple[int, ...]:
     return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)

@@ -24,6 +24,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
 def _register(patches: Patches, kind: Any) -> None:
     import torch
+    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
     from torch.distributed.tensor.experimental import register_sharding
 
     known = kind._op_dispatcher.sharding_propagator
@@ -36,6 +37,8 @@ def _register(patches: Patches, kind: Any) -> None:
         if operator is None or operator in known.op_strategy_funcs:
             continue
         register_sharding(operator)(_shardings(outputs, tensors, others))
+        # What was found is kept by what it was found for, of which a mask is a part.
+        known.op_to_schema_info[operator] = RuntimeSchemaInfo(100, ["attn_mask"], needs_pytree=True)
         patches.on_undo(functools.partial(_forget, known, operator))
 
 
@@ -49,10 +52,15 @@ def _shardings(outputs: int, tensors: int, others: int) -> Any:
         places: tuple[Any, ...] = (Replicate(), Shard(0), Shard(1))
         for place in places:
             inputs: list[Any] = [place] * tensors + [None] * others
-            if attn_mask is not None:  # [T, S], or with batch and heads, each of which may be 1 for all
+            if attn_mask is not None:
+                # [T, S], or with batch and heads, each of which may be 1 for all. torch moves no argument by name: a
+                # mask stays where it is, and what would need another one is left out.
                 shape = attn_mask.shape
                 whole = place == Replicate() or len(shape) < 4 or shape[place.dim] == 1
-                inputs.append(Replicate() if whole else place)
+                mask = Replicate() if whole else place
+                if any(placed != mask for placed in attn_mask.placements):
+                    continue
+                inputs.append(mask)
             found.append(([place] * outputs, inputs))
         return found
 

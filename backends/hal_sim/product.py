@@ -101,11 +101,16 @@ def multiply_groups(
     least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
     first, length = torch.tensor(lengths).view(-1, 2).T
     each, N = torch.arange(len(lengths)), b.shape[-1]
+    # Only what no group has is filled with zeros: torch's threads, woken to fill all of it, would be in the core's way.
     if b.ndim == 3:
-        out = torch.zeros(a.shape[0], N)
+        out = torch.empty(a.shape[0], N)
+        out[lengths[-1][0] + lengths[-1][1] if a.shape[1] and lengths else 0 :] = 0
         sizes, at = (length, N, a.shape[1]), (first * a.stride(0), each * b.stride(0), first * N)
     else:
-        out = torch.zeros(len(lengths), a.shape[0], N)
+        out = torch.empty(len(lengths), a.shape[0], N)
+        for group, (_, products) in enumerate(lengths):
+            if not products:
+                out[group] = 0
         sizes, at = (a.shape[0], N, length), (first * a.stride(1), first * b.stride(0), each * a.shape[0] * N)
     native.multiply_many(native.library(), a, b, out, unit, least, sizes, at)
     return out

@@ -9,11 +9,15 @@ all went well (https://github.com/pytorch/pytorch/issues/190489). On two busy co
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 
 PATIENCE_S = 1.0
 """How long a process may be held up by threads that still work: those that wait for a lost peer would for minutes."""
+
+waiting: list[threading.Thread] = []
+"""Threads of ours that wait for a collective, which come back from torch asking for Python's lock."""
 
 _INTERVAL_S = 0.005
 _THREADS = "pt_gloo_runloop"
@@ -22,6 +26,8 @@ _THREADS = "pt_gloo_runloop"
 def settle() -> None:
     """Wait until gloo's threads have nothing left to do, at most `PATIENCE_S`. Only Linux says what a thread does."""
     deadline = time.monotonic() + PATIENCE_S
+    for thread in waiting:
+        thread.join(max(0.0, deadline - time.monotonic()))
     before = None
     while (now := _threads()) and time.monotonic() < deadline:
         # Asleep on both looks, and not awake between them. One that waits for Python's lock has it while we sleep.

@@ -93,11 +93,10 @@ def _missing(module: ModuleType) -> Callable[[str], Any]:
 
 def _is_of_ours(value: Any) -> bool:
     """Return whether a replacement uses this itself: `from flash_attn import *` would hand it to the program."""
-    own = ("hal", "torch", "typing", "__future__", "collections")
-    if isinstance(value, ModuleType):
-        return value.__name__.partition(".")[0] in own and not value.__name__.startswith("hal.launch.replacements.")
-    home = str(getattr(value, "__module__", ""))
-    return home.partition(".")[0] in own and not home.startswith("hal.launch.replacements.")
+    home = value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", ""))
+    if home.startswith("hal.launch.replacements."):
+        return home == __name__
+    return home.partition(".")[0] in ("hal", "torch", "typing", "__future__", "collections")
 
 
 def _normal(name: str) -> str:

@@ -712,6 +712,16 @@ def test_a_module_moves_also_what_stands_between_with_a_to_of_its_own(cuda, move
         torch.Tensor.to = own
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.filterwarnings("ignore:.*TorchScript archive")
+@pytest.mark.parametrize("asked", [None, "cpu", "cuda"])
+def test_a_saved_script_is_loaded_by_torch_load_too(cuda, asked, tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "s.pt")
+    with (tmp_path / "s.pt").open("rb") as file:
+        for given in (tmp_path / "s.pt", file):
+            assert cuda.torch.load(given, map_location=asked, weights_only=False)(torch.ones(2)).shape == (2,)
+
+
 class Kept(torch.nn.Module):
     """Moves, and keeps a copy on the host."""
 

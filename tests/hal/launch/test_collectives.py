@@ -82,6 +82,9 @@ def test_every_work_has_a_future(program):
             time.sleep(0.01)
         assert work.wait(timeout=timedelta(seconds=60)) and torch.equal(part, want)
     assert dist.reduce_scatter_tensor(part, whole) is None
+    if rank == 1:
+        time.sleep(0.1)
+    assert not dist.reduce_scatter_tensor(part, whole, async_op=True).is_completed() or rank  # and the process ends
     for work in (dist.all_reduce(whole, async_op=True), dist.broadcast(whole, 0, async_op=True)):
         work.get_future().wait()
     """)  # fmt: skip

@@ -80,7 +80,13 @@ def load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwargs:
     """Put what was saved on CUDA onto the device, and what is mapped to CUDA, too; a path is never touched."""
     import torch
 
-    return torch.load(f, _map_location(r, map_location), *args, **kwargs)
+    try:
+        return torch.load(f, _map_location(r, map_location), *args, **kwargs)
+    except ValueError as error:
+        if _Mapped.__name__ not in str(error):
+            raise
+    # A script that was saved, which torch hands on to `torch.jit.load`.
+    return torch.load(f, r.translate(map_location), *args, **kwargs)
 
 
 def install(redirection: Redirection, patches: Patches) -> None:

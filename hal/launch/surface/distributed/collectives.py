@@ -15,6 +15,7 @@ import threading
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from hal.launch import gloo
 from hal.launch.api import api
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
@@ -203,6 +204,7 @@ def _kind_of_works() -> Any:
             self._works = works
             self._result = result
             self._done = threading.Event()  # gloo does not say of all kinds that they are done
+            self._error: RuntimeError | None = None
             self._waiting: Any = None
 
         def __getattr__(self, name: str) -> Any:
@@ -210,9 +212,14 @@ def _kind_of_works() -> Any:
 
         def wait(self, *args: Any, **kwargs: Any) -> bool:
             """Wait for all."""
-            done = [work.wait(*args, **kwargs) for work in self._works]
-            self._done.set()
-            return all(done)
+            try:
+                done = [work.wait(*args, **kwargs) for work in self._works]  # all of them, whatever the first one says
+                return all(done)
+            except RuntimeError as error:  # torch's own of every kind, timeouts included
+                self._error = error
+                raise
+            finally:
+                self._done.set()
 
         def is_completed(self) -> bool:
             """Return whether all are done, which a thread finds out."""
@@ -222,7 +229,11 @@ def _kind_of_works() -> Any:
 
         def is_success(self) -> bool:
             """Return whether all went well."""
-            return self._done.is_set() or all(work.is_success() for work in self._works)
+            return self._error is None if self._done.is_set() else all(work.is_success() for work in self._works)
+
+        def exception(self) -> Any:
+            """Return what went wrong, or None."""
+            return self._error
 
         def result(self) -> list[torch.Tensor]:
             """Return the tensors that hold the result."""
@@ -242,12 +253,14 @@ def _kind_of_works() -> Any:
             def settle() -> None:
                 try:
                     self.wait()
-                except RuntimeError as error:  # torch's own of every kind, timeouts included
+                except RuntimeError as error:
                     future.set_exception(error)
                 else:
                     future.set_result(self._result)
 
-            threading.Thread(target=settle, daemon=True).start()
+            thread = threading.Thread(target=settle, daemon=True)
+            thread.start()
+            gloo.waiting[:] = [*(other for other in gloo.waiting if other.is_alive()), thread]
             return future
 
     return Works

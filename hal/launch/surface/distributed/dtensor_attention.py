@@ -25,46 +25,52 @@ def install(redirection: Redirection, patches: Patches) -> None:
 def _register(patches: Patches, kind: Any) -> None:
     import torch
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-    from torch.distributed.tensor.experimental import register_sharding
 
     known = kind._op_dispatcher.sharding_propagator
     aten: Any = torch.ops.aten
-    for name, outputs, tensors, others in (
-        ("_scaled_dot_product_flash_attention_for_cpu", 2, 3, 2),
-        ("_scaled_dot_product_flash_attention_for_cpu_backward", 3, 6, 2),
+    for name, outputs, tensors in (
+        ("_scaled_dot_product_flash_attention_for_cpu", 2, 3),
+        ("_scaled_dot_product_flash_attention_for_cpu_backward", 3, 6),
     ):
         operator = getattr(getattr(aten, name, None), "default", None)
         if operator is None or operator in known.op_strategy_funcs:
             continue
-        register_sharding(operator)(_shardings(outputs, tensors, others))
         # What was found is kept by what it was found for, of which a mask is a part.
-        known.op_to_schema_info[operator] = RuntimeSchemaInfo(100, ["attn_mask"], needs_pytree=True)
+        info = RuntimeSchemaInfo(100, ["attn_mask"], needs_pytree=True)
+        known.register_op_strategy(operator, functools.partial(_strategy, outputs, tensors), info)
         patches.on_undo(functools.partial(_forget, known, operator))
 
 
-def _shardings(outputs: int, tensors: int, others: int) -> Any:
-    """Return what torch asks for the placements of an operator with so many results and arguments."""
+def _strategy(outputs: int, tensors: int, schema: Any) -> Any:
+    """Return how an operator with so many results and tensors may be sharded.
 
-    def shardings(*args: Any, attn_mask: Any = None, **kwargs: Any) -> list[Any]:
-        from torch.distributed.tensor import Replicate, Shard
+    Raises:
+        RuntimeError: a mask lies so that nothing goes with it; torch moves no argument that is given by name.
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 
-        found = []
-        places: tuple[Any, ...] = (Replicate(), Shard(0), Shard(1))
-        for place in places:
-            inputs: list[Any] = [place] * tensors + [None] * others
-            if attn_mask is not None:
-                # [T, S], or with batch and heads, each of which may be 1 for all. torch moves no argument by name: a
-                # mask stays where it is, and what would need another one is left out.
-                shape = attn_mask.shape
-                whole = place == Replicate() or len(shape) < 4 or shape[place.dim] == 1
-                mask = Replicate() if whole else place
-                if any(placed != mask for placed in attn_mask.placements):
-                    continue
-                inputs.append(mask)
-            found.append(([place] * outputs, inputs))
-        return found
-
-    return shardings
+    given = schema.kwargs_schema.get("attn_mask")
+    mask = None if given is None else given.strategies[0].output_spec
+    places: tuple[Any, ...] = (Replicate(), Shard(0), Shard(1))
+    lists: list[Any] = []
+    for place in places:
+        whole = [place] * (outputs + tensors)
+        if mask is not None:  # [T, S], or with batch and heads, each of which may be 1 for all
+            shape = mask.shape
+            alike = place == Replicate() or len(shape) < 4 or shape[place.dim] == 1
+            whole.append(Replicate() if alike else place)
+        lists.append(whole)
+    found = expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, lists, input_index=outputs)
+    if mask is not None:
+        every: Any = found.strategies
+        found.strategies = [each for each in every if each.input_specs[-1].placements == mask.placements]
+        if not found.strategies:
+            raise RuntimeError(
+                f"attention on distributed tensors: a mask of shape {list(mask.shape)} is placed as {mask.placements}, "
+                "which goes with no placement of its operands; replicate it, or place it as they are"
+            )
+    return found
 
 
 def _forget(known: Any, operator: Any) -> None:

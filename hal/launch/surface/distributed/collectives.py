@@ -224,7 +224,7 @@ def _kind_of_works() -> Any:
         def is_completed(self) -> bool:
             """Return whether all are done, which a thread finds out."""
             if not self._done.is_set():
-                self._future()
+                self.get_future()
             return self._done.is_set()
 
         def is_success(self) -> bool:
@@ -241,9 +241,6 @@ def _kind_of_works() -> Any:
 
         def get_future(self) -> Any:
             """Return a future of the result, which a thread waits for: callers go on, as they do with NCCL."""
-            return self._future()
-
-        def _future(self) -> Any:
             if self._waiting is not None:
                 return self._waiting
             from torch.futures import Future

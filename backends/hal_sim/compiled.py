@@ -60,11 +60,15 @@ def _left_as_calls(count: Callable[[str], None]) -> Iterator[None]:
     decompositions: dict[Any, Any] = decomposition.decompositions
     removed = {operator: decompositions.pop(operator) for operator in list(decompositions) if _is_product(operator)}
     lowerings: dict[Any, Any] = lowering.lowerings
-    products = {operator: own for operator, own in lowerings.items() if _is_product(operator)}
-    lowerings.update({operator: lowering.fallback_handler(operator, add_to_fallback_set=False)
-                      for operator in products if isinstance(operator, torch._ops.OpOverload)})  # fmt: skip
-    own_kernels = {operator: own for operator, own in lowerings.items() if "flex_attention" in str(operator)}
-    lowerings.update({operator: _counted(operator, own, count) for operator, own in own_kernels.items()})
+    # The decomposed ones too: what has no lowering Inductor makes a call by itself, but refuses to where torch knows
+    # a decomposition and the variable CI is set.
+    products = {operator for operator in {*lowerings, *removed} if _is_product(operator)}
+    changed = {operator: lowering.fallback_handler(operator, add_to_fallback_set=False)
+               for operator in products if isinstance(operator, torch._ops.OpOverload)}  # fmt: skip
+    changed |= {operator: _counted(operator, own, count)
+                for operator, own in lowerings.items() if "flex_attention" in str(operator)}  # fmt: skip
+    own_lowerings = {operator: lowerings[operator] for operator in changed if operator in lowerings}
+    lowerings.update(changed)
     decomposition.fast_random_decomps.cache_clear()
     try:
         # The backward pass is compiled at once, while this is in force.
@@ -73,7 +77,9 @@ def _left_as_calls(count: Callable[[str], None]) -> Iterator[None]:
             yield
     finally:
         decompositions.update(removed)
-        lowerings.update(products | own_kernels)
+        for operator in changed:
+            del lowerings[operator]
+        lowerings.update(own_lowerings)
         decomposition.fast_random_decomps.cache_clear()
 
 

@@ -49,6 +49,12 @@ def test_products_are_the_units(name):
         assert torch.equal(compiled(*given), function(*given))
 
 
+def test_where_inductor_refuses_to_call_what_could_be_decomposed(monkeypatch):
+    monkeypatch.setenv("CI", "true")
+    with hal.open_device("sim:h200"):
+        assert torch.equal(torch.compile(torch.mv)(A, V), torch.mv(A, V))
+
+
 def test_gradients_too():
     layer, x = torch.nn.Linear(600, 1), A[:1].clone().requires_grad_()
     with hal.open_device("sim:h200"):

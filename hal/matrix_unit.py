@@ -41,6 +41,8 @@ FORMATS: Mapping[str, InputFormat] = MappingProxyType(
         "float8_e5m2fnuz": InputFormat(3, -15),
     }
 )
+PARTNERS: Mapping[str, str] = MappingProxyType({"float8_e5m2": "float8_e4m3fn"})
+"""Of formats that cuBLASLt and CANN do not multiply with themselves: gradients of e5m2 meet weights of e4m3."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hal.attempt import attempt
 from hal.errors import ConfigError, HalError, Unsupported
+from hal.matrix_unit import PARTNERS
 from hal.support import Support
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def _scaled_mm(device: torch.device, dtype: torch.dtype) -> Any:
     import torch
 
     one = torch.ones((), dtype=torch.float32, device=device)
-    right = _sample(device, dtype, 32, 32).t()  # column-major, as the scaled product wants its second operand
+    name = str(dtype).removeprefix("torch.")
+    other: torch.dtype = getattr(torch, PARTNERS.get(name, name))
+    right = _sample(device, other, 32, 32).t()  # column-major, as the scaled product wants its second operand
     return torch._scaled_mm(_sample(device, dtype, 32, 32), right, one, one, out_dtype=torch.bfloat16)
 
 

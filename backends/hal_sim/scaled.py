@@ -29,6 +29,8 @@ def scaled_mm(
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
         raise RuntimeError(f"scaled_mm: {tuple(a.shape)} and {tuple(b.shape)} cannot be multiplied")
     _of_8_bits("scaled_mm", a, b)
+    if a.dtype == b.dtype == torch.float8_e5m2:  # of no chip here: AMD's have another format
+        raise ValueError("scaled_mm: multiplication of two Float8_e5m2 matrices is not supported")
     _check_as_on_a_card(simulation, a, b, scale_a, scale_b, bias, out_dtype or a.dtype)
     product = simulation.product(a[None], b[None])[0]
     for name, scale, each in (("scale_a", scale_a, (a.shape[0], 1)), ("scale_b", scale_b, (1, b.shape[1]))):
@@ -84,6 +86,8 @@ def scaled_grouped_mm(
     if bias is not None or scale_result is not None:
         raise RuntimeError("scaled_grouped_mm: neither a bias nor a scale of the result is supported")
     _of_8_bits("scaled_grouped_mm", a, b)
+    if not (a.dtype == b.dtype and "e4m3" in str(a.dtype)):
+        raise ValueError(f"scaled_grouped_mm: expected two e4m3 operands, but got {a.dtype} and {b.dtype}")
     check_layout(a, b)
     product = simulation.grouped(a, b, offs)
     groups = 0 if offs is None else offs.numel()

@@ -107,7 +107,7 @@ def _print_facts(facts: DeviceFacts) -> None:
     )
     say("")
     rows = [("FORMAT", "OPERANDS", "AT ONCE", "ALIGNED", "SUM", "SUBNORMALS", "OVERFLOW"),
-            *(_row(name, unit) for name, unit in facts.units.items())]  # fmt: skip
+            *(_row(unit) for unit in facts.units.values())]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -134,7 +134,7 @@ def _print_facts(facts: DeviceFacts) -> None:
 _TIES = {"lower index": "the lower index", "higher index": "the higher index", "neither": "no fixed one"}
 
 
-def _row(name: str, unit: UnitFacts) -> tuple[str, ...]:
+def _row(unit: UnitFacts) -> tuple[str, ...]:
     sums = f"{unit.accumulator_bits}{' or more' if unit.accumulator_at_least else ''} bits, {unit.sums or '?'}"
     small = ", small ones down" if unit.small_sum == "rounded down" else ""
     small += f", stored {unit.stored}" if unit.stored not in (None, "nearest, ties to even") else ""
@@ -147,7 +147,7 @@ def _row(name: str, unit: UnitFacts) -> tuple[str, ...]:
         f"{unit.subnormal_inputs} in, {unit.subnormal_results or '-'} out",
     )
     return (
-        name,
+        unit.name,
         f"{unit.input_bits} bits{f', {unit.input_rounding}' if unit.input_rounding else ''}",
         "-" if unit.group is None else str(unit.group),
         aligned,

@@ -27,21 +27,22 @@ _OF_ZERO = -5000
 """The exponent of zero: never the largest."""
 
 
-def evaluated(a_MK: F64, b_KN: F64, unit: MatrixUnit, format: str, pieces: Pieces) -> F64:
+def evaluated(a_MK: F64, b_KN: F64, unit: MatrixUnit, formats: tuple[str, str], pieces: Pieces) -> F64:
     """Return a b as a unit sums it in pieces of K: numbers of its accumulator.
 
     Args:
-        a_MK: numbers of the format.
-        b_KN: the same.
+        a_MK: numbers of the first format.
+        b_KN: of the second.
         unit: the rule.
-        format: key of `FORMATS`.
+        formats: of a and b, keys of `FORMATS`.
         pieces: how K is shared out.
     """
     if pieces.parts:
-        left, right = (evaluated(a_MK, b_KN, unit, format, part) for part in pieces.parts)
+        left, right = (evaluated(a_MK, b_KN, unit, formats, part) for part in pieces.parts)
         total = left + right
         return total if unit.result == "float64" else total.astype(np.float32).astype(np.float64)
-    least = FORMATS[format].min_exponent
+    of_a, of_b = formats
+    least = FORMATS[of_a].min_exponent, FORMATS[of_b].min_exponent
     step = _STEPS["float64" if unit.result == "float64" else unit.kind]
     c_MN = np.zeros((len(a_MK), b_KN.shape[1]))
     for start in range(pieces.start, pieces.end, unit.group):
@@ -51,7 +52,7 @@ def evaluated(a_MK: F64, b_KN: F64, unit: MatrixUnit, format: str, pieces: Piece
     return c_MN
 
 
-def _truncated(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
+def _truncated(a: F64, b: F64, c: F64, unit: MatrixUnit, least: tuple[int, int]) -> F64:
     largest = np.maximum(_exponents_of_products(a, b, least).max(0), _exponent(c, -126))
     if unit.exponent_floor is not None:
         largest = np.maximum(largest, unit.exponent_floor)
@@ -62,7 +63,7 @@ def _truncated(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
     return _rounded(np.ldexp(total, -up), 14 if unit.result == "float32_13" else 24, -126, np.trunc)
 
 
-def _floored(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
+def _floored(a: F64, b: F64, c: F64, unit: MatrixUnit, least: tuple[int, int]) -> F64:
     apart = 2 if unit.interleaved else 1
     exponents, products = _exponents_of_products(a, b, least), a * b
     sums = []
@@ -81,8 +82,8 @@ def _floored(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
     return np.where(of_products == _OF_ZERO, c, _rounded(np.ldexp(total + addend * 128, both - 31), 24, -126, np.rint))
 
 
-def _pairwise(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
-    a, b = (np.where(np.abs(x) < 2.0**least, 0.0, x) for x in (a, b))
+def _pairwise(a: F64, b: F64, c: F64, unit: MatrixUnit, least: tuple[int, int]) -> F64:
+    a, b = (np.where(np.abs(x) < 2.0**smallest, 0.0, x) for x, smallest in zip((a, b), least, strict=True))
     sums = list(_flushed(a * b))
     sums += [np.zeros_like(c)] * (unit.group - len(sums))
     while len(sums) > 1:
@@ -95,7 +96,7 @@ def _flushed(x: F64) -> F64:
     return np.where(np.abs(nearest) < 2.0**-126, 0.0, nearest)
 
 
-def _fused(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
+def _fused(a: F64, b: F64, c: F64, unit: MatrixUnit, least: tuple[int, int]) -> F64:
     """Round to odd in float64 first: its 53 bits leave enough of the sum to round it once more to float32."""
     product = a[0] * b[0]
     total = product + c
@@ -105,7 +106,7 @@ def _fused(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
     return _rounded(total, 24, -126, np.rint)
 
 
-def _fused_float64(a: F64, b: F64, c: F64, unit: MatrixUnit, least: int) -> F64:
+def _fused_float64(a: F64, b: F64, c: F64, unit: MatrixUnit, least: tuple[int, int]) -> F64:
     """Split the product in two (Dekker), which `math.fsum` adds to c and rounds once."""
     (x1, x2), (y1, y2) = _halves(a[0]), _halves(b[0])
     product = a[0] * b[0]
@@ -119,13 +120,13 @@ def _halves(x: F64) -> tuple[F64, F64]:
     return high, x - high
 
 
-_STEPS: dict[str, Callable[[F64, F64, F64, MatrixUnit, int], F64]] = {
+_STEPS: dict[str, Callable[[F64, F64, F64, MatrixUnit, tuple[int, int]], F64]] = {
     "truncated": _truncated, "floored": _floored, "pairwise": _pairwise, "fused": _fused, "float64": _fused_float64,
 }  # fmt: skip
 
 
-def _exponents_of_products(a: F64, b: F64, least: int) -> Exponents:
-    return np.where(a * b == 0, _OF_ZERO, _exponent(a, least) + _exponent(b, least))
+def _exponents_of_products(a: F64, b: F64, least: tuple[int, int]) -> Exponents:
+    return np.where(a * b == 0, _OF_ZERO, _exponent(a, least[0]) + _exponent(b, least[1]))
 
 
 def _exponent(x: F64, least: int) -> Exponents:

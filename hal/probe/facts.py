@@ -18,6 +18,7 @@ class UnitFacts:
 
     Attributes:
         format: of the operands, a key of `hal.matrix_unit.FORMATS`.
+        partner: of the second one, where the device does not multiply two of `format`.
         result: dtype of the result.
         inner: inner length K of the product that was probed.
         order: in which order products are added, in words; why there is no tree, if there is none.
@@ -49,6 +50,7 @@ class UnitFacts:
     result: str
     inner: int
     order: str
+    partner: str | None = None
     tree: str | None = None
     longer: Mapping[str, str] = field(default_factory=dict)
     group: int | None = None
@@ -73,9 +75,14 @@ class UnitFacts:
     nan: str | None = None
 
     @property
+    def name(self) -> str:
+        """The format, and the partner's where it is another."""
+        return self.format if self.partner is None else f"{self.format} by {self.partner}"
+
+    @property
     def arithmetic(self) -> Mapping[str, object]:
         """The facts that decide bits: all but names and the code of NaN."""
-        names = {"format", "result", "inner", "order", "infinity", "nan"}
+        names = {"format", "partner", "result", "inner", "order", "infinity", "nan"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
 
     @property

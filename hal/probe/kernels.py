@@ -54,12 +54,12 @@ def operands(multiply: Multiplier) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(INNER)
     half = INNER // 2
     dtype = torch.float64
-    a = torch.randn(ROWS, half, generator=generator, dtype=dtype).to(multiply.dtype).to(dtype)
-    b = torch.randn(half, COLUMNS, generator=generator, dtype=dtype).to(multiply.dtype).to(dtype)
+    a = torch.randn(ROWS, half, generator=generator, dtype=dtype)
+    b = torch.randn(half, COLUMNS, generator=generator, dtype=dtype)
     places = torch.randperm(INNER, generator=generator)
     back = torch.argsort(places)
     a, b = torch.cat([a, -a], 1)[:, back], torch.cat([b, b])[back]
-    return multiply.placed(a), multiply.placed(b)
+    return multiply.placed(a, b)  # of which some are rounded, each as its twin is
 
 
 def kernels(multiply: Multiplier) -> Kernels:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hal.errors import HalError
-from hal.matrix_unit import FORMATS, InputFormat
+from hal.matrix_unit import FORMATS, PARTNERS, InputFormat
 
 if TYPE_CHECKING:
     from hal.device import Device
@@ -35,12 +35,13 @@ class Multiplier:
     """Multiplies matrices on a device.
 
     Attributes:
-        format: of both operands, a key of `hal.matrix_unit.FORMATS`.
+        format: of the operands, a key of `hal.matrix_unit.FORMATS`.
         device: where.
         kernel: a [M, K] and b [K, N] there, of `dtype`, to [M, N] there.
         dtype: of the operands.
         result: dtype that the kernel returns.
         outer: M and N of the products that a probe makes.
+        partner: format of b, where the device does not multiply two of `format` (`hal.matrix_unit.PARTNERS`).
     """
 
     format: str
@@ -49,6 +50,7 @@ class Multiplier:
     dtype: torch.dtype
     result: torch.dtype
     outer: int = 64
+    partner: str | None = None
     calls: list[int] = field(default_factory=lambda: [0], compare=False)
 
     def __call__(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
@@ -56,28 +58,40 @@ class Multiplier:
 
         Args:
             a_MK: float64 tensor on the host, of numbers that the format has.
-            b_KN: the same.
+            b_KN: the same, of the partner's.
         """
         return self.raw(a_MK, b_KN).double()
 
     def raw(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
         """Return a b on the host as the device stores it."""
         self.calls[0] += 1
-        return self.kernel(self.placed(a_MK), self.placed(b_KN)).cpu()
+        return self.kernel(*self.placed(a_MK, b_KN)).cpu()
 
-    def placed(self, x: torch.Tensor) -> torch.Tensor:
-        """Return an operand on the device; converted on the host, whose conversions are exact for what a probe uses."""
-        return x.to(self.dtype).to(self.device)
+    def placed(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return operands on the device; converted on the host, whose conversions are exact for what a probe uses."""
+        of_b = getattr(torch, self.partner) if self.partner else self.dtype
+        return a_MK.to(self.dtype).to(self.device), b_KN.to(of_b).to(self.device)
+
+    @property
+    def formats(self) -> tuple[str, str]:
+        """Those of a and b."""
+        return self.format, self.partner or self.format
+
+    @property
+    def name(self) -> str:
+        """The format, and the partner's where it is another."""
+        return self.format if self.partner is None else f"{self.format} by {self.partner}"
 
     @property
     def numbers(self) -> InputFormat:
-        """What the format holds."""
-        return FORMATS[self.format]
+        """What both operands can be."""
+        of_a, of_b = (FORMATS[format] for format in self.formats)
+        return InputFormat(min(of_a.bits, of_b.bits), max(of_a.min_exponent, of_b.min_exponent))
 
     @property
     def largest_exponent(self) -> int:
         """The largest power of two that a probe may use as an operand."""
-        return LARGEST_EXPONENT[self.format]
+        return min(LARGEST_EXPONENT[format] for format in self.formats)
 
     def one_row_at_a_time(self) -> Multiplier:
         """Return the same for products with a single row: such a one may take another kernel."""
@@ -123,6 +137,9 @@ def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
             refused[format] = supported.reason or "unsupported"
         elif scaled:
             made = _scaled(format, dtype, device.torch_device)
+            if isinstance(made, str) and format in PARTNERS:
+                paired = _scaled(format, dtype, device.torch_device, PARTNERS[format])
+                made = made if isinstance(paired, str) else paired
             if isinstance(made, Multiplier):
                 found[format] = made
             else:
@@ -132,7 +149,7 @@ def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
     return found, refused
 
 
-def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier | str:
+def _scaled(format: str, dtype: torch.dtype, device: torch.device, partner: str | None = None) -> Multiplier | str:
     """Return the scaled product with scales of one, in the widest type that it returns, or why it returns none."""
     one = torch.ones((), dtype=torch.float32, device=device)
     reasons: list[str] = []
@@ -142,7 +159,7 @@ def _scaled(format: str, dtype: torch.dtype, device: torch.device) -> Multiplier
             by_columns = b.t().contiguous().t()
             return torch._scaled_mm(a.contiguous(), by_columns, scale_a=one, scale_b=one, out_dtype=result)
 
-        made = Multiplier(format, device, kernel, dtype, result)
+        made = Multiplier(format, device, kernel, dtype, result, partner=partner)
         try:
             made(torch.ones(64, 64, dtype=torch.float64), torch.ones(64, 64, dtype=torch.float64))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:

@@ -51,7 +51,7 @@ class Products:
         source: device or file, for messages.
         device: facts about it.
         versions: of what decides results.
-        results: by "format/MxKxN".
+        results: by "format/MxKxN", where a format is `Multiplier.name`.
         refused: the same for products that the device does not compute, with the reason.
     """
 
@@ -62,9 +62,9 @@ class Products:
     refused: Mapping[str, str]
 
 
-def key(format: str, shape: Shape) -> str:
+def key(multiplier: str, shape: Shape) -> str:
     """Return the name of one product."""
-    return f"{format}/{'x'.join(map(str, shape))}"
+    return f"{multiplier}/{'x'.join(map(str, shape))}"
 
 
 def operands(name: str, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,7 +104,7 @@ def computed(name: str, formats: Sequence[str] = ()) -> Products:
 
 
 def _compute(multiply: Multiplier, shape: Shape, results: dict[str, torch.Tensor], refused: dict[str, str]) -> None:
-    name = key(multiply.format, shape)
+    name = key(multiply.name, shape)
     try:
         results[name] = multiply.raw(*operands(name, shape))
     except (RuntimeError, HalError) as error:
@@ -121,7 +121,7 @@ class Agreement:
     """How the products of one format and class agree.
 
     Attributes:
-        format: of the operands.
+        format: of the operands (`Multiplier.name`).
         kind: key of `CLASSES`.
         shapes: that both have.
         equal_shapes: of which all bits are equal.
@@ -152,7 +152,8 @@ def compare(one: Products, other: Products) -> list[Agreement]:
     """Return how far two devices agree, for every format and class of shapes that both have."""
     both = {name.split("/")[0] for name in one.results if name in other.results}
     found = []
-    for format in (name for name in FORMATS if name in both):
+    order = list(FORMATS)
+    for format in sorted(both, key=lambda name: order.index(name.split()[0])):
         for kind, shapes in CLASSES.items():
             names = [key(format, shape) for shape in shapes]
             shares = {name: _equal(one.results[name], other.results[name]) for name in names

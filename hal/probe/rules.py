@@ -57,7 +57,7 @@ def nearest(units: Mapping[str, UnitFacts], products: Mapping[str, Products] = M
     rules = MATRIX_UNITS[archs[0]]
     shared = {name: pieces(facts, rules[name]) for name, facts in units.items() if name in rules}
     compared = {
-        name: differing(products[name], facts.format, rules[name], shared[name])
+        name: differing(products[name], rules[name], shared[name])
         for name, facts in units.items()
         if name in products and shared.get(name, {}).get(facts.inner)
     }

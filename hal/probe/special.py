@@ -69,9 +69,9 @@ def operands(multiply: Multiplier, K: int) -> Operands:
         rounding = {
             (0.0, 0.0, 1.0): "cut", (1.0, 0.0, 2.0): "nearest, ties to even", (1.0, 1.0, 2.0): "nearest, ties away",
         }.get(got, "split")  # fmt: skip
-    least = 2.0 ** (multiply.numbers.min_exponent - 1)
-    whole_again = sums(multiply, [[Term(0, least, 2.0)], [Term(0, 2.0, least)]], K)
-    return Operands(kept, rounding, "kept" if bool((whole_again == 2 * least).all()) else "flushed")
+    of_a, of_b = (2.0 ** (FORMATS[format].min_exponent - 1) for format in multiply.formats)
+    whole_again = sums(multiply, [[Term(0, of_a, 2.0)], [Term(0, 2.0, of_b)]], K).tolist()
+    return Operands(kept, rounding, "kept" if whole_again == [2 * of_a, 2 * of_b] else "flushed")
 
 
 def _odd_numbers(most: int) -> dict[int, list[float]]:

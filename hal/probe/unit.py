@@ -45,6 +45,7 @@ def unit_facts(multiply: Multiplier, inner: int = INNER, longer: Mapping[int, in
     ends = extremes(multiply, (0, 1) if tree is None else meeting(tree), K)
     facts = UnitFacts(
         format=multiply.format,
+        partner=multiply.partner,
         result=_name(multiply.result),
         inner=K,
         order=order,

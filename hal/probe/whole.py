@@ -35,10 +35,12 @@ class Products:
     """The products of one format.
 
     Attributes:
+        formats: of the operands.
         results: by K and kind of numbers, those rows that are compared.
         digest: of all their bits.
     """
 
+    formats: tuple[str, str]
     results: Mapping[tuple[int, str], torch.Tensor]
     digest: str
 
@@ -48,24 +50,23 @@ def products(multiply: Multiplier, inner: int) -> Products:
     found: dict[tuple[int, str], torch.Tensor] = {}
     digest = hashlib.sha256()
     for K, kind in _asked(inner):
-        a, b = operands(multiply.format, kind, multiply.outer, K)
+        a, b = operands(multiply.formats, kind, multiply.outer, K)
         try:
             whole = multiply.raw(torch.from_numpy(a), torch.from_numpy(b))
         except (RuntimeError, HalError):
             continue  # a shape that this product does not take
         digest.update(bits(whole).numpy().tobytes())
         found[K, kind] = whole[_rows(multiply.format, K, len(whole))]
-    return Products(found, digest.hexdigest()[:12])
+    return Products(multiply.formats, found, digest.hexdigest()[:12])
 
 
 def differing(
-    found: Products, format: str, unit: MatrixUnit, pieces: Mapping[int, Pieces | None], outer: int = 64
+    found: Products, unit: MatrixUnit, pieces: Mapping[int, Pieces | None], outer: int = 64
 ) -> tuple[int, int]:
     """Return how many elements a rule has otherwise, of how many.
 
     Args:
         found: a device's products.
-        format: of the operands.
         unit: the rule.
         pieces: in which it sums K, by length; a length without any is left out.
         outer: of the products.
@@ -75,8 +76,9 @@ def differing(
         shared = pieces.get(K)
         if shared is None:
             continue
-        a, b = operands(format, kind, outer, K)
-        want = torch.from_numpy(evaluated(a[_rows(format, K, outer)], b, unit, format, shared)).to(result.dtype)
+        a, b = operands(found.formats, kind, outer, K)
+        rows = a[_rows(found.formats[0], K, outer)]
+        want = torch.from_numpy(evaluated(rows, b, unit, found.formats, shared)).to(result.dtype)
         others += int((bits(want) != bits(result)).sum())
         elements += want.numel()
     return others, elements
@@ -95,14 +97,14 @@ def _rows(format: str, K: int, outer: int) -> slice:
 # Numbers -------------------------------------------------------------------------------------------------------------
 
 
-def operands(format: str, kind: str, outer: int, K: int) -> tuple[F64, F64]:
-    """Return a [outer, K] and b [K, outer] of a format's numbers, the same on every host."""
-    stream = f"{format}/{kind}/{K}"
+def operands(formats: tuple[str, str], kind: str, outer: int, K: int) -> tuple[F64, F64]:
+    """Return a [outer, K] and b [K, outer] of each one's format, the same on every host."""
+    stream = f"{formats[0]}/{kind}/{K}"
     a, b = (philox.normal(SEED, f"{side}/{stream}", outer * K).astype(np.float64).reshape(outer, K) for side in "ab")
-    for x, side, (low, high) in zip((a, b), "ab", _exponents(format, kind), strict=True):
+    for x, side, (low, high) in zip((a, b), "ab", _exponents(formats, kind), strict=True):
         spread = philox.uniform(SEED, f"spread of {side}/{stream}", outer * K).reshape(outer, K)
         np.ldexp(x, low + np.floor(spread * (high - low + 1)).astype(np.int64), out=x)
-    a, b = _of(format, a), _of(format, b).T
+    a, b = _of(formats[0], a), _of(formats[1], b).T
     if kind in ("independent", "subnormal"):
         return a, np.ascontiguousarray(b)
     # Each product a second time with the other sign, all in random places: what is left is rounding alone.
@@ -129,7 +131,7 @@ _SMALL = {
 """Binades of the numbers that the smallest ones are multiplied with."""
 
 
-def _exponents(format: str, kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
+def _exponents(formats: tuple[str, str], kind: str) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return the least and the largest power of two that a's, and b's normal numbers are multiplied with.
 
     Sums of short numbers that are close together are exact: it takes some spread to see how they are rounded.
@@ -137,12 +139,12 @@ def _exponents(format: str, kind: str) -> tuple[tuple[int, int], tuple[int, int]
     if kind == "cancelling":
         return (-3, 3), (-3, 3)
     if kind == "wide":
-        wide = _WIDE.get(format, (-20, 20))
-        return wide, wide
+        of_a, of_b = (_WIDE.get(format, (-20, 20)) for format in formats)
+        return of_a, of_b
     if kind == "subnormal":
-        numbers = FORMATS[format]
+        numbers = FORMATS[formats[0]]
         # b is as large as results need, which are far above what models disagree about.
-        up = _SMALL.get(format, 100)
+        up = _SMALL.get(formats[1], 100)
         return (numbers.min_exponent - numbers.bits + 2, numbers.min_exponent + 1), (up - 12, up)
     return (0, 0), (0, 0)
 

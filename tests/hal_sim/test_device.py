@@ -27,9 +27,9 @@ def numbers(*shape, dtype=torch.bfloat16, seed=0):
 
 def of_the_unit(a, b, chip="h200", schedule=product.ONE_PIECE):
     """Return what the unit makes of matrices or batches of them, in float32."""
-    name = str(a.dtype).removeprefix("torch.")
+    formats = tuple(str(x.dtype).removeprefix("torch.") for x in (a, b))
     batched = a if a.ndim == 3 else a[None], b if b.ndim == 3 else b[None]
-    found = product.multiply(*batched, CHIPS[chip].units[name], (name, name), schedule)
+    found = product.multiply(*batched, CHIPS[chip].units[formats[0]], formats, schedule)
     return found if a.ndim == 3 else found[0]
 
 
@@ -212,6 +212,22 @@ def test_scaled_products_of_fp8(h200):
     found = torch._scaled_mm(a, b.t(), rows, columns, bias=bias, out_dtype=torch.bfloat16)
     expected = of_the_unit(a, b.t()) * rows * columns + bias.float()
     assert torch.equal(found, expected.bfloat16())
+
+
+def test_e5m2_is_multiplied_by_e4m3_alone_as_on_a_card(h200):
+    one, e4m3, e5m2 = (
+        torch.ones(()),
+        numbers(32, 32).to(torch.float8_e4m3fn),
+        numbers(32, 32, seed=1).to(torch.float8_e5m2),
+    )
+    for a, b in ((e5m2, e4m3), (e4m3, e5m2)):
+        found = torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.float32)
+        assert torch.equal(found, of_the_unit(a, b.t()))
+    with pytest.raises(ValueError, match="two Float8_e5m2 matrices is not supported"):
+        torch._scaled_mm(e5m2, e5m2.t(), one, one, out_dtype=torch.float32)
+    offsets, scales = torch.tensor([16, 32], dtype=torch.int32), torch.ones(2, 32)
+    with pytest.raises(ValueError, match="two e4m3 operands"):
+        torch._scaled_grouped_mm(e5m2, torch.stack([e4m3, e4m3]).mT, scales[0], scales, offsets)
 
 
 def test_grouped_products(h200):

@@ -80,7 +80,7 @@ def probed(chip, format):
 def differences(chip, found):
     facts, products = found
     unit = rules.MATRIX_UNITS[CHIPS[chip].arch][facts.format]
-    wrong, elements = whole.differing(products, facts.format, unit, rules.pieces(facts, unit))
+    wrong, elements = whole.differing(products, unit, rules.pieces(facts, unit))
     assert elements == 4 * 1024 + 64
     return rules.differences({facts.format: facts}, {facts.format: unit})[facts.format], wrong > 0
 
@@ -155,7 +155,7 @@ def test_what_is_wrong_around_a_unit_is_named_or_counted(name):
     found = unit_facts(multiply, INNER)
     assert rules.differences({"bfloat16": found}, {"bfloat16": unit}) == {"bfloat16": facts}
     if "tree" not in facts:
-        wrong, _ = whole.differing(whole.products(multiply, INNER), "bfloat16", unit, rules.pieces(found, unit))
+        wrong, _ = whole.differing(whole.products(multiply, INNER), unit, rules.pieces(found, unit))
         assert (wrong > 0) == (name != "nothing wrong")
 
 
@@ -164,7 +164,7 @@ def test_products_of_a_unit_that_cuts_one_bit_too_many_are_counted_in_every_form
     unit = rules.MATRIX_UNITS["sm_90"][format]
     pieces = {INNER: Pieces(0, INNER), whole.LONG: Pieces(0, whole.LONG)}
     found = whole.products(multiplier(replace(unit, fraction_bits=unit.fraction_bits - 1), format), INNER)
-    assert whole.differing(found, format, unit, pieces)[0] > 100
+    assert whole.differing(found, unit, pieces)[0] > 100
 
 
 def test_a_single_row_with_a_kernel_of_its_own_is_part_of_the_fingerprint():

@@ -283,6 +283,13 @@ def test_h200_and_b200_differ_in_fp8_only(probed):
     assert {name for name in one if one[name].arithmetic != other[name].arithmetic} == {"float8_e4m3fn", "float8_e5m2"}
 
 
+def test_a_format_that_is_not_multiplied_with_itself_is_asked_with_its_partner(probed):
+    assert probed["h200"].units["float8_e5m2"].name == "float8_e5m2 by float8_e4m3fn"
+    assert probed["h200"].products["float8_e5m2"].formats == ("float8_e5m2", "float8_e4m3fn")
+    assert probed["mi300x"].units["float8_e5m2fnuz"].name == "float8_e5m2fnuz"  # ROCm multiplies two of it
+    assert probed["h200"].likeness.exact
+
+
 def test_the_cpu_keeps_the_promise_of_its_backend():
     found = report.probe("cpu", 16)
     assert found.contradictions == ()

@@ -6,38 +6,39 @@ import pytest
 import torch
 from probe_kernels import multiplier, one_after_another
 
-from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
+from hal.matrix_unit import FORMATS, MATRIX_UNITS, PARTNERS, MatrixUnit
 from hal.probe import whole
 from hal.probe.evaluated import evaluated
 from hal.probe.multiplier import STORED
 from hal.probe.schedule import Pieces
 from hal_sim import twin
 
-UNITS = sorted({(format, unit) for units in MATRIX_UNITS.values() for format, unit in units.items()}, key=str)
+UNITS = sorted({((format, partner), unit) for units in MATRIX_UNITS.values() for format, unit in units.items()
+                for partner in (format, PARTNERS.get(format, format))}, key=str)  # fmt: skip
 HALVES = Pieces(0, 72, (Pieces(0, 40), Pieces(40, 72)))
 
 
-def by_twin(a, b, unit, format):
+def by_twin(a, b, unit, formats):
     dtype = torch.float64 if unit.result == "float64" else torch.float32
     a, b = (torch.from_numpy(np.ascontiguousarray(x)).to(dtype)[None] for x in (a, b))
-    least = FORMATS[format].min_exponent
-    return twin.multiply(a, b, torch.zeros(1, a.shape[1], b.shape[2], dtype=dtype), unit, (least, least))[0]
+    least = tuple(FORMATS[format].min_exponent for format in formats)
+    return twin.multiply(a, b, torch.zeros(1, a.shape[1], b.shape[2], dtype=dtype), unit, least)[0]
 
 
-@pytest.mark.parametrize(("format", "unit"), UNITS, ids=str)
+@pytest.mark.parametrize(("formats", "unit"), UNITS, ids=str)
 @pytest.mark.parametrize("kind", whole.KINDS)
-def test_two_programs_agree_on_every_rule(format, unit, kind):
-    a, b = whole.operands(format, kind, 16, 72)  # of groups of 16 and 32, the last one is short
-    want = by_twin(a, b, unit, format)
-    assert torch.equal(torch.from_numpy(evaluated(a, b, unit, format, Pieces(0, 72))).to(want.dtype), want)
-    parts = [by_twin(a[:, at], b[at], unit, format) for at in (slice(0, 40), slice(40, 72))]
-    assert torch.equal(torch.from_numpy(evaluated(a, b, unit, format, HALVES)).to(want.dtype), parts[0] + parts[1])
+def test_two_programs_agree_on_every_rule(formats, unit, kind):
+    a, b = whole.operands(formats, kind, 16, 72)  # of groups of 16 and 32, the last one is short
+    want = by_twin(a, b, unit, formats)
+    assert torch.equal(torch.from_numpy(evaluated(a, b, unit, formats, Pieces(0, 72))).to(want.dtype), want)
+    parts = [by_twin(a[:, at], b[at], unit, formats) for at in (slice(0, 40), slice(40, 72))]
+    assert torch.equal(torch.from_numpy(evaluated(a, b, unit, formats, HALVES)).to(want.dtype), parts[0] + parts[1])
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("kind", whole.KINDS)
 def test_operands_are_numbers_of_their_format_and_no_result_is_beyond_it(format, kind):
-    a, b = whole.operands(format, kind, 64, 65)
+    a, b = whole.operands((format, format), kind, 64, 65)
     assert (a.shape, b.shape) == ((64, 65), (65, 64))
     dtype = getattr(torch, STORED.get(format, format))
     for x in (a, b):
@@ -58,11 +59,11 @@ def test_a_rule_that_is_not_the_devices_is_found_out_element_by_element():
     multiply = multiplier(one_after_another(), "bfloat16", torch.float32, outer=16)
     found = whole.products(multiply, 64)
     alone = {64: Pieces(0, 64), 512: Pieces(0, 512)}
-    assert whole.differing(found, "bfloat16", MatrixUnit("fused"), alone, 16) == (0, 4 * 256 + 16)
-    wrong, elements = whole.differing(found, "bfloat16", MatrixUnit("truncated", 16, 25), alone, 16)
+    assert whole.differing(found, MatrixUnit("fused"), alone, 16) == (0, 4 * 256 + 16)
+    wrong, elements = whole.differing(found, MatrixUnit("truncated", 16, 25), alone, 16)
     assert elements == 4 * 256 + 16
     assert wrong > elements / 2
-    assert whole.differing(found, "bfloat16", MatrixUnit("fused"), {64: Pieces(0, 64), 512: None}, 16) == (0, 1024)
+    assert whole.differing(found, MatrixUnit("fused"), {64: Pieces(0, 64), 512: None}, 16) == (0, 1024)
 
 
 def test_the_digest_is_of_every_bit():

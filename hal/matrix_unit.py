@@ -42,7 +42,7 @@ FORMATS: Mapping[str, InputFormat] = MappingProxyType(
     }
 )
 PARTNERS: Mapping[str, str] = MappingProxyType({"float8_e5m2": "float8_e4m3fn"})
-"""Of formats that cuBLASLt and CANN do not multiply with themselves: gradients of e5m2 meet weights of e4m3."""
+"""Of formats that some libraries do not multiply with themselves: gradients of e5m2 meet weights of e4m3."""
 
 
 @dataclass(frozen=True)

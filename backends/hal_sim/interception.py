@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from hal.errors import ConfigError
+from hal.torch_kernels import Kernel, can_replace, replace_kernel
 from hal_sim import operators, scaled
 from hal_sim.own_kernels import own_kernels
 from hal_sim.simulation import Simulation
@@ -33,7 +33,7 @@ _PRODUCTS: Mapping[str, Callable[..., torch.Tensor]] = {
 _ALONE: Mapping[str, Callable[..., Any]] = {
     "_scaled_mm_v2": scaled.scaled_mm_v2, "_grouped_mm": operators.grouped_mm,
     "_scaled_grouped_mm": scaled.scaled_grouped_mm, "_scaled_grouped_mm_v2": scaled.scaled_grouped_mm_v2,
-    "convolution": operators.convolution, "convolution_backward": operators.convolution_backward,
+    "convolution_backward": operators.convolution_backward,
 }  # fmt: skip
 
 _WIDE: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -65,7 +65,7 @@ def activate(simulation: Simulation | None) -> None:
 
 def _register_all() -> None:
     """Put our kernels in the place of torch's own, which are kept for what no unit multiplies."""
-    if not hasattr(torch.library, "get_kernel"):
+    if not can_replace():
         raise ConfigError(f"torch {torch.__version__} cannot simulate", expected="torch 2.10 or later")
     for name, make in _PRODUCTS.items():
         packet = getattr(torch.ops.aten, name)
@@ -76,6 +76,7 @@ def _register_all() -> None:
     for name, make in _ALONE.items():
         if hasattr(torch.ops.aten, name):  # versions of torch differ
             _replace(getattr(torch.ops.aten, name).default, make)
+    _replace(torch.ops.aten.convolution.default, operators.convolution, _check_convolution)
     for name, make in _WIDE.items():
         packet = getattr(torch.ops.aten, name)
         if "dtype" in packet.overloads():
@@ -83,28 +84,42 @@ def _register_all() -> None:
             _replace(packet.dtype, wide)
             _replace(packet.dtype_out, functools.partial(operators.into, wide))
     for operator, key in own_kernels():
-        _count(operator, key)
+        replace_kernel(_library(operator), operator, key, functools.partial(_counted, operator, key))
 
 
-def _replace(operator: Any, make: Callable[..., Any]) -> None:
-    original = _own(operator)
-
-    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        dtypes = [operand.dtype for operand in args[:2]]
-        if _active is None or not all(dtype.is_floating_point for dtype in dtypes):
-            # Integers and complex numbers are for no unit that is simulated; sums of integers are the same everywhere.
-            if _active is not None and any(dtype.is_complex for dtype in dtypes):
-                _active.count(f"{name} of complex numbers", args)
-            return original(keys, *args, **kwargs)
-        if name == "convolution":
-            _check_convolution(functools.partial(original, keys), *args, **kwargs)
-        return make(_active, *args, **kwargs)
-
-    name = operator._schema.name.removeprefix("aten::")
-    _register(operator, "CPU", kernel)
+def _library(operator: Any) -> Any:
+    namespace = operator.namespace
+    if namespace not in _libraries:
+        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
+    return _libraries[namespace]
 
 
-def _check_convolution(convolution: Callable[..., Any], x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:
+def _name(operator: Any) -> str:
+    name: str = operator._schema.name
+    return name.removeprefix("aten::")
+
+
+def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None] | None = None) -> None:
+    """Let `make` compute what a unit multiplies, after a check that is given torch's own kernel and the operands."""
+
+    def instead_of(own: Kernel) -> Kernel:
+        def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            dtypes = [operand.dtype for operand in args[:2]]
+            if _active is None or not all(dtype.is_floating_point for dtype in dtypes):
+                # Integers and complex numbers are for no unit here; sums of integers are the same everywhere.
+                if _active is not None and any(dtype.is_complex for dtype in dtypes):
+                    _active.count(f"{_name(operator)} of complex numbers", args)
+                return own(keys, *args, **kwargs)
+            if check is not None:
+                check(functools.partial(own, keys), *args, **kwargs)
+            return make(_active, *args, **kwargs)
+
+        return kernel
+
+    replace_kernel(_library(operator), operator, "CPU", instead_of)
+
+
+def _check_convolution(convolution: Kernel, x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:
     """Let torch refuse what it refuses: of no image it computes nothing, and checks everything."""
     try:
         convolution(x[:0], *rest, **kwargs)
@@ -112,47 +127,21 @@ def _check_convolution(convolution: Callable[..., Any], x: torch.Tensor, *rest: 
         raise type(error)(str(error).replace(str([0, *x.shape[1:]]), str(list(x.shape)))) from None
 
 
-def _own(operator: Any) -> Callable[..., Any]:
-    """Return torch's own kernel; where a CPU has none, what says so."""
-    name = operator._schema.name
-
-    def none(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"Could not run '{name}' with arguments from the 'CPU' backend.")
-
-    try:
-        own: Callable[..., Any] = torch.library.get_kernel(operator, "CPU").call_boxed
-    except RuntimeError:
-        return none
-    return own
-
-
 _inside = threading.local()
 """Whether this thread is in a kernel that is counted, which may call others."""
 
 
-def _count(operator: Any, key: str) -> None:
-    original = torch.library.get_kernel(operator, key).call_boxed
-    name = operator._schema.name.removeprefix("aten::")
-    if key.startswith("Sparse"):
-        name = f"{name} of sparse matrices"
+def _counted(operator: Any, key: str, own: Kernel) -> Kernel:
+    name = f"{_name(operator)} of sparse matrices" if key.startswith("Sparse") else _name(operator)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         if _active is None or getattr(_inside, "kernel", False):
-            return original(keys, *args, **kwargs)
+            return own(keys, *args, **kwargs)
         _active.count(name, args)
         _inside.kernel = True
         try:
-            return original(keys, *args, **kwargs)
+            return own(keys, *args, **kwargs)
         finally:
             _inside.kernel = False
 
-    _register(operator, key, kernel)
-
-
-def _register(operator: Any, key: str, kernel: Callable[..., Any]) -> None:
-    namespace = operator.namespace
-    if namespace not in _libraries:
-        _libraries[namespace] = torch.library.Library(namespace, "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there was a kernel before, which comes back
-        _libraries[namespace].impl(operator, kernel, key, with_keyset=True)
+    return kernel

@@ -87,6 +87,17 @@ def _batches(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
         raise RuntimeError(f"{what}: batches cannot be multiplied ({tuple(a.shape)} and {tuple(b.shape)})")
 
 
+def _check_addend(what: str, c: torch.Tensor, a: torch.Tensor, result: torch.dtype | None) -> None:
+    if result is None or c.dtype != result:
+        _check_dtypes(what, c, a)
+
+
+def _added(
+    c: torch.Tensor, product: torch.Tensor, beta: float, alpha: float, result: torch.dtype | None
+) -> torch.Tensor:
+    return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
+
+
 def mm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor, *, result: torch.dtype | None = None) -> torch.Tensor:
     """Return a b, in the dtype of the operands or in another."""
     _two_matrices(a, b, "mm")
@@ -104,11 +115,9 @@ def addmm(
     result: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return beta c + alpha a b; in another dtype than the operands' only if it is asked for, and is the addend's."""
-    if result is None or c.dtype != result:
-        _check_dtypes("addmm", c, a)
     _two_matrices(a, b, "addmm")
-    product = simulation.product(a[None], b[None])[0]
-    return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
+    _check_addend("addmm", c, a, result)
+    return _added(c, simulation.product(a[None], b[None])[0], beta, alpha, result)
 
 
 def addmm_activation(
@@ -131,11 +140,9 @@ def baddbmm(
     result: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `addmm` does for each matrix of batches."""
-    if result is None or c.dtype != result:
-        _check_dtypes("baddbmm", c, a)
     _batches(a, b, "baddbmm")
-    product = simulation.product(a, b)
-    return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
+    _check_addend("baddbmm", c, a, result)
+    return _added(c, simulation.product(a, b), beta, alpha, result)
 
 
 def addbmm(
@@ -154,8 +161,7 @@ def addmv(
     _check_dtypes("addmv", c, a, v)
     if a.ndim != 2 or v.ndim != 1 or a.shape[1] != v.shape[0]:
         raise RuntimeError(f"addmv: {tuple(a.shape)} and {tuple(v.shape)} cannot be multiplied")
-    product = simulation.product(a[None], v[None, :, None])[0, :, 0]
-    return finished(product, c.expand_as(product), alpha, beta, c.dtype)
+    return _added(c, simulation.product(a[None], v[None, :, None])[0, :, 0], beta, alpha, None)
 
 
 def mv(simulation: Simulation, a: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

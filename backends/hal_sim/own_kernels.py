@@ -7,10 +7,11 @@ which a card has no matrix unit either.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from hal.torch_kernels import has_kernel
 
 _ATEN: Mapping[str, tuple[str, ...]] = {
     "CPU": (
@@ -41,17 +42,16 @@ def own_kernels() -> Iterator[tuple[Any, str]]:
     """Yield the operators of this version of torch, each with a dispatch key for which it has a kernel."""
     import torch
 
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     for key, names in _ATEN.items():
         for packet in filter(None, (getattr(torch.ops.aten, name, None) for name in names)):
             for overload in packet.overloads():
                 operator = getattr(packet, overload)
                 # Some kernels that serve the CPU are registered for every device.
-                if has_kernel(operator.name(), key) or (key == "CPU" and has_kernel(operator.name(), _OF_ALL)):
+                if has_kernel(operator, key) or (key == "CPU" and has_kernel(operator, _OF_ALL)):
                     yield operator, key
     for whole in torch._C._dispatch_get_all_op_names():
         namespace, _, name = whole.partition("::")
         if namespace in _LIBRARIES and _LAYERS.match(name):
             packet, _, overload = name.partition(".")
-            for key in filter(functools.partial(has_kernel, whole), _KEYS):
-                yield getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default"), key
+            operator = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+            yield from ((operator, key) for key in _KEYS if has_kernel(operator, key))

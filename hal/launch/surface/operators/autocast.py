@@ -17,10 +17,10 @@ from collections.abc import Callable
 from types import BuiltinFunctionType
 from typing import Any
 
-from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.surface.operators.widened import TRANSFORMS
+from hal.torch_kernels import Kernel, can_replace, find_operator, has_kernel, replace_kernel
 
 _FP32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
@@ -113,10 +113,10 @@ def _register(library: Any, name: str, make: Callable[[Any], Rule]) -> None:
 
         return kernel_instead
 
-    if has_kernel(name, key):
-        replace_kernel(library, name, key, instead_of)
-    else:
-        add_kernel(library, name, key, kernel)
+    if not has_kernel(own_operator, key):
+        library.impl(own_operator, kernel, key)
+    elif can_replace():
+        replace_kernel(library, own_operator, key, instead_of)
 
 
 def _taken_to(dtype: Any) -> Callable[[Any], Any]:

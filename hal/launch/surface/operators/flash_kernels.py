@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from hal.launch.dispatch import add_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.torch_kernels import add_kernel
 
 if TYPE_CHECKING:
     import torch

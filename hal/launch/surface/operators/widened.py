@@ -11,9 +11,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from hal.launch.awaited import when_loaded
-from hal.launch.dispatch import Kernel, add_kernel, find_operator, has_kernel, replace_kernel
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.torch_kernels import Kernel, add_kernel, can_replace, find_operator, has_kernel, replace_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,9 @@ def install(redirection: Redirection, patches: Patches) -> None:
     library = torch.library.Library("aten", "IMPL")
     patches.on_undo(library._destroy)
     for name in _IN_FLOAT32:
-        if find_operator(name) is not None and has_kernel(name, "CPU"):
-            replace_kernel(library, name, "CPU", functools.partial(_widened, name, redirection))
+        operator = find_operator(name)
+        if operator is not None and has_kernel(operator, "CPU") and can_replace():
+            replace_kernel(library, operator, "CPU", functools.partial(_widened, name, redirection))
     for name in _PRODUCTS:
         add_kernel(library, name, "CPU", _product(name.partition(".")[0], redirection))
     for name in ("_scaled_grouped_mm", "_scaled_grouped_mm_v2"):

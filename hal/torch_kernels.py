@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch's table of kernels: operators by name, and kernels that are put in the place of torch's for a while."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+Kernel = Callable[..., Any]
+
+
+def find_operator(name: str) -> Any:
+    """Return one of torch's operators, such as `addmm` or `sum.dim_IntList`, or None in a version that has it not."""
+    import torch
+
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+
+
+def has_kernel(operator: Any, key: str) -> bool:
+    """Return whether an operator has a kernel of its own for a dispatch key."""
+    import torch
+
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
+
+
+def add_kernel(library: Any, name: str, key: str, kernel: Kernel) -> None:
+    """Register a kernel where this version of torch has the operator, and no kernel of its own."""
+    found = find_operator(name)
+    if found is not None and not has_kernel(found, key):
+        library.impl(found, kernel, key)
+
+
+def can_replace() -> bool:
+    """Return whether torch lets its own kernels be called when others are in their place: since 2.10."""
+    import torch
+
+    return hasattr(torch.library, "get_kernel")
+
+
+def replace_kernel(library: Any, operator: Any, key: str, make: Callable[[Kernel], Kernel]) -> None:
+    """Put a kernel in the place of torch's own, which comes back with the library's end.
+
+    Args:
+        library: `torch.library.Library(operator.namespace, "IMPL")`.
+        operator: an overload, such as `torch.ops.aten.mm.default`.
+        key: the dispatch key.
+        make: given torch's kernel, returns the other; both take the set of dispatch keys before the arguments. If torch
+            has none, it is given what says so.
+    """
+    kernel = make(_own(operator, key))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
+        library.impl(operator, kernel, key, with_keyset=True)
+
+
+def _own(operator: Any, key: str) -> Kernel:
+    import torch
+
+    def none(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"Could not run '{operator.name()}' with arguments from the '{key}' backend.")
+
+    try:
+        own: Kernel = torch.library.get_kernel(operator, key).call_boxed
+    except RuntimeError:
+        return none
+    return own

@@ -6,6 +6,7 @@
 #include "problem.hpp"
 #include "reference.hpp"
 #include "tiles.hpp"
+#include "workers.hpp"
 
 namespace hal_sim {
 
@@ -33,7 +34,7 @@ double products_of(const Problem& problem) {
     return double(problem.batch) * double(problem.m) * double(problem.n) * double(problem.k);
 }
 
-// How many threads are worth it: one costs as much to start as about this many products.
+// How many threads are worth it: one costs as much to wake as about this many products.
 int64_t threads_for(double products, int64_t threads) {
     constexpr double kWorthAThread = 1 << 22;
     return std::min(threads, 1 + int64_t(products / kWorthAThread));

@@ -2,6 +2,8 @@
 // One matrix by the fast kernels, tile by tile; and which tiles are left for the slower ones.
 #pragma once
 
+#include <atomic>
+
 #include "fast.hpp"
 #include "memory.hpp"
 #include "plain.hpp"

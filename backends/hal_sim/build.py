@@ -28,7 +28,8 @@ log = logging.getLogger("hal")
 SOURCES = tuple(
     Path(__file__).parent / name
     for name in ("matrix_unit.cpp", "fast.hpp", "general.hpp", "general_tiles.hpp", "memory.hpp", "plain.hpp",
-                 "problem.hpp", "reference.hpp", "stored.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp", "workers.hpp")
+                 "problem.hpp", "reference.hpp", "stored.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp",
+                 "workers.hpp")
 )  # fmt: skip
 LIBRARY, DIGEST = "matrix_unit.so", "sha256"
 

@@ -54,6 +54,9 @@ def test_every_form_of_a_device_is_understood(cuda, device):
     assert cuda.torch.ones(2).cuda(device).is_cuda
     assert cuda.torch.nn.Linear(2, 2).to(device).weight.is_cuda
     assert cuda.torch.ones(2).new_zeros(2, device=device).is_cuda
+    assert cuda.torch.ones(2, device=device).new(2, device=device).new([1.0]).is_cuda
+    for parsed in (cuda.torch._C._nn._parse_to(device), cuda.torch._C._nn._parse_to(device=device)):
+        assert parsed[0].type == "cuda"  # which libraries ask that have a `to` of their own
 
 
 def test_every_maker_of_tensors_takes_cuda(cuda):

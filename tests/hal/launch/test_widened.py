@@ -86,6 +86,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule for aten::_conj_physical")  # of float32, too
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_float16_have_its_dtypes(cuda, name):
     given = torch.randn(2, 32, generator=torch.Generator().manual_seed(3)).half()
@@ -98,11 +99,24 @@ def test_transforms_of_float16_have_its_dtypes(cuda, name):
     assert narrow.grad.dtype == torch.float16
     with torch.inference_mode():
         assert TRANSFORMS[name](cuda.torch, given.clone()).dtype == y.dtype
+    mapped = torch.vmap(lambda x: TRANSFORMS[name](cuda.torch, x[None]))(given)
+    assert mapped.dtype == y.dtype
+    assert torch.equal(mapped[1].to(wide.dtype), TRANSFORMS[name](cuda.torch, given[1:]).to(wide.dtype))
     assert {entry.kind for entry in cuda.adoption.entries() if entry.api.startswith(("torch.fft", "torch.stft"))} == {
         "fallback"
     }
     with pytest.raises(RuntimeError):
         TRANSFORMS[name](cuda.torch, given.bfloat16())  # nor does CUDA
+
+
+def test_a_transform_of_float16_into_a_tensor(cuda):
+    fft, x = cuda.torch.fft, torch.randn(3, 8).half()
+    out = torch.empty(0, dtype=torch.complex32)
+    assert torch.equal(fft.fft(x, out=out).to(torch.complex64), fft.fft(x).to(torch.complex64))
+    assert out.shape == (3, 8)
+    assert torch.equal(fft.ifft(x.float(), out=torch.empty(3, 8, dtype=torch.complex64)), fft.ifft(x.float()))
+    with pytest.raises(RuntimeError, match="Expected out tensor to have dtype"):
+        fft.rfft(x, out=torch.empty(0, dtype=torch.complex64))
 
 
 def by_columns(x):

@@ -57,8 +57,12 @@ def install(redirection: Redirection, patches: Patches) -> None:
     for name in TRANSFORMS:
         transform = find_operator(name)
         if transform is not None:
-            for key in ("CPU", "AutogradCPU"):
-                library.impl(transform, _transform(transform, redirection), key)
+            kernel = _transform(transform, redirection)
+            for key in ("CPU", "AutogradCPU", "FuncTorchBatched"):
+                library.impl(transform, kernel, key)
+        into = find_operator(f"{name}.out")
+        if into is not None:
+            library.impl(into, functools.partial(_into, into, kernel), "CPU")
 
 
 def _left_as_calls(patches: Patches, lowerings: dict[Any, Any]) -> None:
@@ -112,11 +116,17 @@ def _product(name: str, redirection: Redirection) -> Kernel:
     return kernel
 
 
+def _wider() -> dict[torch.dtype, torch.dtype]:
+    import torch
+
+    return {torch.float16: torch.float32, torch.complex32: torch.complex64}
+
+
 def _transform(own: Any, redirection: Redirection) -> Kernel:
     """Return a Fourier transform that takes what CUDA takes; of other dtypes it is torch's own, and so is its error."""
     import torch
 
-    wider = {torch.float16: torch.float32, torch.complex32: torch.complex64}
+    wider = _wider()
     narrower = {torch.float32: torch.float16, torch.complex64: torch.complex32}
     name = f"torch.{own._schema.name.removeprefix('aten::').replace('fft_', 'fft.')}"
 
@@ -135,6 +145,15 @@ def _transform(own: Any, redirection: Redirection) -> Kernel:
             return made.to(narrower[made.dtype])
 
     return kernel
+
+
+def _into(own: Any, kernel: Kernel, x: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    if x.dtype not in _wider():
+        return own.decompose(x, *args, out=out, **kwargs)  # type: ignore[no-any-return]
+    made = kernel(x, *args, **kwargs)
+    if made.dtype != out.dtype:
+        raise RuntimeError(f"Expected out tensor to have dtype {made.dtype}, but got {out.dtype} instead")
+    return out.resize_(made.shape).copy_(made)
 
 
 def _grouped(name: str, redirection: Redirection) -> Kernel:

@@ -7,6 +7,7 @@ them. What depends on the caller is the answer to "where are you?", which torch'
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 door(
     "torch.Tensor.device", "torch.Tensor.is_cuda", "torch.Tensor.is_cpu", "torch.Tensor.get_device", "torch.Tensor.to",
-    "torch.Tensor.cuda", "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new_tensor", "torch.Tensor.new_empty",
+    "torch.Tensor.cuda", "torch.Tensor.cpu", "torch.Tensor.type", "torch.Tensor.new", "torch.Tensor.new_tensor",
+    "torch.Tensor.new_empty",
     "torch.Tensor.new_empty_strided", "torch.Tensor.new_zeros", "torch.Tensor.new_ones", "torch.Tensor.new_full",
     "torch.Tensor.histc", "torch.Tensor.type_as", "torch.Tensor.numpy", "torch.nn.Module.to", "torch.nn.Module.cuda",
     "torch.nn.Module.cpu", "torch.nn.Module.to_empty", "torch.Tensor._make_wrapper_subclass",
@@ -41,7 +43,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
         "device": _device, "is_cuda": _is_cuda, "is_cpu": _is_cpu, "get_device": _get_device,
         "to": _to, "cuda": _cuda, "cpu": _cpu, "type": _type, "pin_memory": _pin_memory, "is_pinned": _is_pinned,
         "record_stream": _record_stream,
-        "new_tensor": _new, "new_empty": _new, "new_empty_strided": _new, "new_zeros": _new,
+        "new": _new, "new_tensor": _new, "new_empty": _new, "new_empty_strided": _new, "new_zeros": _new,
         "new_ones": _new, "new_full": _new, "type_as": _type_as, "numpy": _numpy,
     }.items():  # fmt: skip
         original = getattr(tensor, name)
@@ -414,9 +416,26 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
 # Modules -------------------------------------------------------------------------------------------------------------
 
 
+def _parse_to(original: Callable[..., Any], index: Callable[[Any], Any]) -> Callable[..., Any]:
+    """Return what reads the arguments of `Module.to`, for libraries with a `to` of their own."""
+
+    def parse_to(*args: Any, **kwargs: Any) -> Any:
+        if args and is_number(args[0]):
+            args = (index(args[0]), *args[1:])
+        elif is_number(kwargs.get("device")):
+            kwargs["device"] = index(kwargs["device"])
+        return original(*args, **kwargs)
+
+    return parse_to
+
+
 def _install_modules(redirection: Redirection, patches: Patches) -> None:
     import torch
 
+    def device_of_index(index: Any) -> Any:
+        return index if api._active is None else torch.device("cuda", api._active.checked(operator.index(index)))
+
+    patches.set(torch._C._nn, "_parse_to", _parse_to(torch._C._nn._parse_to, device_of_index))
     module = torch.nn.Module
     original_to, original_cuda, original_cpu, original_to_empty = module.to, module.cuda, module.cpu, module.to_empty
 

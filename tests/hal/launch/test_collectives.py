@@ -41,6 +41,40 @@ def test_shapes_need_not_fit_where_the_numbers_of_elements_do(program):
     """)  # fmt: skip
 
 
+def test_a_group_is_split(program):
+    split = (
+        START.replace('("nccl")', '("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))')
+        + """
+    own = dist.split_group(split_ranks=[[1], [0]], group_desc="alone")
+    assert dist.get_process_group_ranks(own) == [rank] and dist.get_backend(own) == "nccl"
+    x = numbers(3)
+    dist.all_reduce(x, group=own)
+    assert torch.equal(x, numbers(3))
+    both = dist.split_group(dist.new_group(), [[1, 0]])
+    dist.all_reduce(x, group=both)
+    assert torch.equal(x, numbers(3, of=0) + numbers(3, of=1))
+    assert (dist.split_group(split_ranks=[[0]]) is None) == (rank == 1)
+    for wrong in [], [[]], [[0, 0]]:
+        try:
+            dist.split_group(split_ranks=wrong)
+        except ValueError:
+            continue
+        raise AssertionError(wrong)
+    """
+    )
+    done = program(split + END, options=OPTIONS)
+    assert done.returncode == 0, done.stderr
+    run(
+        program,
+        """
+    try:
+        dist.split_group(split_ranks=[[0], [1]])
+    except RuntimeError as error:
+        assert "No device associated" in str(error)
+    """,
+    )
+
+
 def test_parts_of_different_sizes_are_gathered_and_the_rank_may_wait_later(program):
     run(program, """
     group = dist.new_group([0, 1], backend="nccl")

@@ -40,6 +40,9 @@ def _asked(r: Redirection) -> MutableMapping[Any, str]:
     return r.groups
 
 
+_BOUND = "torch.distributed.init_process_group: whether a device was given"
+
+
 def _bind(r: Redirection, arguments: dict[str, Any]) -> None:
     """Translate the device that a group is bound to, where there is an index: a CPU has none, and gloo needs none.
 
@@ -56,6 +59,7 @@ def init_process_group(r: Redirection, backend: Any = None, *args: Any, **kwargs
     """With the device's own library in NCCL's place."""
     import torch.distributed as dist
 
+    r.kept[_BOUND] = kwargs.get("device_id") is not None
     _bind(r, kwargs)
     dist.init_process_group(_backend(r, backend), *args, **kwargs)
     if isinstance(backend, str):
@@ -74,6 +78,31 @@ def new_group(r: Redirection, ranks: Any = None, timeout: Any = None, backend: A
     if asked is not None and isinstance(group, dist.ProcessGroup):  # other ranks get a number, or None
         _asked(r)[group] = asked.lower()
     return group
+
+
+@api("torch.distributed.split_group", "torch.distributed.distributed_c10d.split_group")
+def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, timeout: Any = None,
+                pg_options: Any = None, group_desc: str | None = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """A new group of the same ranks, where the device's library does not split its own."""
+    import torch.distributed as dist
+
+    if r.hosts is None:
+        options = None if isinstance(pg_options, Options) else pg_options
+        return dist.split_group(parent_pg, split_ranks, timeout, options, group_desc, *args, **kwargs)
+    if not split_ranks:
+        raise ValueError("split_ranks cannot be None or empty")
+    if not r.kept.get(_BOUND):  # as torch's own
+        raise RuntimeError("No device associated with the default pg, not safe to split any process groups")
+    parent = dist.group.WORLD if parent_pg is None else parent_pg
+    of_parent, mine = dist.get_process_group_ranks(parent), None
+    for part in split_ranks:
+        if len(part) != len(set(part)) or not part:
+            raise ValueError(f"a split group has ranks, each of them once, and not {list(part)}")
+        ranks = [of_parent[rank] for rank in part]
+        if mine is None and dist.get_rank() in ranks:
+            mine = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=True,
+                             group_desc=group_desc)  # fmt: skip
+    return mine
 
 
 @api("torch.distributed.get_backend", "torch.distributed.distributed_c10d.get_backend", belief=True)

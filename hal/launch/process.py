@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from hal.errors import HalError
 from hal.exit_status import exit_status
-from hal.launch import adoption, gloo, report
+from hal.launch import adoption, report
 from hal.launch.caller import is_ours
 from hal.launch.settings import FIRST, Settings, from_environment
 
@@ -51,7 +51,6 @@ class _Ending:
 
     def register(self) -> None:
         """Have it done at the end of this process, and of each that is forked from it."""
-        atexit.register(gloo.settle)  # done after what is registered later
         atexit.register(self.write)
         os.register_at_fork(after_in_child=self._forked)
         end_now = os._exit

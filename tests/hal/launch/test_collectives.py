@@ -124,6 +124,59 @@ def test_every_work_has_a_future(program):
     """)  # fmt: skip
 
 
+def test_what_is_sent_and_received_is_done_without_being_waited_for(program):
+    run(
+        program,
+        """
+    import time
+    x = torch.empty(3, device=device)
+    for _ in range(3):
+        work = dist.irecv(x.zero_(), 0) if rank else dist.isend(numbers(3), 1)
+        while not work.is_completed():
+            time.sleep(0.001)
+        assert work.wait() and work.is_success() and work.exception() is None
+        assert not rank or torch.equal(x, numbers(3, of=0))
+    both = lambda: [dist.P2POp(dist.isend, numbers(3), 1 - rank), dist.P2POp(dist.irecv, x, 1 - rank)]
+    sent, received = dist.batch_isend_irecv(both())
+    doubled = received.get_future().then(lambda done: done.value()[0] * 2)
+    assert torch.equal(doubled.wait(), numbers(3, of=1 - rank) * 2) and received.wait() and sent.wait()
+    for work in dist.batch_isend_irecv(both()):
+        work.wait()
+        assert work.is_completed() and work.get_future().done()
+    work = dist.irecv(x) if rank else dist.isend(numbers(3), 1)  # from whomever
+    work.wait()
+    assert not rank or work._source_rank() == 0
+    dist.barrier()
+    if rank:
+        work = dist.irecv(x, 0)
+        future = work.get_future()
+        try:
+            future.wait()
+        except RuntimeError as error:
+            assert "closed" in str(error) and not work.is_success() and work.exception() is not None
+        else:
+            raise AssertionError("the peer has ended")
+        os.write(1, f"rank {rank} done\\n".encode())
+        os._exit(0)
+    """,
+    )
+
+
+def test_what_is_added_later_has_the_bits_of_what_is_added_at_once(program):
+    done = program(START + """
+    draw = torch.Generator().manual_seed(rank)
+    for n in (5, 4096):
+        whole, now, later = torch.randn(3 * n, generator=draw).cuda(), torch.empty(n).cuda(), torch.empty(n).cuda()
+        for op in dist.ReduceOp.SUM, dist.ReduceOp.AVG, dist.ReduceOp.MAX:
+            for call, given in (dist.reduce_scatter_tensor, whole), (dist.reduce_scatter, list(whole.chunk(3))):
+                call(now, given, op)
+                work = call(later.zero_(), given, op, async_op=True)
+                work.wait()
+                assert torch.equal(now, later), (n, op, call)
+    """ + END, options=("--device", "cpu", "--nproc", "3"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_several_calls_are_made_one(program):
     run(program, """
     def coalesced(**how):

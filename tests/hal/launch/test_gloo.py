@@ -51,6 +51,32 @@ def test_a_program_ends_with_its_own_status(program, ending, status):
     assert "terminate called" not in done.stderr
 
 
+@pytest.mark.parametrize("asks", ["", "w.get_future()", "w.is_completed()"])
+def test_a_rank_may_end_before_its_peer_does_whatever_it_has_asked_for(program, asks):
+    done = program(f"""
+        import os, time
+        import torch, torch.distributed as dist
+        from hal.launch import gloo
+
+        class Slow:
+            def __del__(self, sleep=time.sleep):
+                sleep(1.5)
+
+        gloo.PATIENCE_S = 0.01
+        dist.init_process_group("nccl")
+        dist.barrier()
+        if dist.get_rank() == 0:
+            slow = Slow()  # Python is long in ending
+            w = dist.reduce_scatter_tensor(torch.ones(2).cuda(), torch.ones(4).cuda(), async_op=True)
+            {asks}
+        else:
+            time.sleep(0.5)
+            os._exit(0)  # meanwhile
+    """, options=("--device", "cpu", "--nproc", "2"))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "terminate" not in done.stderr
+
+
 def test_threads_that_never_rest_hold_up_the_end_for_a_second_only(monkeypatch):
     looks = iter(range(1_000_000))
     monkeypatch.setattr(gloo, "_threads", lambda: {"7": ("S", str(next(looks)))})

@@ -8,15 +8,15 @@ rely on all of these.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
-import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+from hal.launch import api as state
 from hal.launch import gloo
-from hal.launch.api import api
+from hal.launch.api import api, door
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
@@ -28,10 +28,15 @@ _HOME = "torch.distributed.distributed_c10d"
 _SHARDED = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 
 
+door(*(f"torch.distributed.{name}" for name in ("isend", "irecv")))
+
+
 def install(redirection: Redirection, patches: Patches) -> None:
-    """Let sharded models divide their gradients where the library cannot: with NCCL they have it multiply and add."""
+    """Let works of gloo's end as NCCL's do, and sharded models divide their gradients, for which gloo has no factor."""
     if redirection.hosts is None:
         return
+    gloo.install(patches)
+    _watch(redirection, patches)
     name = "_get_gradient_divide_factors"
 
     def divide(own: Any) -> None:
@@ -46,6 +51,30 @@ def install(redirection: Redirection, patches: Patches) -> None:
         patches.set(sys.modules[_SHARDED], name, factors)
 
     when_loaded(_SHARDED, name, divide)
+
+
+def _watch(redirection: Redirection, patches: Patches) -> None:
+    """Replace what sends and receives where torch itself finds it: lists of such calls know them by identity."""
+    import torch.distributed as dist
+
+    if not dist.is_available():
+        return
+    for name in ("isend", "irecv"):
+        own = getattr(dist, name)
+
+        def call(*args: Any, _own: Any = own, _name: str = name, **kwargs: Any) -> Any:
+            work, r = _own(*args, **kwargs), state.active()
+            if r is None or work is None or not _is_gloo(r, kwargs.get("group", args[2] if len(args) > 2 else None)):
+                return work
+            from hal.launch.surface.distributed.works import Watched
+
+            r.audit.count_outside(f"torch.distributed.{_name}", sys._getframe(1))
+            return Watched(work, [args[0] if args else kwargs["tensor"]])
+
+        for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
+            setattr(call, attribute, getattr(own, attribute))
+        for owner in (dist, dist.distributed_c10d):
+            patches.set(owner, name, call)
 
 
 def _names(*names: str) -> tuple[str, ...]:
@@ -91,9 +120,14 @@ def reduce_scatter_tensor(
     if factor is not None:
         input = _scaled(input, factor)
     whole, part = _flat(r, group, input, output)
-    call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
-    work = call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
-    return _with_future(r, work, group, [output])
+    op = dist.ReduceOp.SUM if op is None else op
+    if async_op and whole.dim() == part.dim() == 1 and _is_gloo(r, group) and dist.get_rank(group) >= 0:
+        # What gloo itself does, but that its work does the rest only for who waits for it.
+        mine = whole.detach().clone()
+        work = dist.all_reduce(mine, op, group, async_op=True)
+        chunk = mine.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+        return _works([work], [mine], [output], lambda: part.copy_(chunk))
+    return _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")(part, whole, op, group, async_op)
 
 
 def _factor(r: Redirection, op: Any, group: Any) -> tuple[Any, Any]:
@@ -150,8 +184,13 @@ def reduce_scatter(
     factor, op = _factor(r, op, group)
     if factor is not None:
         input_list = [_scaled(part, factor) for part in input_list]
-    work = dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
-    return _with_future(r, work, group, [output])
+    op, rank = dist.ReduceOp.SUM if op is None else op, dist.get_rank(group)
+    alike = [part.numel() for part in input_list] == [output.numel()] * len(input_list)
+    if async_op and alike and rank >= 0 and len(input_list) == dist.get_world_size(group) and _is_gloo(r, group):
+        parts = [part.detach().clone() for part in input_list]  # as above
+        works = [dist.reduce(part, None, op, group, True, i) for i, part in enumerate(parts)]
+        return _works(works, parts, [output], lambda: output.copy_(parts[rank].view_as(output)))
+    return dist.reduce_scatter(output, input_list, op, group, async_op)
 
 
 def _single(dist: Any, name: str, older: str) -> Any:
@@ -176,91 +215,20 @@ def all_gather(
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     works = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
     if async_op:
-        return _works(works, tensor_list)
+        return _works(works, tensor_list, tensor_list)
     for work in works:
         work.wait()
     return None
 
 
-def _with_future(r: Redirection, work: Any, group: Any, result: list[torch.Tensor]) -> Any:
-    """Return a work that has a future, which gloo's of these kinds have not."""
-    return _works([work], result) if work is not None and _is_gloo(r, group) else work
+def _works(
+    works: list[Any], operands: list[torch.Tensor], result: list[torch.Tensor],
+    finish: Callable[[], Any] | None = None,
+) -> Any:  # fmt: skip
+    """Return several works as one, with what is left to do when all are done."""
+    from hal.launch.surface.distributed.works import Works
 
-
-def _works(works: list[Any], result: list[torch.Tensor]) -> Any:
-    """Return several works as one, or one that has no future of its own."""
-    return _kind_of_works()(works, result)
-
-
-@functools.cache
-def _kind_of_works() -> Any:
-    from torch._C._distributed_c10d import Work
-
-    class Works(Work):
-        """What torch calls a work; whatever else is asked for, the last one answers."""
-
-        def __init__(self, works: list[Any], result: list[torch.Tensor]) -> None:
-            super().__init__()
-            self._works = works
-            self._result = result
-            self._done = threading.Event()  # gloo does not say of all kinds that they are done
-            self._error: RuntimeError | None = None
-            self._waiting: Any = None
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._works[-1], name)
-
-        def wait(self, *args: Any, **kwargs: Any) -> bool:
-            """Wait for all."""
-            try:
-                done = [work.wait(*args, **kwargs) for work in self._works]  # all of them, whatever the first one says
-                return all(done)
-            except RuntimeError as error:  # torch's own of every kind, timeouts included
-                self._error = error
-                raise
-            finally:
-                self._done.set()
-
-        def is_completed(self) -> bool:
-            """Return whether all are done, which a thread finds out."""
-            if not self._done.is_set():
-                self.get_future()
-            return self._done.is_set()
-
-        def is_success(self) -> bool:
-            """Return whether all went well."""
-            return self._error is None if self._done.is_set() else all(work.is_success() for work in self._works)
-
-        def exception(self) -> Any:
-            """Return what went wrong, or None."""
-            return self._error
-
-        def result(self) -> list[torch.Tensor]:
-            """Return the tensors that hold the result."""
-            return self._result
-
-        def get_future(self) -> Any:
-            """Return a future of the result, which a thread waits for: callers go on, as they do with NCCL."""
-            if self._waiting is not None:
-                return self._waiting
-            from torch.futures import Future
-
-            self._waiting = future = Future()  # type: ignore[var-annotated]
-
-            def settle() -> None:
-                try:
-                    self.wait()
-                except RuntimeError as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(self._result)
-
-            thread = threading.Thread(target=settle, daemon=True)
-            thread.start()
-            gloo.waiting[:] = [*(other for other in gloo.waiting if other.is_alive()), thread]
-            return future
-
-    return Works
+    return Works(works, operands, result, finish)
 
 
 @api(

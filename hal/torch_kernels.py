@@ -9,6 +9,9 @@ from typing import Any
 
 Kernel = Callable[..., Any]
 
+simulated_attention = False
+"""Whether a simulated device computes attention on the CPU: for any widths, and each gradient rounded once."""
+
 
 def find_operator(name: str) -> Any:
     """Return one of torch's operators, such as `addmm` or `sum.dim_IntList`, or None in a version that has it not."""

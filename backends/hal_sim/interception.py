@@ -20,7 +20,7 @@ import torch
 
 from hal.errors import ConfigError
 from hal.torch_kernels import Kernel, can_replace, replace_kernel
-from hal_sim import operators, scaled
+from hal_sim import attention, operators, scaled
 from hal_sim.own_kernels import own_kernels
 from hal_sim.simulation import Simulation
 
@@ -34,6 +34,8 @@ _ALONE: Mapping[str, Callable[..., Any]] = {
     "_scaled_mm_v2": scaled.scaled_mm_v2, "_grouped_mm": operators.grouped_mm,
     "_scaled_grouped_mm": scaled.scaled_grouped_mm, "_scaled_grouped_mm_v2": scaled.scaled_grouped_mm_v2,
     "convolution_backward": operators.convolution_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": attention.forward,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": attention.backward,
 }  # fmt: skip
 
 _WIDE: Mapping[str, Callable[..., torch.Tensor]] = {
@@ -43,7 +45,7 @@ _WIDE: Mapping[str, Callable[..., torch.Tensor]] = {
 
 _active: Simulation | None = None
 _libraries: dict[str, Any] = {}
-"""By namespace: what holds the kernels that are in the place of torch's own."""
+"""By namespace: what holds the kernels that are in the place of torch's own, once a device was opened."""
 
 
 def active() -> Simulation | None:
@@ -52,15 +54,14 @@ def active() -> Simulation | None:
 
 
 def activate(simulation: Simulation | None) -> None:
-    """Let a simulation compute all products from now on; None: torch does again."""
+    """Let a simulation compute all products from now on; None: torch does again.
+
+    Our kernels stay where they are, and hand on to torch's: another thread may be in one of them, or on its way.
+    """
     global _active
     if simulation is not None and not _libraries:
         _register_all()
     _active = simulation
-    if simulation is None:
-        for library in _libraries.values():
-            library._destroy()
-        _libraries.clear()
 
 
 def _register_all() -> None:
@@ -83,6 +84,9 @@ def _register_all() -> None:
             wide = functools.partial(operators.widened, make)
             _replace(packet.dtype, wide)
             _replace(packet.dtype_out, functools.partial(operators.into, wide))
+    whole = torch.ops.aten.scaled_dot_product_attention.default
+    for key in ("CPU", "AutogradCPU"):
+        _library(whole).impl(whole, functools.partial(_attention, whole), key)
     for operator, key in own_kernels():
         replace_kernel(_library(operator), operator, key, functools.partial(_counted, operator, key))
 
@@ -104,19 +108,50 @@ def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None]
 
     def instead_of(own: Kernel) -> Kernel:
         def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            simulation = _active  # another thread may close it
+            if simulation is None:
+                return own(keys, *args, **kwargs)
             dtypes = [operand.dtype for operand in args[:2]]
-            if _active is None or not all(dtype.is_floating_point for dtype in dtypes):
+            if not all(dtype.is_floating_point for dtype in dtypes):
                 # Integers and complex numbers are for no unit here; sums of integers are the same everywhere.
-                if _active is not None and any(dtype.is_complex for dtype in dtypes):
-                    _active.count(f"{_name(operator)} of complex numbers", args)
+                if any(dtype.is_complex for dtype in dtypes):
+                    simulation.count(f"{_name(operator)} of complex numbers", args)
                 return own(keys, *args, **kwargs)
             if check is not None:
                 check(functools.partial(own, keys), *args, **kwargs)
-            return make(_active, *args, **kwargs)
+            return make(simulation, *args, **kwargs)
 
         return kernel
 
     replace_kernel(_library(operator), operator, "CPU", instead_of)
+
+
+def _attention(
+    whole: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Compute attention by our fused kernel, also where a CPU has none and takes the "math" form.
+
+    That form computes 16-bit attention in float32: so does a card's where it is asked for by name, and is left alone;
+    where a card has a fused kernel and we have none, it is counted.
+    """
+    given, simulation = (q, k, v, attn_mask, dropout_p, is_causal), _active
+    fused = simulation is not None and torch.backends.cuda.flash_sdp_enabled() and q.is_floating_point()
+    fused = fused and all(x.numel() and x.ndim in (3, 4) for x in (q, k, v))
+    learns = attn_mask is not None and attn_mask.requires_grad
+    if simulation is not None and fused and (dropout_p or learns):
+        if q.element_size() == 2:
+            what = "dropout" if dropout_p else "a mask that learns"
+            simulation.count(f"scaled_dot_product_attention with {what}", given)
+        fused = False
+    if not fused:
+        return whole.decompose(*given, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+    if q.ndim == 3:
+        q, k, v = (x.unsqueeze(-3) for x in (q, k, v))
+        attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y: torch.Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
+    return y if given[0].ndim == 4 else y.squeeze(-3)
 
 
 def _check_convolution(convolution: Kernel, x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:
@@ -135,9 +170,10 @@ def _counted(operator: Any, key: str, own: Kernel) -> Kernel:
     name = f"{_name(operator)} of sparse matrices" if key.startswith("Sparse") else _name(operator)
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        if _active is None or getattr(_inside, "kernel", False):
+        simulation = _active
+        if simulation is None or getattr(_inside, "kernel", False):
             return own(keys, *args, **kwargs)
-        _active.count(name, args)
+        simulation.count(name, args)
         _inside.kernel = True
         try:
             return own(keys, *args, **kwargs)

@@ -16,7 +16,6 @@ from hal.torch_kernels import has_kernel
 _ATEN: Mapping[str, tuple[str, ...]] = {
     "CPU": (
         "addr", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
         "_slow_conv2d_forward", "slow_conv3d_forward", "slow_conv_transpose2d", "slow_conv_transpose3d",
         "slow_conv_dilated2d", "slow_conv_dilated3d", "mkldnn_convolution", "_weight_int8pack_mm",
         "_weight_int4pack_mm_for_cpu", "_dyn_quant_matmul_4bit", "_cdist_forward", "_cdist_backward",

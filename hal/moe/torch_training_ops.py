@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from hal import torch_kernels
 from hal.errors import ShapeError
 from hal.moe.checks import as_index, check_floating, check_range, check_same_device, check_same_dtype, check_shape
 from hal.moe.precision import model_dtype, wide_dtype, without_autocast
@@ -73,7 +74,7 @@ class TorchTrainingOps(TrainingOps):
 
         There is none that hides keys behind a prefix (1 < T < S): those take T S logits of each head.
 
-        On the CPU in float32 whatever the dtype, rounded once.
+        On the CPU in float32 whatever the dtype, rounded once; on a simulated device as its fused kernel does.
         """
         where = "attention"
         check_shape(where, "q_THd", q_THd, ("T", "H", "d"))
@@ -90,7 +91,8 @@ class TorchTrainingOps(TrainingOps):
             raise ShapeError(f"{where}: {queries} queries and {keys} keys", expected="a key for every query to see")
         dtype = model_dtype(q_THd)
         # torch 2.13's CPU kernel rounds the gradients of k and v to 16 bits after every block of queries.
-        wide = wide_dtype(dtype) if q_THd.device.type == "cpu" else dtype
+        on_cpu = q_THd.device.type == "cpu" and not torch_kernels.simulated_attention
+        wide = wide_dtype(dtype) if on_cpu else dtype
         q, k, v = (x.to(dtype).to(wide).transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
         # The last query sees every key. Others behind a prefix would need a mask, since torch's own flag puts the first
         # query beside the first key; and its kernels add a mask, so that a hidden key of NaN would reach every query.
@@ -180,6 +182,8 @@ def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
     Without one it falls back to products that may store the logits in 16 bits, and to a mask that is added, so that a
     hidden key of NaN shows.
     """
+    if q.device.type == "cpu" and torch_kernels.simulated_attention:
+        return q.numel() > 0
     choose = getattr(torch, "_fused_sdp_choice", None)  # what scaled_dot_product_attention itself asks
     if choose is None or q.numel() == 0:
         return False

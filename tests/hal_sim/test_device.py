@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A simulated device multiplies for whatever torch code runs, on every way to a product, until it is closed."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -129,23 +131,115 @@ def test_a_backward_pass_in_another_thread_and_another_forward_pass(h200):
     assert torch.equal(a.grad, of_the_unit(torch.ones(9, 7).bfloat16(), B.t()).bfloat16())
 
 
-def test_attention_is_decomposed_forward_and_backward(h200):
-    q, k, v = (numbers(1, 2, 12, 40, seed=s).requires_grad_() for s in range(3))
-    found = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def watched(products):
+    """Put down the operands of every product."""
+    own = interception.active().product
+
+    def product(a, b):
+        products.append((a.dtype, tuple(a.shape), b.dtype, tuple(b.shape)))
+        return own(a, b)
+
+    interception.active().product = product
+
+
+ATTENTION = {
+    "causal": ((2, 12, 40), (2, 12, 40), (2, 12, 40), {"is_causal": True}),
+    "a mask of what is seen": ((2, 5, 16), (2, 12, 16), (2, 12, 16), {"attn_mask": torch.rand(1, 2, 5, 12) > 0.3}),
+    "a mask that is added": ((2, 5, 16), (2, 12, 16), (2, 12, 16), {"attn_mask": torch.randn(5, 12)}),
+    "shared keys": ((4, 5, 16), (2, 7, 16), (2, 7, 16), {"enable_gqa": True}),
+    "values of another width": ((2, 5, 24), (2, 7, 24), (2, 7, 16), {"scale": 0.3}),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_is_a_fused_kernels_forward_and_backward(name, dtype):
+    *shapes, options = ATTENTION[name]
+    if "attn_mask" in options and options["attn_mask"].dtype != torch.bool:
+        options = options | {"attn_mask": options["attn_mask"].to(dtype)}
+    given = [torch.randn(3, *shape, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_()
+             for i, shape in enumerate(shapes)]  # fmt: skip
+    wide = [x.detach().double().requires_grad_() for x in given]
+    mask = {key: x.double() for key, x in options.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    want = F.scaled_dot_product_attention(*wide, **(options | mask))
+    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    want.backward(dy.double())
     products = []
-    original = h200_product = interception.active().product
+    with hal.open_device("sim:h200/strict") as device:
+        watched(products)
+        y = F.scaled_dot_product_attention(*given, **options)
+        assert len(products) == 2
+        y.backward(dy)
+        assert not device.not_simulated()
+    assert len(products) == 7  # the scores once more, and two gradients of each of the two products
+    if dtype == torch.bfloat16:
+        assert {each for (*pair,) in products for each in pair[::2]} == {dtype}
+    # Sums of up to 40 products of three roundings each: of P or dS, of the result, and of what is summed.
+    for found, exact in zip([y, *(x.grad for x in given)], [want, *(x.grad for x in wide)], strict=True):
+        assert (found.dtype, found.shape) == (dtype, exact.shape)
+        assert (found.double() - exact).abs().max() <= 8 * torch.finfo(dtype).eps * exact.abs().max()
 
-    def watched(a, b):
-        products.append((tuple(a.shape), tuple(b.shape)))
-        return h200_product(a, b)
 
-    interception.active().product = watched
-    again = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    again.sum().backward()
-    interception.active().product = original
-    assert torch.equal(found, again)
-    assert len(products) == 6  # two forward and four backward
-    assert not interception.active().not_simulated.calls()
+def test_a_query_that_sees_no_key_has_no_attention(h200):
+    q, k, v = (numbers(1, 2, 4, 16, seed=s).requires_grad_() for s in range(3))
+    seen = torch.tensor([True, False, True, True])[:, None].expand(4, 4)
+    y = F.scaled_dot_product_attention(q, k, v, seen)
+    y.sum().backward()
+    assert not y[:, :, 1].any()
+    assert not q.grad[:, :, 1].any()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_attention_in_a_dtype_that_the_chip_has_not_is_refused():
+    q = torch.ones(1, 1, 2, 16, dtype=torch.bfloat16)
+    with hal.open_device("sim:v100"), pytest.raises(UnsupportedOperation, match="no matrix unit for bfloat16"):
+        F.scaled_dot_product_attention(q, q, q)
+
+
+def test_attention_with_dropout_is_counted_and_the_math_form_is_a_cards(h200):
+    q = numbers(1, 1, 4, 16).requires_grad_()
+    F.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
+    F.scaled_dot_product_attention(q, q, q, torch.zeros(4, 4, dtype=q.dtype, requires_grad=True))
+    counts = {"scaled_dot_product_attention with dropout": 1, "scaled_dot_product_attention with a mask that learns": 1}
+    assert h200.not_simulated() == counts
+    products = []
+    watched(products)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        F.scaled_dot_product_attention(q, q, q)
+    assert {dtype for dtype, *_ in products} == {torch.float32}  # as torch's math form is on CUDA
+    assert h200.not_simulated() == counts
+    F.scaled_dot_product_attention(q[0], q[0], q[0])
+    assert products[-1][0] == torch.bfloat16
+
+
+RACE = """
+import threading, torch, hal
+
+a, b = torch.randn(64, 64), torch.randn(4, 32, 32)
+with hal.open_device("sim:h200"):
+    theirs = {(a @ a).numpy().tobytes(), torch.bmm(b, b).numpy().tobytes()}
+expected, done, wrong = theirs | {(a @ a).numpy().tobytes(), torch.bmm(b, b).numpy().tobytes()}, threading.Event(), []
+
+def work():
+    while not done.is_set():
+        wrong.extend(x for x in (a @ a, torch.bmm(b, b)) if x.numpy().tobytes() not in expected)
+
+others = [threading.Thread(target=work) for _ in range(2)]
+for other in others:
+    other.start()
+for _ in range(500):
+    with hal.open_device("sim:h200"):
+        pass
+done.set()
+for other in others:
+    other.join()
+assert not wrong
+"""
+
+
+def test_other_threads_may_multiply_while_a_device_is_opened_and_closed():
+    done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 
 from hal.contract import Arithmetic
 from hal_conformance.case import F64, Array
-from hal_conformance.numerics.bounds import EXP, SIGNIFICANDS, TINY32, U32, half_ulp, matmul_variance
+from hal_conformance.numerics.bounds import EXP, SIGNIFICANDS, TINY32, U32, flushed, half_ulp, matmul_variance
 from hal_conformance.numerics.chained import Chained, product
 
 CONSTANTS = 1.25 * U32
@@ -62,7 +62,7 @@ class Head:
         probabilities: n u^2/3, 4 u for the division or the log, and stagnation. Parts of the keys may be normalised
         by themselves and put together by their log-sum-exp: an error of one is shared by its keys, and parts of keys
         that come in no order add up as single ones do, so it counts for each. The product with v: `matmul_variance`
-        over the keys that are seen.
+        over the keys that are seen, and `flushed`: a probability is no larger while it is not normalised yet.
         """
         logits = product(q, k.T, rule)
         value = scale * logits.value
@@ -96,6 +96,8 @@ class Head:
         )
         if v.var.any():
             var = var + p2 @ v.var
+        lost = flushed(p, v.value, rule, 4.0 * p * np.sqrt(own), 4.0 * np.sqrt(v.var))
+        var = _and_lost(var, lost)
         return cls(q, k, v, scale, p, own, shared, row, stored, seen, Chained(y, var), dtype, rule)
 
     def backward(self, dy: F64) -> tuple[Chained, Chained, Chained]:
@@ -113,12 +115,14 @@ class Head:
         v, p, rule = self.v.value, self.p, self.rule
         dp = dy @ v.T
         var_dp = matmul_variance(dp, (dy**2) @ (v.T**2), dy.shape[1], rule)
+        lost_dp = flushed(dy, v.T, rule)
+        lost_dp = np.zeros_like(dp) if lost_dp is None else lost_dp
         half = half_ulp(np.abs(self.y.value) + 4.0 * np.sqrt(self.y.var), self.dtype)
         dot = (dy * self.y.value).sum(1, keepdims=True)
         of_sum = (
             matmul_variance(dot, ((dy * self.y.value) ** 2).sum(1, keepdims=True), dy.shape[1], Arithmetic())
             + (p**2 * (var_dp + dp**2 * (U32**2 + self.own))).sum(1, keepdims=True)
-            + (p * self.shared * np.abs(dp)).sum(1, keepdims=True) ** 2
+            + (p * (self.shared * np.abs(dp) + lost_dp)).sum(1, keepdims=True) ** 2
             + self.row * dot**2
             + _matmul(dot, ((p * dp) ** 2).sum(1, keepdims=True), self.seen, Arithmetic())
         )
@@ -135,7 +139,7 @@ class Head:
         # Where the largest logit is subtracted and trained through, its key gets what a row's dS do not sum to 0.
         largest = np.arange(p.shape[1]) == (p.argmax(1) if p.size else np.zeros(len(p)))[:, None]
         own = own + largest * (own.sum(1, keepdims=True) + of_sum) + visible * rough
-        one_sign = np.sqrt((ds * self.shared) ** 2 + p2 * lost)
+        one_sign = np.sqrt((ds * self.shared) ** 2 + p2 * (lost + lost_dp**2))
         seen_by = visible.sum(0)[:, None].astype(np.float64)
         return Slopes(self, ds, own, one_sign, ds**2 * self.row + p2 * var_dot, var_dot, seen_by)
 
@@ -167,20 +171,24 @@ class Slopes:
     def dq(self, k: F64) -> Chained:
         """Return scale dS k, not stored, for exact keys or what keys are made of."""
         head, dq = self.head, self.ds @ k
+        small = min(1.0, head.scale)  # of which dS may be stored with its scale
+        lost = flushed(self.ds * small, k, head.rule, 4.0 * small * np.sqrt(self.own))
         var = (
             self.own @ k**2 + (self.one_sign @ np.abs(k)) ** 2 + dq**2 * (head.row + U32**2)
             + (head.p @ k) ** 2 * self.var_dot + _matmul(dq, self.ds**2 @ k**2, head.seen, head.rule)
         )  # fmt: skip
-        return Chained(head.scale * dq, head.scale**2 * var)
+        return Chained(head.scale * dq, head.scale**2 * _and_lost(var, lost, small))
 
     def dk(self, q: F64) -> Chained:
         """Return scale dS^T q, not stored."""
         head, dk = self.head, self.ds.T @ q
+        small = min(1.0, head.scale)
+        lost = flushed(self.ds.T * small, q, head.rule, 4.0 * small * np.sqrt(self.own.T))
         var = (
             (self.own + self.by_row).T @ q**2 + (self.one_sign.T @ np.abs(q)) ** 2 + dk**2 * U32**2
             + _matmul(dk, (self.ds**2).T @ q**2, self.seen_by, head.rule)
         )  # fmt: skip
-        return Chained(head.scale * dk, head.scale**2 * var)
+        return Chained(head.scale * dk, head.scale**2 * _and_lost(var, lost, small))
 
     def dv(self, dy: F64) -> Chained:
         """Return P^T dy, not stored."""
@@ -189,7 +197,13 @@ class Slopes:
         through_sum = (p2 * head.own).sum(1, keepdims=True)
         own_p = p2 * (2.0 * head.own + head.row + 2.0 * through_sum) + head.stored
         var = own_p.T @ dy**2 + ((p * head.shared).T @ np.abs(dy)) ** 2
-        return Chained(dv, var + _matmul(dv, p2.T @ dy**2, self.seen_by, head.rule))
+        lost = flushed(p.T, dy, head.rule, 4.0 * (p * np.sqrt(head.own)).T)
+        return Chained(dv, _and_lost(var + _matmul(dv, p2.T @ dy**2, self.seen_by, head.rule), lost))
+
+
+def _and_lost(var: F64, lost: F64 | None, small: float = 1.0) -> F64:
+    """Return a variance with what a product of operands that were `small` times as large may lose of them."""
+    return var if lost is None else 2.0 * (var + (lost / small) ** 2)
 
 
 def _least(dtype: str) -> float:

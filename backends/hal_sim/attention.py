@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention as a card's fused kernel computes it, of products on the simulated unit (arXiv:2307.08691).
+
+Scores are the accumulator's, scaled in float32. Forward, exp(s - max) is rounded to the operands' dtype, multiplied by
+v, and divided by its sum in float32 afterwards. Backward, P = exp(s - logsumexp) and dS = P (dP - D) are. What is not
+simulated is the order of a kernel's blocks of keys: here one block holds all of them.
+
+Legend: B batches, H heads, M queries, N keys, D channels of q and k, E of v; Z = B H.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hal_sim.simulation import Simulation
+
+
+def forward(
+    simulation: Simulation, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0,
+    is_causal: bool = False, *, attn_mask: torch.Tensor | None = None, scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return attention [B, H, M, E] and the logarithm of each row's sum [B, H, M], without dropout.
+
+    Args:
+        simulation: whose unit.
+        q: [B, H, M, D].
+        k: [B, H, N, D]; or fewer heads, each of which serves several of q's.
+        v: [B, H, N, E]; the same.
+        dropout_p: 0.
+        is_causal: query i sees keys 0 to i.
+        attn_mask: what is added to the scores, or which are seen; None: all.
+        scale: of the scores; None: 1 / sqrt(D).
+    """
+    scores = _scores(simulation, q, k, is_causal, attn_mask, scale)
+    largest = scores.amax(-1, keepdim=True)
+    p = (scores - largest.masked_fill(largest == -math.inf, 0)).exp()
+    sums = p.sum(-1, keepdim=True)
+    y = _product(simulation, p.to(v.dtype), _spread(v, q))
+    # A query that sees no key has no attention.
+    y = torch.where(sums == 0, 0, y / sums).to(q.dtype)
+    logsumexp = (largest + sums.log()).squeeze(-1)
+    return _like(y, q), logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def backward(
+    simulation: Simulation, dy: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor,
+    logsumexp: torch.Tensor, dropout_p: float, is_causal: bool, *, attn_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Return the gradients of q, k and v; see `forward` for what is given."""
+    scores = _scores(simulation, q, k, is_causal, attn_mask, scale)
+    p = (scores - logsumexp.masked_fill(logsumexp == -math.inf, 0)[..., None]).exp()
+    dv = _product(simulation, p.to(q.dtype).mT, dy)
+    dp = _product(simulation, dy, _spread(v, q).mT)
+    delta = (dy.to(p.dtype) * y.to(p.dtype)).sum(-1, keepdim=True)
+    ds = (p * (dp - delta)).to(q.dtype)
+    factor = _scale(q, scale)
+    dq, dk = _product(simulation, ds, _spread(k, q)) * factor, _product(simulation, ds.mT, q) * factor
+    return _rows_last(dq.to(q.dtype)), _rows_last(_gathered(dk, k)), _rows_last(_gathered(dv, v))
+
+
+def _scale(q: torch.Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _scores(
+    simulation: Simulation, q: torch.Tensor, k: torch.Tensor, is_causal: bool, mask: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:  # fmt: skip
+    scores = _product(simulation, q, _spread(k, q).mT) * _scale(q, scale)
+    if is_causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(ahead, -math.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return scores
+
+
+def _product(simulation: Simulation, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return the products of [B, H, ...] matrices in the accumulator's format."""
+    found = simulation.product(a.flatten(0, 1), b.flatten(0, 1))
+    return found.view(*a.shape[:2], *found.shape[1:])
+
+
+def _spread(x: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return keys or values with a head for each of the queries'."""
+    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def _gathered(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return the gradient of keys or values whose heads were spread: the sum of each one's, rounded once."""
+    B, H, N, D = x.shape
+    return gradient.view(B, H, -1, N, D).sum(2).to(x.dtype)
+
+
+def _like(y: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return a result that lies in memory as torch's own does: as the queries do."""
+    return torch.empty_like(q).copy_(y) if y.shape == q.shape else y
+
+
+def _rows_last(gradient: torch.Tensor) -> torch.Tensor:
+    """The same of a gradient: batch, row, head, channel."""
+    return gradient.transpose(1, 2).contiguous().transpose(1, 2)

@@ -35,7 +35,8 @@ def _enter(names: str, what: str, runs_on: frozenset[str], instead: str) -> None
 
 
 _enter("triton", "a language for kernels", _BOTH | {"ascend"},
-       "torch.compile writes kernels for the device; on Ascend install triton-ascend")  # fmt: skip
+       "torch.compile writes kernels for the device; on Ascend install triton-ascend; uninstall triton where programs "
+       "take its kernels because it is there")  # fmt: skip
 _enter("flash_attn flash_attn_interface flash_attn_2_cuda", "attention kernels", _BOTH,
        "torch.nn.functional.scaled_dot_product_attention; attn_implementation=\"sdpa\" in transformers")  # fmt: skip
 _enter("xformers", "attention kernels", _BOTH, "torch.nn.functional.scaled_dot_product_attention")

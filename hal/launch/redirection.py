@@ -209,8 +209,8 @@ class Redirection:
             UnsupportedOperation: in strict mode.
         """
         frame = sys._getframe(1)
-        self.audit.note("change", api, note, frame)
         self._refuse_in_strict_mode(api, note, frame)
+        self.audit.note("change", api, note, frame)
 
     def fallback(self, api: str, note: str, nbytes: int) -> None:
         """Note that an operator which the device lacks runs another way, or refuse it in strict mode, naming the line.
@@ -219,8 +219,8 @@ class Redirection:
             UnsupportedOperation: in strict mode.
         """
         frame = sys._getframe(1)
-        self.audit.note("fallback", api, note, frame, nbytes)
         self._refuse_in_strict_mode(api, f"{self.type} lacks it, and it is computed another way: {note}", frame)
+        self.audit.note("fallback", api, note, frame, nbytes)
 
     def _refuse_in_strict_mode(self, api: str, note: str, frame: FrameType) -> None:
         if self.strict:

@@ -22,7 +22,7 @@ _HEADINGS = {
     "change": "changes of meaning",
     "idle": "calls without effect",
     "fallback": "operators that ran another way",
-    "refused": "refusals",
+    "refused": "refusals (a program that catches the error goes on)",
 }
 """Kinds that are told on the terminal, in the words for many of them."""
 
@@ -96,11 +96,13 @@ def merged(settings: Settings, parts: list[dict[str, Any]]) -> dict[str, Any]:
 def text(report: dict[str, Any], path: str | None) -> str:
     """Return what a person is told at the end of a run."""
     entries = report["entries"]
-    sites = {(e["file"], e["line"]) for e in entries if e["kind"] in ("redirected", "belief")}
+    sites = {(e["file"], e["line"]) for e in entries if e["kind"] in ("redirected", "belief", "refused")}
     names = ", ".join(f"{device['id']} ({device['name'] or device['vendor']})" for device in report["devices"])
     if not names:
         return ""
-    lines = [f"hal run: CUDA was {names}; {len({e['api'] for e in entries})} APIs at {len(sites)} lines"]
+    apis = len({e["api"] for e in entries})
+    counts = f"{apis} API{'s' * (apis != 1)} at {len(sites)} line{'s' * (len(sites) != 1)}"
+    lines = [f"hal run: CUDA was {names}; {counts}"]
     kinds = Counter(e["kind"] for e in entries)
     for kind, heading in _HEADINGS.items():
         found = [e for e in entries if e["kind"] == kind]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A program's view of CUDA while a CPU is adopted, and torch as it was afterwards."""
 
+import functools
 import importlib
 import pickle
 import subprocess
@@ -209,6 +210,22 @@ def test_the_current_device_is_one_for_each_thread(monkeypatch):
         with t.cuda.device(0):
             assert t.cuda.current_device() == 0
         assert t.cuda.current_device() == 1
+
+
+@pytest.mark.parametrize("where", ["torch._utils", "torch.cuda._utils", "torch.cuda"])
+def test_libraries_are_told_the_index_of_a_device(cuda, where):
+    t = cuda.torch
+    index = functools.reduce(getattr, where.split(".")[1:], t)._get_device_index
+    for device in (None, "cuda", "cuda:0", t.device("cuda"), 0):
+        assert index(device, True) == 0
+    for device in (None, t.device("cuda")):
+        with pytest.raises(ValueError, match="specified index"):
+            index(device)
+    with pytest.raises(ValueError, match="Expected a cuda device"):
+        index("cpu", True)
+    assert index("cpu", True, True) == -1
+    assert t._utils._get_all_device_indices() == [0]
+    assert t._utils._get_current_device_index() == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast.*:FutureWarning")

@@ -195,10 +195,14 @@ def test_a_program_may_hide_the_devices_from_itself(program):
         os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
         import torch
         print(torch.cuda.is_available(), torch.cuda.device_count(), torch.ones(1).device)
+        try:
+            torch.cuda.current_device()
+        except RuntimeError as error:
+            print("No CUDA GPUs are available" in str(error))
         torch.ones(1).cuda()
         """
     )
-    assert done.stdout == "False 0 cpu\n"
+    assert done.stdout == "False 0 cpu\nTrue\n"
     assert "No CUDA GPUs are available" in done.stderr
 
 

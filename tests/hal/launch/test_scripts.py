@@ -12,7 +12,8 @@ import torch
 import hal
 
 PROGRAM = """
-import io, warnings
+import io
+import warnings, warnings
 import torch
 warnings.simplefilter("ignore")
 
@@ -55,6 +56,11 @@ file = io.BytesIO()
 torch.jit.save(model, file)
 file.seek(0)
 again = torch.jit.load(file, map_location="cuda")
+warnings.simplefilter("ignore")  # that torch.load is not for scripts
+for where in ("cpu", "cuda:0"):
+    file.seek(0)
+    loaded = torch.load(file, map_location=where, weights_only=False)
+    assert {str(each.device) for each in loaded.parameters()} == {where}
 rows = torch.ones(1, 2)
 print([m(rows, n).equal(model(rows * n, 1)) for m in (model, again) for n in (1,)], again(rows, 2).dtype)
 """

@@ -106,6 +106,7 @@ def test_a_change_of_meaning_is_noted_and_in_strict_mode_refused_at_its_line(wha
     assert "hal_sim" not in last  # nor the frames of a backend
     entries = json.loads(report.read_text())["entries"]
     assert [(entry["api"], entry["line"]) for entry in entries if entry["kind"] == "refused"] == [(api, line)]
+    assert not [entry for entry in entries if entry["kind"] == kind]  # it did not run
 
 
 def test_what_means_the_same_is_not_refused(program):

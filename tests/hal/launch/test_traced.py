@@ -112,6 +112,16 @@ def test_where_one_graph_is_wanted_the_other_branch_is_noted_with_its_line(cuda)
     assert entries(cuda.adoption, "change") == {("change", "torch.Tensor.is_cuda", 23)}
 
 
+def test_properties_of_the_device_are_constants_of_compiled_code(cuda):
+    t = cuda.torch
+
+    def step(x):
+        return x * t.cuda.get_device_properties(x.device).multi_processor_count + len(t.cuda.get_device_name(0))
+
+    x = t.ones(3, device="cuda")
+    assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), step(x))
+
+
 def test_what_compiled_code_makes_is_where_it_would_be(cuda):
     x = cuda.torch.ones(3, device="cuda")
     makes = program().makes

@@ -86,7 +86,7 @@ def load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwargs:
         if _Mapped.__name__ not in str(error):
             raise
     # A script that was saved, which torch hands on to `torch.jit.load`.
-    return torch.load(f, r.translate(map_location), *args, **kwargs)
+    return _placed(r, torch.load(f, r.translate(map_location), *args, **kwargs), map_location)
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -174,7 +174,11 @@ def jit_load(r: Redirection, f: Any, map_location: Any = None, *args: Any, **kwa
     """Put a saved script where it is wanted."""
     import torch
 
-    made = torch.jit.load(f, r.translate(map_location), *args, **kwargs)
+    return _placed(r, torch.jit.load(f, r.translate(map_location), *args, **kwargs), map_location)
+
+
+def _placed(r: Redirection, made: Any, map_location: Any) -> Any:
+    """Return a script whose tensors are known to be where the program wanted them."""
     if r.hosts is not None and map_location is not None:
         for tensor in (*made.parameters(), *made.buffers()):
             r.hosts.add(tensor) if r.is_host(map_location) else r.hosts.add_device(tensor)

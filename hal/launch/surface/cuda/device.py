@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, final
 
 from hal.launch.api import active, api, count_made, refused, value
-from hal.launch.redirection import Redirection
+from hal.launch.redirection import Redirection, is_number
 
 CAPABILITY = (8, 0)
 """The compute capability that programs are told: the oldest with bfloat16, so that they choose what runs everywhere."""
@@ -55,8 +55,36 @@ def is_in_bad_fork(r: Redirection) -> bool:
 
 @api("torch.cuda.current_device", "torch.accelerator.current_device_index", "torch.accelerator.current_device_idx")
 def current_device(r: Redirection) -> int:
-    """The current index."""
-    return r.current
+    """The current index; where the program sees no device, CUDA's error."""
+    return r.checked(r.current)
+
+
+@api("torch._utils._get_device_index", "torch.cuda._utils._get_device_index", "torch.cuda._get_device_index")
+def _get_device_index(r: Redirection, device: Any, optional: bool = False, allow_cpu: bool = False) -> int:
+    """The index that is meant, which libraries ask for as torch's own data parallel model does."""
+    import torch
+
+    if isinstance(device, str):
+        device = torch.device(device)
+    if r.is_host(device):
+        if allow_cpu:
+            return -1
+        raise ValueError(f"Expected a cuda device, but got: {device}")
+    if not optional and not is_number(device) and getattr(device, "index", None) is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
+    return cuda_index(r, device)
+
+
+@api("torch._utils._get_all_device_indices")
+def _get_all_device_indices(r: Redirection) -> list[int]:
+    """All of them."""
+    return list(range(len(r.devices)))
+
+
+@api("torch._utils._get_current_device_index")
+def _get_current_device_index(r: Redirection) -> int:
+    """As `torch.cuda.current_device`."""
+    return current_device(r)
 
 
 @api("torch.cuda.set_device")
@@ -202,7 +230,16 @@ def _processors(r: Redirection) -> int:
      note=f"the true name and memory; compute capability {CAPABILITY[0]}.{CAPABILITY[1]}")  # fmt: skip
 def get_device_properties(r: Redirection, device: Any = None) -> CudaDeviceProperties:
     """Name and memory of the true device, and the rest as of a device of that capability."""
-    return CudaDeviceProperties(r, cuda_index(r, device))
+    return _properties(cuda_index(r, device))
+
+
+def _properties(index: int) -> CudaDeviceProperties:
+    r = active()
+    assert r is not None  # whoever asks has it
+    return CudaDeviceProperties(r, index)
+
+
+_properties._dynamo_marked_constant = True  # type: ignore[attr-defined]  # compiled code is told once, as on CUDA
 
 
 @api("torch.cuda.get_device_name")

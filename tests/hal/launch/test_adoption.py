@@ -212,6 +212,18 @@ def test_the_current_device_is_one_for_each_thread(monkeypatch):
         assert t.cuda.current_device() == 1
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_storages_are_made_on_the_device(cuda):
+    t = cuda.torch
+    for device in ("cuda", "cuda:0", t.device("cuda"), 0):
+        made = t.UntypedStorage(16, device=device)
+        assert (made.device, made.nbytes()) == (torch.device("cuda", 0), 16)
+    assert t.empty(0, device="cuda").set_(made).is_cuda
+    assert t.UntypedStorage(8).device == t.UntypedStorage([1, 2]).device == torch.device("cpu")
+    typed = t.TypedStorage([1.0, 2.0], dtype=t.float32, device="cuda")
+    assert (typed.device.type, list(typed)) == ("cuda", [1.0, 2.0])
+
+
 @pytest.mark.parametrize("where", ["torch._utils", "torch.cuda._utils", "torch.cuda"])
 def test_libraries_are_told_the_index_of_a_device(cuda, where):
     t = cuda.torch

@@ -162,6 +162,19 @@ def test_what_is_sent_and_received_is_done_without_being_waited_for(program):
     )
 
 
+def test_what_is_gathered_has_a_gradient(program):
+    run(
+        program,
+        """
+    from torch.distributed.nn import functional
+    x = numbers(2, 3).requires_grad_()
+    whole = functional._all_gather_base(torch.empty(4, 3, device=device), x)
+    whole.mul(1 + torch.arange(4.0, device=device)[:, None]).sum().backward()
+    assert torch.equal(x.grad, 2 * torch.arange(2 * rank + 1.0, 2 * rank + 3, device=device)[:, None].expand(2, 3))
+    """,
+    )
+
+
 def test_what_is_added_later_has_the_bits_of_what_is_added_at_once(program):
     done = program(START + """
     draw = torch.Generator().manual_seed(rank)

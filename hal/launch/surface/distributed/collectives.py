@@ -8,6 +8,7 @@ rely on all of these.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -51,6 +52,23 @@ def install(redirection: Redirection, patches: Patches) -> None:
         patches.set(sys.modules[_SHARDED], name, factors)
 
     when_loaded(_SHARDED, name, divide)
+    when_loaded("torch.distributed.nn.functional", "_AllGatherBase", functools.partial(_let_gradients_through, patches))
+
+
+def _let_gradients_through(patches: Patches, kind: Any) -> None:
+    """Scatter the gradient of what was gathered, which torch does for NCCL alone."""
+    import torch.distributed as dist
+
+    own = kind.backward
+
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        if state.active() is None:
+            return own(ctx, gradient)
+        part = gradient.new_empty(gradient.shape[0] // dist.get_world_size(ctx.group), *gradient.shape[1:])
+        _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")(part, gradient.contiguous(), group=ctx.group)
+        return None, part, None
+
+    patches.set(kind, "backward", staticmethod(backward))
 
 
 def _watch(redirection: Redirection, patches: Patches) -> None:

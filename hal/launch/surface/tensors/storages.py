@@ -16,8 +16,9 @@ from hal.launch.redirection import Redirection
 if TYPE_CHECKING:
     import torch
 
-door("torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.to", "torch.UntypedStorage.device",
-     "torch.UntypedStorage.is_cuda", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda")  # fmt: skip
+door("torch.UntypedStorage", "torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.to",
+     "torch.UntypedStorage.device", "torch.UntypedStorage.is_cuda")  # fmt: skip
+door("torch.TypedStorage", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -86,6 +87,35 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
         return property(device), property(is_cuda)
 
+    own_new: Any = torch._C.StorageBase.__new__
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        r, device = state.active(), kwargs.get("device")
+        index = None if r is None or device is None else r.index(device)
+        if r is None or index is None:
+            made = own_new(cls, *args, **kwargs)
+            if r is not None and r.hosts is not None and device is None and not inside(sys._getframe(1)):
+                r.hosts.add_storage(made)
+            return made
+        r.audit.count_outside("torch.UntypedStorage", sys._getframe(1))
+        made = own_new(cls, *args, **(kwargs | {"device": r.targets[index]}))
+        if r.hosts is not None:
+            r.hosts.add_storage(made, False)
+        return made
+
+    own_of_sequence: Any = torch.storage._get_storage_from_sequence
+
+    def of_sequence(sequence: Any, dtype: Any, device: Any) -> Any:
+        r = state.active()
+        true = device if r is None else r.translate(device)
+        made = own_of_sequence(sequence, dtype, true)
+        if r is not None and r.hosts is not None and true is not device:
+            r.audit.count_nearest("torch.TypedStorage", sys._getframe(1))
+            r.hosts.add_storage(made, False)
+        return made
+
+    patches.set(torch.storage, "_get_storage_from_sequence", of_sequence)
+    patches.set(storage, "__new__", staticmethod(new))
     patches.set(storage, "cuda", cuda)
     patches.set(storage, "cpu", cpu)
     patches.set(storage, "to", to)

@@ -5,29 +5,67 @@ Scores are the accumulator's, scaled in float32. Forward, exp(s - max) is rounde
 v, and divided by its sum in float32 afterwards. Backward, P = exp(s - logsumexp) and dS = P (dP - D) are. What is not
 simulated is the order of a kernel's blocks of keys: here one block holds all of them.
 
-Legend: B batches, H heads, M queries, N keys, D channels of q and k, E of v; Z = B H.
+Legend: B batches, H heads, M queries, N keys, D channels.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from hal_sim.simulation import Simulation
+
+
+def chosen(
+    simulation: Simulation | None, whole: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    attn_mask: torch.Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """Compute attention by our fused kernel, also where a CPU has none and takes the "math" form.
+
+    That form computes 16-bit attention in float32: so does a card's where it is asked for by name, and is left alone;
+    where a card has a fused kernel and we have none, it is counted.
+
+    Args:
+        simulation: None: torch computes.
+        whole: `torch.ops.aten.scaled_dot_product_attention.default`, whose other arguments follow.
+    """
+    given = q, k, v, attn_mask, dropout_p, is_causal
+    fused = simulation is not None and torch.backends.cuda.flash_sdp_enabled() and q.is_floating_point()
+    fused = fused and all(x.numel() and x.ndim in (3, 4) for x in (q, k, v))
+    learns = attn_mask is not None and attn_mask.requires_grad
+    if simulation is not None and fused and (dropout_p or learns):
+        if q.element_size() == 2:
+            what = "dropout" if dropout_p else "a mask that learns"
+            simulation.count(f"scaled_dot_product_attention with {what}", given)
+        fused = False
+    if not fused:
+        return whole.decompose(*given, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
+    scale, width = _scale(q, scale), v.shape[-1]
+    if q.ndim == 3:
+        q, k, v = (x.unsqueeze(-3) for x in (q, k, v))
+        attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+    # One width for all, since what compiles code knows the kernel so: products with zeros change no bit.
+    q, k, v = (pad(x, (0, max(q.shape[-1], width) - x.shape[-1])) for x in (q, k, v))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    y: torch.Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :width]
+    return y if given[0].ndim == 4 else y.squeeze(-3)
 
 
 def forward(
     simulation: Simulation, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout_p: float = 0.0,
     is_causal: bool = False, *, attn_mask: torch.Tensor | None = None, scale: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Return attention [B, H, M, E] and the logarithm of each row's sum [B, H, M], without dropout.
+    """Return attention [B, H, M, D] and the logarithm of each row's sum [B, H, M], without dropout.
 
     Args:
         simulation: whose unit.
         q: [B, H, M, D].
         k: [B, H, N, D]; or fewer heads, each of which serves several of q's.
-        v: [B, H, N, E]; the same.
+        v: [B, H, N, D]; the same.
         dropout_p: 0.
         is_causal: query i sees keys 0 to i.
         attn_mask: what is added to the scores, or which are seen; None: all.
@@ -41,7 +79,7 @@ def forward(
     # A query that sees no key has no attention.
     y = torch.where(sums == 0, 0, y / sums).to(q.dtype)
     logsumexp = (largest + sums.log()).squeeze(-1)
-    return _like(y, q), logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
+    return torch.empty_like(q).copy_(y), logsumexp.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def backward(
@@ -95,11 +133,6 @@ def _gathered(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return gradient.view(B, H, -1, N, D).sum(2).to(x.dtype)
 
 
-def _like(y: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return a result that lies in memory as torch's own does: as the queries do."""
-    return torch.empty_like(q).copy_(y) if y.shape == q.shape else y
-
-
 def _rows_last(gradient: torch.Tensor) -> torch.Tensor:
-    """The same of a gradient: batch, row, head, channel."""
+    """Return a gradient that lies in memory as torch's own does: batch, row, head, channel."""
     return gradient.transpose(1, 2).contiguous().transpose(1, 2)

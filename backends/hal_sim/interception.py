@@ -86,7 +86,7 @@ def _register_all() -> None:
             _replace(packet.dtype_out, functools.partial(operators.into, wide))
     whole = torch.ops.aten.scaled_dot_product_attention.default
     for key in ("CPU", "AutogradCPU"):
-        _library(whole).impl(whole, functools.partial(_attention, whole), key)
+        replace_kernel(_library(whole), whole, key, lambda own: functools.partial(_attention, whole))
     for operator, key in own_kernels():
         replace_kernel(_library(operator), operator, key, functools.partial(_counted, operator, key))
 
@@ -126,32 +126,8 @@ def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None]
     replace_kernel(_library(operator), operator, "CPU", instead_of)
 
 
-def _attention(
-    whole: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0, is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
-    """Compute attention by our fused kernel, also where a CPU has none and takes the "math" form.
-
-    That form computes 16-bit attention in float32: so does a card's where it is asked for by name, and is left alone;
-    where a card has a fused kernel and we have none, it is counted.
-    """
-    given, simulation = (q, k, v, attn_mask, dropout_p, is_causal), _active
-    fused = simulation is not None and torch.backends.cuda.flash_sdp_enabled() and q.is_floating_point()
-    fused = fused and all(x.numel() and x.ndim in (3, 4) for x in (q, k, v))
-    learns = attn_mask is not None and attn_mask.requires_grad
-    if simulation is not None and fused and (dropout_p or learns):
-        if q.element_size() == 2:
-            what = "dropout" if dropout_p else "a mask that learns"
-            simulation.count(f"scaled_dot_product_attention with {what}", given)
-        fused = False
-    if not fused:
-        return whole.decompose(*given, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
-    if q.ndim == 3:
-        q, k, v = (x.unsqueeze(-3) for x in (q, k, v))
-        attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    y: torch.Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
-    return y if given[0].ndim == 4 else y.squeeze(-3)
+def _attention(whole: Any, keys: Any, *given: Any, **named: Any) -> torch.Tensor:
+    return attention.chosen(_active, whole, *given, **named)
 
 
 def _check_convolution(convolution: Kernel, x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:

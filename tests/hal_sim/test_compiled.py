@@ -87,6 +87,22 @@ def test_attention_that_is_compiled_is_counted():
         torch.compile(flex_attention)(q, q, q)
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")  # torch has none for its own kernel
+@pytest.mark.parametrize("width", [16, 8, 24])
+def test_attention_is_the_same_compiled_and_mapped(width):
+    q, k, v = (torch.randn(2, 3, 9, size).bfloat16().requires_grad_() for size in (16, 16, width))
+
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q * 1.5, k, v, is_causal=True)
+
+    with hal.open_device("sim:h200/strict"):
+        y, z = attend(q, k, v), torch.compile(attend)(q, k, v)
+        assert torch.equal(y, z)
+        assert all(map(torch.equal, torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(z.sum(), (q, k, v))))
+        if width == 16:  # of other widths torch takes the form in float32 there, and tells nobody
+            assert torch.equal(torch.vmap(attend)(q[None], k[None], v[None])[0], y)
+
+
 def test_afterwards_the_compiler_is_as_it_was():
     from torch._inductor import decomposition, lowering
 

@@ -106,7 +106,7 @@ def _print_facts(facts: DeviceFacts) -> None:
         )
     )
     say("")
-    rows = [("FORMAT", "OPERANDS", "AT ONCE", "ALIGNED", "SUM", "SUBNORMALS", "OVERFLOW"),
+    rows = [("FORMAT", "OPERANDS", "AT ONCE", "ALIGNED", "SUM", "SUBNORMALS", "OVERFLOW", "INF, NAN"),
             *(_row(unit) for unit in facts.units.values())]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -154,7 +154,14 @@ def _row(unit: UnitFacts) -> tuple[str, ...]:
         "?" if unit.accumulator_bits is None else sums + small,
         subnormals,
         unit.overflow or "-",
+        _not_finite(unit),
     )
+
+
+def _not_finite(unit: UnitFacts) -> str:
+    """Return "kept", or what becomes of infinity and NaN."""
+    lost = [] if unit.infinity in (None, "kept") else [f"infinity to {unit.infinity}"]
+    return ", ".join((*lost, *(["NaN lost"] if unit.nan == "none" else []))) or "kept"
 
 
 def _kernels(found: Kernels) -> str:

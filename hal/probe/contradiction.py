@@ -36,7 +36,7 @@ def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties
         if contract.nonfinite == "ieee" and facts.infinity not in (None, "kept"):
             found.append(f"{format}: the contract promises infinities, one becomes {facts.infinity}")
         if contract.nonfinite == "ieee" and facts.nan == "none":
-            found.append(f"{format}: the contract promises NaN, infinity times zero is none")
+            found.append(f"{format}: the contract promises NaN, what should be one is a number")
     if contract.topk_ties == "lower_index" and topk_ties != "lower index":
         found.append(f"the contract promises the lower index of equal numbers, top-k takes {topk_ties}")
     return tuple(found)

@@ -43,7 +43,7 @@ class UnitFacts:
         subnormal_results: the same.
         overflow: products beyond 2^128 that cancel: "cancels" or "infinity".
         infinity: "kept" or what becomes of it.
-        nan: bits of a NaN as it is stored; not part of the fingerprint, since a conversion may have made them.
+        nan: bits of a NaN as it is stored, which a conversion may have made; "none" if what should be one is none.
     """
 
     format: str
@@ -81,9 +81,10 @@ class UnitFacts:
 
     @property
     def arithmetic(self) -> Mapping[str, object]:
-        """The facts that decide bits: all but names and the code of NaN."""
-        names = {"format", "partner", "result", "inner", "order", "infinity", "nan"}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
+        """The facts that decide bits: all but names; of NaN whether it is "kept", not the code."""
+        names = {"format", "partner", "result", "inner", "order"}
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
+        return found | {"nan": self.nan if self.nan in (None, "none") else "kept"}
 
     @property
     def flushes_below(self) -> float:

@@ -12,6 +12,7 @@ from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
 from hal.probe.facts import UnitFacts
 from hal.probe.schedule import Pieces, described, finer
 from hal.probe.schedule import pieces as in_pieces
+from hal.probe.special import has_infinity
 from hal.probe.tree import parsed
 from hal.probe.whole import Products, differing
 
@@ -160,4 +161,6 @@ def expected(unit: MatrixUnit, format: str) -> Mapping[str, object]:
         "subnormal_results": None if narrow else "flushed" if flushes and format == "bfloat16" else "kept",
         "overflow": None if narrow or format in ("float16", "float64") else
                     "cancels" if unit.kind == "truncated" else "infinity",
+        "infinity": "kept" if has_infinity(format) else None,
+        "nan": "kept",
     }  # fmt: skip

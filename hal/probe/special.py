@@ -35,7 +35,8 @@ class Extremes:
     Attributes:
         subnormal_results: "kept", "flushed", or None where two operands have no such product.
         overflow: of products beyond 2^128 that cancel: "cancels", or "infinity". None in a format that has none.
-        nan: bits of infinity times zero as the device stores them, in hexadecimal; "none" if that is no NaN.
+        nan: bits of infinity times zero, or of a NaN in a format without infinity, as the device stores them, in
+            hexadecimal; "none" if one of the two is no NaN.
         infinity: "kept", or what an infinite operand becomes. None in a format without.
     """
 
@@ -104,15 +105,18 @@ def extremes(multiply: Multiplier, together: tuple[int, int], K: int) -> Extreme
         i, j = together
         cancelled = sums(multiply, [[Term(i, 2.0**127, 2.0), Term(j, -(2.0**127), 2.0)]], K)
         overflow = "cancels" if float(cancelled[0]) == 0.0 else "infinity"
-    infinite = bool(torch.isinf(torch.tensor(torch.inf).to(multiply.dtype).float()))
     infinity = None
-    if infinite:
+    of_nan = [[Term(0, torch.nan, 1.0)]]
+    if has_infinity(multiply.format):
         got = float(sums(multiply, [[Term(0, torch.inf, 1.0)]], K)[0])
         infinity = "kept" if got == torch.inf else str(got)
-        nan = raw_sums(multiply, [[Term(0, torch.inf, 0.0)]], K)
-    else:
-        nan = raw_sums(multiply, [[Term(0, torch.nan, 1.0)]], K)
-    return Extremes(results, overflow, _code(nan), infinity)
+        of_nan.insert(0, [Term(0, torch.inf, 0.0)])
+    return Extremes(results, overflow, _code(raw_sums(multiply, of_nan, K)), infinity)
+
+
+def has_infinity(format: str) -> bool:
+    """Return whether a format has infinities, which torch's names of those of 8 bits tell: "fn" has none."""
+    return "fn" not in format
 
 
 def _code(value: torch.Tensor) -> str:

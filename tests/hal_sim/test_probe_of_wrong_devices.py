@@ -125,6 +125,11 @@ def flushed(x):
     return torch.where(x.abs() < torch.finfo(x.dtype).smallest_normal, 0.0, x)
 
 
+def saturated(x, dtype):
+    most = torch.finfo(dtype).max
+    return x.clamp(-most, most).to(dtype)
+
+
 def odd_after_even(K):
     return [*range(0, K, 2), *range(1, K, 2)]
 
@@ -143,6 +148,13 @@ AROUND = {
     "24 bits": ({"fraction_bits": 24}, {}, ("alignment_bits", "products_under_sum", "sum_under_product")),
     "even products first": ({}, {"order": odd_after_even}, ("tree", "longer")),
     "k descending": ({}, {"order": lambda K: list(range(K))[::-1]}, ("tree", "longer")),
+    "infinities are the largest number": ({}, {"stored": saturated}, ("infinity",)),
+    "infinities are NaN": (
+        {},
+        {"stored": lambda x, dtype: torch.where(x.isinf(), torch.nan, x).to(dtype)},
+        ("infinity",),
+    ),
+    "NaN is zero": ({}, {"stored": lambda x, dtype: torch.where(x.isnan(), 0.0, x).to(dtype)}, ("nan",)),
     "some bits are off": ({}, {"stored": one_bit_off}, ()),
 }
 
@@ -156,7 +168,8 @@ def test_what_is_wrong_around_a_unit_is_named_or_counted(name):
     assert rules.differences({"bfloat16": found}, {"bfloat16": unit}) == {"bfloat16": facts}
     if "tree" not in facts:
         wrong, _ = whole.differing(whole.products(multiply, INNER), unit, rules.pieces(found, unit))
-        assert (wrong > 0) == (name != "nothing wrong")
+        # Random numbers have neither infinities nor NaN among them.
+        assert (wrong > 0) == (name != "nothing wrong" and facts not in (("infinity",), ("nan",)))
 
 
 @pytest.mark.parametrize("format", ["float16", "float8_e4m3fn"])

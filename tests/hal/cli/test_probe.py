@@ -50,6 +50,7 @@ def test_the_table_tells_all_that_was_found() -> None:
         "zero",
         "kept",
         "-",
+        "kept",
     ]
     assert "K = 16: groups of 4 at once, k ascending" in done.stdout
     assert "runs alike; batches alike" in done.stdout
@@ -100,6 +101,9 @@ def test_what_is_unusual_of_a_sum_is_in_its_row(monkeypatch: pytest.MonkeyPatch)
         "23 bits, cut, normalised; 31 under a larger sum, rounded down  24 bits, toward zero, small ones down, " in out
     )
     assert "small ones down, stored toward zero" in out
+    lost = replace(unit, infinity="65504.0", nan="none")
+    monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units={"float16": lost}))
+    assert "-         infinity to 65504.0, NaN lost\n" in probe("sim:v100").stdout
     assert "K = 512: no tree: it ?changes\n" in out
 
 

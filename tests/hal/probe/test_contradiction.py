@@ -41,7 +41,7 @@ def test_what_is_promised_beyond_the_truth_is_one_sentence(sentence):
 def test_promised_infinities_and_nans_are_looked_for():
     assert contradictions(replace(HONEST, nonfinite="ieee"), {"bfloat16": FACTS}, "neither") == (
         "bfloat16: the contract promises infinities, one becomes 3.0e+38",
-        "bfloat16: the contract promises NaN, infinity times zero is none",
+        "bfloat16: the contract promises NaN, what should be one is a number",
     )
 
 

@@ -183,6 +183,9 @@ def test_what_happens_beyond_the_range_is_found():
     other = special.extremes(multiplier(saturated), (0, 1), K)
     assert float(other.infinity) == pytest.approx(1e38, rel=0.01)
     assert other.nan == "none"
+    # Infinity times zero is NaN, a NaN none.
+    dropped = with_operands(multiplier(float32), lambda x: np.where(np.isnan(x), 0.0, x))
+    assert special.extremes(dropped, (0, 1), K).nan == "none"
     # Of a format without infinities, a NaN is what is asked.
     narrow = special.extremes(multiplier(lambda products: products.sum(0), "float8_e4m3fn"), (0, 1), K)
     assert (narrow.infinity, narrow.overflow, narrow.subnormal_results) == (None, None, None)

@@ -101,7 +101,8 @@ def test_a_longer_k_is_asked_for_in_every_format(probed, options):
 @pytest.mark.parametrize(
     ("fact", "value"),
     [("accumulator_bits", 23), ("alignment_bits", 24), ("sums", "nearest, ties to even"), ("products", "rounded"),
-     ("aligned", "nearest"), ("tree", "(0 1)"), ("input_bits", 10), ("subnormal_inputs", "flushed")],
+     ("aligned", "nearest"), ("tree", "(0 1)"), ("input_bits", 10), ("subnormal_inputs", "flushed"),
+     ("infinity", "65504.0"), ("nan", "none")],
 )  # fmt: skip
 def test_one_fact_that_differs_is_named_and_changes_the_fingerprint(probed, fact, value):
     units = dict(probed["h200"].units)

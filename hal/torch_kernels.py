@@ -65,7 +65,8 @@ def _own(operator: Any, key: str) -> Kernel:
         raise NotImplementedError(f"Could not run '{operator.name()}' with arguments from the '{key}' backend.")
 
     try:
-        own: Kernel = torch.library.get_kernel(operator, key).call_boxed
+        # Parsed here, since Python has no name for some keys (MkldnnCPU).
+        own: Kernel = torch.library.get_kernel(operator, torch._C._dispatch_key_parse(key)).call_boxed
     except RuntimeError:
         return none
     return own

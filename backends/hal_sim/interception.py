@@ -43,6 +43,14 @@ _WIDE: Mapping[str, Callable[..., torch.Tensor]] = {
 }  # fmt: skip
 """What has a form whose result is wider than the operands (`out_dtype`), which torch has for CUDA alone."""
 
+_OF_ONEDNN: Mapping[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "convolution": (torch.ops.aten.convolution.default, (0,)),
+    "convolution_backward": (torch.ops.aten.convolution_backward.default, (1, 2, 2)),
+    "mkldnn_linear": (torch.nn.functional.linear, (0,)),
+}
+"""What takes tensors in oneDNN's layout (`to_mkldnn`): the same of ordinary ones, and which operand each result is laid
+out like. (torch's own convolution asks whether oneDNN is switched on, which it is not while a device is open.)"""
+
 _active: Simulation | None = None
 _libraries: dict[str, Any] = {}
 """By namespace: what holds the kernels that are in the place of torch's own, once a device was opened."""
@@ -87,6 +95,10 @@ def _register_all() -> None:
     whole = torch.ops.aten.scaled_dot_product_attention.default
     for key in ("CPU", "AutogradCPU"):
         replace_kernel(_library(whole), whole, key, lambda own: functools.partial(_attention, whole))
+    for name, (ordinary, like) in _OF_ONEDNN.items():
+        operator = getattr(torch.ops.aten, name).default
+        kernel = functools.partial(_of_ordinary, ordinary, like)
+        replace_kernel(_library(operator), operator, "MkldnnCPU", kernel)
     for operator, key in own_kernels():
         replace_kernel(_library(operator), operator, key, functools.partial(_counted, operator, key))
 
@@ -128,6 +140,21 @@ def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None]
 
 def _attention(whole: Any, keys: Any, *given: Any, **named: Any) -> torch.Tensor:
     return attention.chosen(_active, whole, *given, **named)
+
+
+def _of_ordinary(ordinary: Callable[..., Any], like: tuple[int, ...], own: Kernel) -> Kernel:
+    """Return a kernel for tensors in oneDNN's layout that asks for the same of ordinary ones."""
+
+    def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        if _active is None:
+            return own(keys, *args, **kwargs)
+        given = [x.to_dense() if isinstance(x, torch.Tensor) and x.is_mkldnn else x for x in args]
+        found = ordinary(*given, **kwargs)
+        results = found if isinstance(found, tuple) else (found,)
+        laid = [y if y is None or not args[i].is_mkldnn else y.to_mkldnn() for y, i in zip(results, like, strict=True)]
+        return tuple(laid) if isinstance(found, tuple) else laid[0]
+
+    return kernel
 
 
 def _check_convolution(convolution: Kernel, x: torch.Tensor, *rest: Any, **kwargs: Any) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What multiplies inside a kernel of its own is counted, once, and refused where the device is strict."""
 
+import re
 import warnings
 
 import pytest
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 
 import hal
 from hal.errors import UnsupportedOperation
+from hal.torch_kernels import has_kernel
+from hal_sim import interception
 from hal_sim.own_kernels import own_kernels
 
 X = torch.eye(8) * 2 + torch.randn(8, 8, generator=torch.Generator().manual_seed(2)) * 0.1
@@ -23,6 +26,11 @@ def quantised():
 CALLS = {
     "addr": lambda: torch.addr(X, X[0], X[1]),
     "addmm of sparse matrices": lambda: torch.sparse.mm(X.to_sparse(), X),
+    "addmm_ of sparse matrices": lambda: X.clone().addmm_(X.to_sparse(), X),
+    "mv of sparse matrices": lambda: torch.mv(X.to_sparse(), X[0]),
+    "addmv of sparse matrices": lambda: torch.mv(X.to_sparse_csr(), X[0]),
+    "sspaddmm of sparse matrices": lambda: torch.sspaddmm(X.to_sparse(), X.to_sparse(), X),
+    "triangular_solve of sparse matrices": lambda: torch.triangular_solve(X, X.triu().to_sparse_csr()),
     "mm of complex numbers": lambda: X.to(torch.complex64) @ X.to(torch.complex64),
     "_cdist_forward": lambda: torch.cdist(X, X),
     "linalg_inv_ex": lambda: torch.linalg.inv(X),
@@ -32,6 +40,13 @@ CALLS = {
     "linalg_householder_product": lambda: torch.linalg.householder_product(X, X[0]),
     "mkldnn_convolution": lambda: torch.ops.aten.mkldnn_convolution(
         torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3), None, [0, 0], [1, 1], [1, 1], 1),
+    "_slow_conv2d_backward": lambda: torch.ops.aten._slow_conv2d_backward(
+        torch.ones(1, 4, 6, 6), torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3), [3, 3], [1, 1], [0, 0], [True] * 3),
+    "mkldnn_linear_backward_input": lambda: torch.ops.aten.mkldnn_linear_backward_input(
+        [8, 8], X.to_mkldnn(), X),
+    "fbgemm_linear_fp16_weight": lambda: torch.fbgemm_linear_fp16_weight(
+        X, torch.fbgemm_pack_gemm_matrix_fp16(X), X[0]),
+    "linalg_eigvals": lambda: torch.linalg.eigvals(X, out=torch.empty(8, dtype=torch.complex64)),
     "mkldnn::_linear_pointwise": lambda: torch.ops.mkldnn._linear_pointwise(X, X, None, "none", [], ""),
     "quantized::linear_dynamic": lambda: LINEAR(X),
 }  # fmt: skip
@@ -39,7 +54,7 @@ LINEAR = quantised()
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse:UserWarning", "ignore:fbgemm_.* is deprecated:UserWarning")
 def test_they_are_counted_and_refused(name):
     with hal.open_device("sim:h200") as device:
         CALLS[name]()
@@ -56,6 +71,53 @@ def test_what_reaches_the_unit_is_not_counted():
         torch.linalg.matrix_exp(X)
         torch.ones(3, 3, dtype=torch.int64) @ torch.ones(3, 3, dtype=torch.int64)  # the same everywhere
         assert device.not_simulated() == {}
+
+
+def test_tensors_in_onednns_layout_go_through_the_unit():
+    x, weight, bias, dy = (torch.randn(shape, generator=torch.Generator().manual_seed(1))
+                           for shape in ((2, 3, 8, 8), (4, 3, 3, 3), (4,), (2, 4, 6, 6)))  # fmt: skip
+
+    def computed(to, back):
+        given, w = to(x).requires_grad_(), to(weight).requires_grad_()
+        y = F.conv2d(given, w, to(bias))
+        y.backward(to(dy))
+        one = F.conv2d(given.detach(), weight, bias)  # as `torch.utils.mkldnn` leaves a weight that has a gradient
+        return *map(back, (y.detach(), given.grad, w.grad, one, F.linear(to(X), to(X), to(X[0])))), y.is_mkldnn
+
+    with hal.open_device("sim:h200/strict"):
+        *expected, _ = computed(torch.Tensor.clone, lambda y: y)
+        *found, opaque = computed(torch.Tensor.to_mkldnn, torch.Tensor.to_dense)
+    assert opaque
+    assert all(map(torch.equal, found, expected))
+
+
+MULTIPLIES = re.compile(
+    r".*(mm(?![ai])|mv(?!l)|matmul|linear(?!\dd)|conv(?!ert)|rnn|lstm|gru|attention|encoder_layer|cdist|addr|dot|solve"
+    r"|cholesky|(\b|_)lu(\b|_)|(?<!s)qr|svd|(?<!w)eig|(?<!erf)inv|lstsq|det|householder|matrix)"
+)
+NONE = {
+    "_int_mm": "of integers: the same everywhere", "dot": "a sum", "vdot": "a sum", "_compute_linear_combination": "sums",
+    "linalg_matrix_exp": "made of products that reach the unit", "lu_unpack": "multiplies nothing",
+    "mkldnn_reorder_conv2d_weight": "multiplies nothing", "mkldnn_reorder_conv3d_weight": "multiplies nothing",
+}  # fmt: skip
+
+
+def test_every_kernel_whose_name_says_that_it_multiplies_is_known():
+    aten = torch.ops.aten
+    known = {(operator.name().partition(".")[0], key) for operator, key in own_kernels()}
+    through = {*interception._PRODUCTS, *interception._ALONE, "convolution"}
+    known |= {(f"aten::{name}{place}", "CPU") for name in through for place in ("", "_")}
+    known |= {(f"aten::{name}", "MkldnnCPU") for name in interception._OF_ONEDNN}
+    names = {whole.removeprefix("aten::") for whole in torch._C._dispatch_get_all_op_names() if "aten::" in whole}
+    unknown = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        if not MULTIPLIES.match(packet) or packet in NONE:
+            continue
+        operator = getattr(getattr(aten, packet), overload or "default")
+        unknown += [(name, key) for key in ("CPU", "SparseCPU", "SparseCsrCPU", "MkldnnCPU")
+                    if has_kernel(operator, key) and (f"aten::{packet}", key) not in known]  # fmt: skip
+    assert unknown == [("sspaddmm.out", "CPU")]  # which refuses
 
 
 def test_who_listens_is_told_before_and_may_refuse():

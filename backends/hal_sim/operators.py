@@ -93,7 +93,7 @@ def _check_addend(what: str, c: torch.Tensor, a: torch.Tensor, result: torch.dty
 
 
 def _added(
-    c: torch.Tensor, product: torch.Tensor, beta: float, alpha: float, result: torch.dtype | None
+    c: torch.Tensor, product: torch.Tensor, beta: complex, alpha: complex, result: torch.dtype | None
 ) -> torch.Tensor:
     return finished(product, c.expand_as(product), alpha, beta, result or c.dtype)
 
@@ -111,7 +111,7 @@ def bmm(simulation: Simulation, a: torch.Tensor, b: torch.Tensor, *, result: tor
 
 
 def addmm(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1,
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: complex = 1, alpha: complex = 1,
     result: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return beta c + alpha a b; in another dtype than the operands' only if it is asked for, and is the addend's."""
@@ -126,8 +126,8 @@ def addmm_activation(
     a: torch.Tensor,
     b: torch.Tensor,
     *,
-    beta: float = 1,
-    alpha: float = 1,
+    beta: complex = 1,
+    alpha: complex = 1,
     use_gelu: bool = False,
 ) -> torch.Tensor:
     """Return what `addmm` does, through a ReLU or GELU."""
@@ -136,7 +136,7 @@ def addmm_activation(
 
 
 def baddbmm(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1,
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: complex = 1, alpha: complex = 1,
     result: torch.dtype | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Return what `addmm` does for each matrix of batches."""
@@ -146,7 +146,7 @@ def baddbmm(
 
 
 def addbmm(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: float = 1, alpha: float = 1
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, beta: complex = 1, alpha: complex = 1
 ) -> torch.Tensor:
     """Return beta c plus alpha times the sum of the batch's products: one product whose K is that of all."""
     _batches(a, b, "addbmm")
@@ -155,7 +155,7 @@ def addbmm(
 
 
 def addmv(
-    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, v: torch.Tensor, *, beta: float = 1, alpha: float = 1
+    simulation: Simulation, c: torch.Tensor, a: torch.Tensor, v: torch.Tensor, *, beta: complex = 1, alpha: complex = 1
 ) -> torch.Tensor:
     """Return beta c + alpha a v."""
     _check_dtypes("addmv", c, a, v)

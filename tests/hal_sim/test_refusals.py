@@ -45,6 +45,33 @@ def test_dtypes_do_not_mix(name):
         MIXED[name]()
 
 
+FACTORS = {
+    "addmm": lambda x, **factors: torch.addmm(x, x, x, **factors),
+    "addmm in place": lambda x, **factors: x.clone().addmm_(x, x, **factors),
+    "baddbmm": lambda x, **factors: torch.baddbmm(x[None], x[None], x[None], **factors),
+    "addbmm": lambda x, **factors: torch.addbmm(x, x[None], x[None], **factors),
+    "addmv": lambda x, **factors: torch.addmv(x[0], x, x[0], **factors),
+    "activation": lambda x, **factors: torch._addmm_activation(x[0], x, x, **factors),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64])
+@pytest.mark.parametrize("name", FACTORS)
+def test_factors_are_numbers_of_the_accumulators_format(name, dtype):
+    x = draw(4, 4, dtype=dtype)
+    wrong = [{which: factor} for which in ("alpha", "beta") for factor in (1j, 2 + 1e-30j, complex(1, torch.nan))]
+    if dtype != torch.float64:
+        wrong += [{"alpha": 1e300}, {"beta": -1e39}]
+    for device in ("cpu", "sim:h200"):
+        with hal.open_device(device):
+            for factors in wrong:
+                with pytest.raises(RuntimeError, match=r"cannot be converted to type .* without overflow"):
+                    FACTORS[name](x, **factors)
+    with hal.open_device("sim:h200"):
+        assert torch.equal(FACTORS[name](x, alpha=2 + 0j, beta=0j), FACTORS[name](x, alpha=2, beta=0))
+        assert FACTORS[name](x, alpha=torch.inf).isinf().any()
+
+
 SHAPES = {
     "too few channels": lambda: F.conv2d(draw(1, 3, 8, 8), draw(8, 64, 3, 3)),
     "too many channels": lambda: F.conv2d(draw(1, 64, 8, 8), draw(8, 3, 3, 3)),

@@ -100,7 +100,7 @@ def _of_rows(
         raise RuntimeError(f"grouped: {_shape(a_RK)} and {_shape(b_GKN)} cannot be multiplied")
     if together is not None:
         return together(a_RK, b_GKN, lengths, exchanged)
-    out_RN = product(a_RK[None, :, :0], b_GKN[:1, :0])[0]
+    out_RN = product(a_RK[None, :, :0], b_GKN.new_empty(1, 0, b_GKN.shape[2]))[0]
     for group, (first, length) in enumerate(lengths):
         if length:
             rows = slice(first, first + length)

@@ -99,7 +99,7 @@ def multiply_groups(
     formats = formats[::-1] if exchanged else formats
     a, b = (x if x.element_size() <= 2 else operand(x, format) for x, format in zip((a, b), formats, strict=True))
     least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
-    first, length = torch.tensor(lengths).view(-1, 2).T
+    first, length = torch.tensor(lengths, dtype=torch.int64).view(-1, 2).T
     each, N = torch.arange(len(lengths)), b.shape[-1]
     # Only what no group has is filled with zeros: torch's threads, woken to fill all of it, would be in the core's way.
     if b.ndim == 3:

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import _ctypes
 import contextlib
 import ctypes
 import functools
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,8 +96,6 @@ def library() -> Any:
         return None
     try:
         found = _loaded()
-        for name in ("hal_sim_multiply", "hal_sim_multiply_many", "hal_sim_reference", "hal_sim_fused_float64"):
-            getattr(found, name).restype = ctypes.c_int
         if not _is_sound(found):
             raise build.BuildFailed("the compiled library does not compute what it should: a compiler's fault?")
     except build.BuildFailed as error:
@@ -109,13 +109,30 @@ def library() -> Any:
 def _loaded() -> Any:
     library = build.compiled()
     with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(library))
-    # The loader refuses what is intact: it was made for another system, or another process is just replacing it.
+        return _opened(library)
+    # What is intact cannot be loaded, or is another library: it was made for another system, or another process is just
+    # replacing it.
     library = build.compiled(anew=True)
     try:
-        return ctypes.CDLL(str(library))
+        return _opened(library)
     except OSError as error:
         raise build.BuildFailed(str(error)) from error
+
+
+def _opened(library: Path) -> Any:
+    """Load the library, and tell ctypes what its functions return.
+
+    Raises:
+        OSError: the loader refuses it, or one of the functions is missing.
+    """
+    found = ctypes.CDLL(str(library))
+    try:
+        for name in ("hal_sim_multiply", "hal_sim_multiply_many", "hal_sim_reference", "hal_sim_fused_float64"):
+            getattr(found, name).restype = ctypes.c_int
+    except AttributeError as error:
+        _ctypes.dlclose(found._handle)  # or the loader would give it again for what is built in its place
+        raise OSError(str(error)) from error
+    return found
 
 
 def multiply(

@@ -254,6 +254,35 @@ def test_what_is_intact_and_refused_by_the_loader_is_built_anew_once(compiler, c
     assert list((tmp_path / "cache").iterdir()) == [library.parent]
 
 
+@pytest.fixture(scope="session")
+def another(tmp_path_factory):
+    """A library without most of the functions."""
+    folder = tmp_path_factory.mktemp("another")
+    (folder / "another.cpp").write_text('extern "C" int hal_sim_multiply() { return 0; }\n')
+    command = [*build._compiler(), "-fPIC", "-shared", "another.cpp", "-o", "another.so"]
+    subprocess.run(command, cwd=folder, check=True, timeout=300)
+    return folder / "another.so"
+
+
+def test_what_is_intact_and_another_library_is_built_anew_once(compiler, caplog, another, real):
+    calls = compiler()
+    library = build.compiled()
+    shutil.copy(another, library)
+    (library.parent / build.DIGEST).write_text(build._digest(library))
+    assert native.library() is not None
+    assert not caplog.records
+    assert calls() == 2
+    assert library.read_bytes() == real.read_bytes()
+
+
+def test_a_compiler_that_makes_another_library_is_done_without(compiler, caplog, another):
+    calls = compiler(f'cp "{another}" "$out"')
+    assert native.library() is None
+    assert calls() == 2
+    assert len(caplog.records) == 1
+    assert "undefined symbol: hal_sim_multiply_many" in caplog.text
+
+
 def test_torch_can_be_asked_for(compiler, monkeypatch, caplog):
     calls = compiler()
     monkeypatch.setenv("HAL_SIM_CORE", "torch")

@@ -127,7 +127,7 @@ def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None]
             if not all(dtype.is_floating_point for dtype in dtypes):
                 # Integers and complex numbers are for no unit here; sums of integers are the same everywhere.
                 if any(dtype.is_complex for dtype in dtypes):
-                    simulation.count(f"{_name(operator)} of complex numbers", args)
+                    return _by_the_cpu(simulation, f"{_name(operator)} of complex numbers", own, keys, *args, **kwargs)
                 return own(keys, *args, **kwargs)
             if check is not None:
                 check(functools.partial(own, keys), *args, **kwargs)
@@ -174,13 +174,20 @@ def _counted(operator: Any, key: str, own: Kernel) -> Kernel:
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
         simulation = _active
-        if simulation is None or getattr(_inside, "kernel", False):
+        if simulation is None:
             return own(keys, *args, **kwargs)
-        simulation.count(name, args)
-        _inside.kernel = True
-        try:
-            return own(keys, *args, **kwargs)
-        finally:
-            _inside.kernel = False
+        return _by_the_cpu(simulation, name, own, keys, *args, **kwargs)
 
     return kernel
+
+
+def _by_the_cpu(simulation: Simulation, name: str, own: Kernel, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let torch compute, and count it, but for what a kernel calls that is counted itself."""
+    if getattr(_inside, "kernel", False):
+        return own(keys, *args, **kwargs)
+    simulation.count(name, args)
+    _inside.kernel = True
+    try:
+        return own(keys, *args, **kwargs)
+    finally:
+        _inside.kernel = False

@@ -15,6 +15,7 @@ from hal_sim import interception
 from hal_sim.own_kernels import own_kernels
 
 X = torch.eye(8) * 2 + torch.randn(8, 8, generator=torch.Generator().manual_seed(2)) * 0.1
+Z = torch.complex(X, X.T)
 
 
 def quantised():
@@ -31,7 +32,9 @@ CALLS = {
     "addmv of sparse matrices": lambda: torch.mv(X.to_sparse_csr(), X[0]),
     "sspaddmm of sparse matrices": lambda: torch.sspaddmm(X.to_sparse(), X.to_sparse(), X),
     "triangular_solve of sparse matrices": lambda: torch.triangular_solve(X, X.triu().to_sparse_csr()),
-    "mm of complex numbers": lambda: X.to(torch.complex64) @ X.to(torch.complex64),
+    "mm of complex numbers": lambda: Z @ Z,
+    "mv of complex numbers": lambda: torch.mv(Z, Z[0]),
+    "addbmm of complex numbers": lambda: torch.addbmm(Z, Z[None], Z[None]),
     "_cdist_forward": lambda: torch.cdist(X, X),
     "linalg_inv_ex": lambda: torch.linalg.inv(X),
     "_linalg_solve_ex": lambda: torch.linalg.solve(X, X),
@@ -71,6 +74,14 @@ def test_what_reaches_the_unit_is_not_counted():
         torch.linalg.matrix_exp(X)
         torch.ones(3, 3, dtype=torch.int64) @ torch.ones(3, 3, dtype=torch.int64)  # the same everywhere
         assert device.not_simulated() == {}
+
+
+def test_a_convolution_of_complex_numbers_is_three_of_real_ones_that_reach_the_unit():
+    x, weight = torch.randn(2, 1, 3, 8, 8), torch.randn(2, 4, 3, 3, 3)
+    with hal.open_device("sim:h200/strict"):
+        found = F.conv2d(torch.complex(*x), torch.complex(*weight))
+        real, imaginary, both = F.conv2d(x[0], weight[0]), F.conv2d(x[1], weight[1]), F.conv2d(x.sum(0), weight.sum(0))
+        assert torch.equal(found, torch.complex(real - imaginary, both - real - imaginary))
 
 
 def test_tensors_in_onednns_layout_go_through_the_unit():

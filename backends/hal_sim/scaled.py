@@ -33,10 +33,17 @@ def scaled_mm(
         raise ValueError("scaled_mm: multiplication of two Float8_e5m2 matrices is not supported")
     _check_as_on_a_card(simulation, a, b, scale_a, scale_b, bias, out_dtype or a.dtype)
     product = simulation.product(a[None], b[None])[0]
-    for name, scale, each in (("scale_a", scale_a, (a.shape[0], 1)), ("scale_b", scale_b, (1, b.shape[1]))):
+    scales = (("scale_a", scale_a, (a.shape[0], 1)), ("scale_b", scale_b, (1, b.shape[1])))
+    for name, scale, each in scales:
         if scale.numel() != 1 and tuple(scale.shape) != each:
             operands = f"{tuple(a.shape)} and {tuple(b.shape)}"
             raise _refused(simulation, "scaled_mm", f"{name} of shape {tuple(scale.shape)} beside operands {operands}")
+    whole = all(scale.numel() == 1 for _, scale, _ in scales)
+    if not whole and any(tuple(scale.shape) != each for _, scale, each in scales):
+        raise ValueError(
+            "scaled_mm: Invalid scaling configuration: scales are one number each, or one for each row of a and each "
+            f"column of b, not {tuple(scale_a.shape)} and {tuple(scale_b.shape)}"
+        )
     if bias is not None and tuple(bias.shape) != (b.shape[1],):
         raise RuntimeError(f"scaled_mm: a bias of shape {tuple(bias.shape)}, expected {(b.shape[1],)}")
     addend = None if bias is None else bias.expand_as(product)

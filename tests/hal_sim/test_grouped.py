@@ -282,6 +282,17 @@ def test_what_torch_refuses_to_scale_is_refused(h200, change, says):
         torch._scaled_mm(*given, out_dtype=torch.bfloat16)
 
 
+def test_scales_of_rows_beside_one_number_are_refused_as_on_a_card(h200):
+    a, b, one = eight(16, 32, seed=0), eight(48, 32, seed=1).t(), torch.tensor(1.0)
+    rows, columns = scales(16, 1, seed=2), scales(1, 48, seed=3)
+    for pair in ((rows, one), (rows, one.view(1, 1)), (one, columns), (one.view(1), columns)):
+        with pytest.raises(ValueError, match="Invalid scaling configuration"):
+            torch._scaled_mm(a, b, *pair, out_dtype=torch.bfloat16)
+    # Of a single row both are right.
+    found = torch._scaled_mm(a[:1], b, one.view(1, 1), columns, out_dtype=torch.bfloat16)
+    assert torch.equal(found, (e4m3(a[:1], b) * columns).bfloat16())
+
+
 def test_recipes_that_their_scales_do_not_follow_are_refused(h200):
     a, b, one = eight(16, 32, seed=0), eight(8, 32, seed=1).t(), torch.tensor(1.0)
     whole, rows = F.ScalingType.TensorWise, F.ScalingType.RowWise

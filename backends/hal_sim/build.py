@@ -44,6 +44,8 @@ _FLAGS = (
     "-ffp-contract=off",
 )  # fmt: skip  (a user's CXXFLAGS are not ours to trust with rounding)
 _TIMEOUT_S = 300.0
+_MESSAGE = 200
+"""Characters of a compiler's message that are passed on."""
 _UNFINISHED = ".building-"
 
 
@@ -92,9 +94,11 @@ def _build(compiler: list[str], target: tuple[str, ...], folder: Path, complete:
             done = _run(command, _TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise BuildFailed(f"{compiler[0]} cannot be run: {error}") from error
-        if done.returncode or not (made / LIBRARY).is_file():
-            said = (done.stderr or done.stdout).strip().splitlines()
-            raise BuildFailed(f"{compiler[0]} ended with status {done.returncode}: {said[0] if said else 'no message'}")
+        if done.returncode:
+            said = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise BuildFailed(f"{compiler[0]} ended with status {done.returncode}: {said[0][:_MESSAGE]}")
+        if not (made / LIBRARY).is_file():
+            raise BuildFailed(f"{compiler[0]} ended with status 0 and made no library")
         (made / DIGEST).write_text(_digest(made / LIBRARY))
         if complete.exists() and (anew or not _is_intact(complete)):
             # Away before it is removed: another process may have put a good one there meanwhile, and be loading it.

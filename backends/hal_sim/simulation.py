@@ -20,7 +20,7 @@ NARROW = ("tf32", "hf32")
 """Formats that float32 operands are cut or rounded to, where a mode asks for it."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Simulation:
     """One device's way to multiply.
 
@@ -39,6 +39,10 @@ class Simulation:
     strict: bool = False
     tf32: bool = False
     not_simulated: NotSimulated = field(default_factory=NotSimulated)
+
+    def __repr__(self) -> str:
+        """Return what a user calls it by: messages and `Device.changes` show it."""
+        return self.device_id
 
     def product(self, a_BMK: torch.Tensor, b_BKN: torch.Tensor) -> torch.Tensor:
         """Return a b in the accumulator's format.

@@ -228,6 +228,15 @@ def test_the_first_line_of_a_compilers_message_is_passed_on(compiler):
         build.compiled()
 
 
+def test_a_warning_is_one_short_line_whatever_a_compiler_says(compiler, monkeypatch):
+    compiler("printf '%05000d' 0 >&2; exit 1")
+    with pytest.raises(build.BuildFailed, match=r"status 1: 0{200}$"):
+        build.compiled()
+    monkeypatch.setenv("CXX", "echo")  # which prints the command
+    with pytest.raises(build.BuildFailed, match=r"^echo ended with status 0 and made no library$"):
+        build.compiled()
+
+
 def test_what_the_loader_refuses_or_what_computes_wrongly_is_not_used(compiler, caplog, monkeypatch, tmp_path):
     calls = compiler('echo no library > "$out"')
     assert native.library() is None

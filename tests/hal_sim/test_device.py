@@ -461,8 +461,12 @@ def test_everything_is_back_after_closing():
 
 
 def test_two_at_once_conflict_and_one_after_the_other_do_not():
-    with hal.open_device("sim:h200"), pytest.raises(DeviceConflict):
-        hal.open_device("sim:a100")
+    with hal.open_device("sim:h200") as device:
+        assert str(next(iter(device.changes))) == "products of matrices on the CPU: None -> sim:h200"
+        with pytest.raises(DeviceConflict) as error:
+            hal.open_device("sim:a100")
+    assert "products of matrices on the CPU = sim:a100, which sim:h200 (handle" in str(error.value)
+    assert "holds at sim:h200\n" in str(error.value)
     with hal.open_device("sim:a100"):
         assert torch.equal(A @ B, of_the_unit(A, B, "a100").bfloat16())
 

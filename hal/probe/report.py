@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -110,7 +111,7 @@ def probe(name: str, inner: int = INNER) -> DeviceFacts:
     Raises:
         HalError: the device cannot be opened.
     """
-    with hal.open_device(name) as device:
+    with hal.open_device(name) as device, _threads_for(device):
         found, refused = multipliers(device)
         ties = topk_ties(device.torch_device)
         units = {format: unit_facts(multiply, inner) for format, multiply in found.items()}
@@ -119,7 +120,7 @@ def probe(name: str, inner: int = INNER) -> DeviceFacts:
         orders = {format: _other_orders(found[format], seen[format], inner) for format in found}
         info, versions, contract = device.info.as_json(), device.versions(), device.contract
     # The float32 mode stays until the device is closed, so that it is opened once more.
-    with hal.open_device(name) as device:
+    with hal.open_device(name) as device, _threads_for(device):
         try:
             multiply = _tf32(device)
             units["tf32"] = unit_facts(multiply, inner)
@@ -129,6 +130,24 @@ def probe(name: str, inner: int = INNER) -> DeviceFacts:
     return DeviceFacts(
         info, versions, units, seen, products, {k: v for k, v in orders.items() if v}, refused, ties, contract
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _threads_for(device: Device) -> Iterator[None]:
+    """Let one thread make what a simulated device multiplies: it is so little that several wait for each other.
+
+    A CPU that is measured itself keeps its threads, by whose number its kernels may share out a sum.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if device.info.simulated:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if device.info.simulated:
+            torch.set_num_threads(threads)
 
 
 def _tf32(device: Device) -> Multiplier:

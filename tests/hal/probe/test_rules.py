@@ -54,6 +54,25 @@ def test_the_usual_inner_length_gives_the_same_answer():
     assert found.units["float16"].inner == report.INNER
 
 
+@pytest.mark.parametrize(("device", "seen"), [("sim:v100", 1), ("cpu", 2)])
+def test_a_simulated_device_is_probed_in_one_thread_and_a_cpu_in_those_of_the_process(device, seen, monkeypatch):
+    found = []
+
+    def stop(device):
+        found.append(torch.get_num_threads())
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(report, "multipliers", stop)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(RuntimeError, match="seen"):
+            report.probe(device, INNER)
+        assert (found, torch.get_num_threads()) == ([seen], 2)
+    finally:
+        torch.set_num_threads(before)
+
+
 WITHOUT_A_COMPILER = """
 import json, hal, torch
 from hal.probe import multiplier, report

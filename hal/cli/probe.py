@@ -175,9 +175,13 @@ def _kernels(found: Kernels) -> str:
 
 
 def _nearest(facts: DeviceFacts) -> str:
+    from hal.probe.multiplier import OUTER
+
     likeness = facts.likeness
     names = ", ".join(likeness.archs)
-    compared = f"{likeness.elements} elements of whole products"
+    lengths = sorted({K for found in facts.products.values() for K, _ in found.results})
+    shapes = f"{OUTER} rows and columns, K = {', '.join(map(str, lengths))}"
+    compared = f"{likeness.elements} elements of whole products ({shapes})"
     differ = ", ".join(f"{count} of {of} in {name}" for name, (count, of) in likeness.whole.items())
     if likeness.exact:
         return f"all of this is the known arithmetic of {names}{_schedules(facts)}; so are {compared}, bit by bit"

@@ -27,6 +27,9 @@ LARGEST_EXPONENT = {
 }  # fmt: skip
 """Powers of two that a probe may use. The widest formats have some more, which would overflow in a product."""
 
+OUTER = 64
+"""Rows and columns of the products that a probe makes."""
+
 Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -49,7 +52,7 @@ class Multiplier:
     kernel: Kernel
     dtype: torch.dtype
     result: torch.dtype
-    outer: int = 64
+    outer: int = OUTER
     partner: str | None = None
     calls: list[int] = field(default_factory=lambda: [0], compare=False)
 

@@ -19,7 +19,7 @@ from hal import philox
 from hal.errors import HalError
 from hal.matrix_unit import FORMATS, MatrixUnit
 from hal.probe.evaluated import F64, evaluated
-from hal.probe.multiplier import Multiplier, bits
+from hal.probe.multiplier import OUTER, Multiplier, bits
 from hal.probe.schedule import Pieces
 
 SEED = 6
@@ -61,7 +61,7 @@ def products(multiply: Multiplier, inner: int) -> Products:
 
 
 def differing(
-    found: Products, unit: MatrixUnit, pieces: Mapping[int, Pieces | None], outer: int = 64
+    found: Products, unit: MatrixUnit, pieces: Mapping[int, Pieces | None], outer: int = OUTER
 ) -> tuple[int, int]:
     """Return how many elements a rule has otherwise, of how many.
 

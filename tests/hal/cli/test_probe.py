@@ -56,7 +56,8 @@ def test_the_table_tells_all_that_was_found() -> None:
     assert "runs alike; batches alike" in done.stdout
     assert "not multiplied: " in done.stdout
     assert lines[-2:] == [
-        "all of this is the known arithmetic of sm_70; so are 8640 elements of whole products, bit by bit",
+        "all of this is the known arithmetic of sm_70; so are 8640 elements of whole products "
+        "(64 rows and columns, K = 16, 512), bit by bit",
         "nothing contradicts the declared contract",
     ]
 

@@ -9,8 +9,11 @@ from typing import Any
 
 Kernel = Callable[..., Any]
 
-simulated_attention = False
-"""Whether a simulated device computes attention on the CPU: for any widths, and each gradient rounded once."""
+simulating = False
+"""Whether a simulated device multiplies at present; attention, too: for any widths, and each gradient rounded once."""
+
+_idle: set[tuple[str, str]] = set()
+"""Operators and keys that have a kernel while a simulated device is open, and torch has none."""
 
 
 def find_operator(name: str) -> Any:
@@ -22,9 +25,11 @@ def find_operator(name: str) -> Any:
 
 
 def has_kernel(operator: Any, key: str) -> bool:
-    """Return whether an operator has a kernel of its own for a dispatch key."""
+    """Return whether an operator has a kernel of its own for a dispatch key, at present."""
     import torch
 
+    if (operator.name(), key) in _idle:
+        return simulating
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
 
@@ -32,7 +37,9 @@ def add_kernel(library: Any, name: str, key: str, kernel: Kernel) -> None:
     """Register a kernel where this version of torch has the operator, and no kernel of its own."""
     found = find_operator(name)
     if found is not None and not has_kernel(found, key):
-        library.impl(found, kernel, key)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is one which is idle
+            library.impl(found, kernel, key)
 
 
 def can_replace() -> bool:
@@ -52,21 +59,28 @@ def replace_kernel(library: Any, operator: Any, key: str, make: Callable[[Kernel
         make: given torch's kernel, returns the other; both take the set of dispatch keys before the arguments. If torch
             has none, it is given what says so.
     """
-    kernel = make(_own(operator, key))
+    own = _own(operator, key)
+    if own is None:
+        _idle.add((operator.name(), key))
+    kernel = make(own or _none(operator, key))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
         library.impl(operator, kernel, key, with_keyset=True)
 
 
-def _own(operator: Any, key: str) -> Kernel:
+def _own(operator: Any, key: str) -> Kernel | None:
     import torch
-
-    def none(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(f"Could not run '{operator.name()}' with arguments from the '{key}' backend.")
 
     try:
         # Parsed here, since Python has no name for some keys (MkldnnCPU).
         own: Kernel = torch.library.get_kernel(operator, torch._C._dispatch_key_parse(key)).call_boxed
     except RuntimeError:
-        return none
+        return None
     return own
+
+
+def _none(operator: Any, key: str) -> Kernel:
+    def none(keys: Any, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"Could not run '{operator.name()}' with arguments from the '{key}' backend.")
+
+    return none

@@ -116,13 +116,10 @@ def _switches(made: object) -> list[tuple[Switch, object]]:
     """Return what opening sets: who multiplies, and no kernels that multiply by themselves where torch has others."""
     import torch
 
-    from hal import torch_kernels
     from hal_sim import interception
 
     return [
         (Switch("products of matrices on the CPU", interception.active, interception.activate), made),
-        (Switch("attention on the CPU", lambda: torch_kernels.simulated_attention,
-                lambda value: setattr(torch_kernels, "simulated_attention", value)), True),
         (Switch("torch.backends.mha fast path", torch.backends.mha.get_fastpath_enabled,
                 torch.backends.mha.set_fastpath_enabled), False),
         (Switch("torch.backends.mkldnn.enabled", torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled), False),

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from hal import torch_kernels
 from hal.errors import ConfigError
 from hal.torch_kernels import Kernel, can_replace, replace_kernel
 from hal_sim import attention, operators, scaled
@@ -70,6 +71,7 @@ def activate(simulation: Simulation | None) -> None:
     if simulation is not None and not _libraries:
         _register_all()
     _active = simulation
+    torch_kernels.simulating = simulation is not None
 
 
 def _register_all() -> None:

@@ -91,7 +91,7 @@ class TorchTrainingOps(TrainingOps):
             raise ShapeError(f"{where}: {queries} queries and {keys} keys", expected="a key for every query to see")
         dtype = model_dtype(q_THd)
         # torch 2.13's CPU kernel rounds the gradients of k and v to 16 bits after every block of queries.
-        on_cpu = q_THd.device.type == "cpu" and not torch_kernels.simulated_attention
+        on_cpu = q_THd.device.type == "cpu" and not torch_kernels.simulating
         wide = wide_dtype(dtype) if on_cpu else dtype
         q, k, v = (x.to(dtype).to(wide).transpose(0, 1)[None] for x in (q_THd, k_SGd, v_SGe))
         # The last query sees every key. Others behind a prefix would need a mask, since torch's own flag puts the first
@@ -182,7 +182,7 @@ def _has_fused_kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: floa
     Without one it falls back to products that may store the logits in 16 bits, and to a mask that is added, so that a
     hidden key of NaN shows.
     """
-    if q.device.type == "cpu" and torch_kernels.simulated_attention:
+    if q.device.type == "cpu" and torch_kernels.simulating:
         return q.numel() > 0
     choose = getattr(torch, "_fused_sdp_choice", None)  # what scaled_dot_product_attention itself asks
     if choose is None or q.numel() == 0:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A simulated device multiplies for whatever torch code runs, on every way to a product, until it is closed."""
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -210,6 +211,19 @@ def test_attention_with_dropout_is_counted_and_the_math_form_is_a_cards(h200):
     assert h200.not_simulated() == counts
     F.scaled_dot_product_attention(q[0], q[0], q[0])
     assert products[-1][0] == torch.bfloat16
+
+
+def test_afterwards_hal_run_finds_what_a_cpu_lacks_to_be_missing():
+    x = torch.ones(2, 16).bfloat16()
+    with hal.open_device("sim:h200"):
+        torch.mm(x, x.T, out_dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="Could not run .aten::mm"):
+        torch.mm(x, x.T, out_dtype=torch.float32)
+    for device, fallbacks in (("cpu", 1), ("sim:h200", 0), ("cpu", 1)):
+        with hal.adopt(device) as adoption:
+            y = importlib.import_module("torch").mm(x.cuda(), x.T.cuda(), out_dtype=torch.float32)
+            assert (y.dtype, y[0, 0].item()) == (torch.float32, 16.0)
+            assert len([entry for entry in adoption.entries() if entry.kind == "fallback"]) == fallbacks
 
 
 RACE = """

@@ -116,7 +116,7 @@ NONE = {
 def test_every_kernel_whose_name_says_that_it_multiplies_is_known():
     aten = torch.ops.aten
     known = {(operator.name().partition(".")[0], key) for operator, key in own_kernels()}
-    through = {*interception._PRODUCTS, *interception._ALONE, "convolution"}
+    through = {*interception._PRODUCTS, *interception._ALONE, "convolution", "scaled_dot_product_attention"}
     known |= {(f"aten::{name}{place}", "CPU") for name in through for place in ("", "_")}
     known |= {(f"aten::{name}", "MkldnnCPU") for name in interception._OF_ONEDNN}
     names = {whole.removeprefix("aten::") for whole in torch._C._dispatch_get_all_op_names() if "aten::" in whole}

@@ -217,7 +217,7 @@ def test_afterwards_hal_run_finds_what_a_cpu_lacks_to_be_missing():
     x = torch.ones(2, 16).bfloat16()
     with hal.open_device("sim:h200"):
         torch.mm(x, x.T, out_dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="Could not run .aten::mm"):
+    with pytest.raises(NotImplementedError, match="Could not run"):
         torch.mm(x, x.T, out_dtype=torch.float32)
     for device, fallbacks in (("cpu", 1), ("sim:h200", 0), ("cpu", 1)):
         with hal.adopt(device) as adoption:

@@ -10,23 +10,21 @@ all went well (https://github.com/pytorch/pytorch/issues/190489). On two busy co
 from __future__ import annotations
 
 import atexit
-import ctypes
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from hal.launch.patches import Patches
 
 PATIENCE_S = 1.0
 """How long a process may be held up by threads that still work: those that wait for a lost peer would for minutes."""
 
+PATIENCE_WITH_PEERS_S = 20.0
+"""The same for a work whose future was asked for: one that comes back while Python is ending ends the process."""
+
 _watching: list[threading.Thread] = []
-_pending: list[tuple[Any, Any]] = []
-_polled: list[tuple[Callable[[], bool], Callable[[], None]]] = []
-_poller: threading.Thread | None = None
-_lock = threading.Lock()
 
 _INTERVAL_S = 0.005
 _THREADS = "pt_gloo_runloop"
@@ -45,45 +43,17 @@ def watch(work: Callable[[], object]) -> None:
     _watching[:] = [*(other for other in _watching if other.is_alive()), thread]
 
 
-def expect(works: Sequence[Any], operands: Sequence[Any]) -> None:
-    """Let the end of the process wait for works whose operands are Python's, if nobody has by then."""
-    _pending[:] = [*(each for each in _pending if not each[0].is_completed()), *zip(works, operands, strict=True)]
-
-
-def poll(done: Callable[[], bool], then: Callable[[], None]) -> None:
-    """Call `then` once `done()` says so, from a thread of Python's own, which may end at any time."""
-    global _poller
-    with _lock:
-        _polled.append((done, then))
-        if _poller is None or not _poller.is_alive():  # a child that was forked has it no more
-            _poller = threading.Thread(target=_poll, daemon=True)
-            _poller.start()
-
-
-def _poll() -> None:
-    global _poller
-    while True:
-        time.sleep(_INTERVAL_S / 5)
-        with _lock:
-            ready = [each for each in _polled if each[0]()]
-        for _, then in ready:
-            then()
-        with _lock:
-            _polled[:] = [each for each in _polled if each not in ready]
-            if not _polled:
-                _poller = None
-                return
-
-
 def settle() -> None:
-    """Wait until gloo's threads have nothing left to do, at most `PATIENCE_S`. Only Linux says what a thread does."""
-    deadline = time.monotonic() + PATIENCE_S
+    """Wait until gloo's threads have nothing left to do, at most `PATIENCE_S`. Only Linux says what a thread does.
+
+    Those that wait for a work come back when the peer does, or ends. A program that failed must not wait for that: its
+    peers may be waiting for it.
+    """
+    failed = getattr(sys, "last_value", None) is not None
+    deadline = time.monotonic() + (PATIENCE_S if failed else PATIENCE_WITH_PEERS_S)
     for thread in _watching:
         thread.join(max(0.0, deadline - time.monotonic()))
-    while (left := [each for each in _pending if not each[0].is_completed()]) and time.monotonic() < deadline:
-        time.sleep(_INTERVAL_S)
-    for _, operand in left:  # for ever: gloo drops it when the peer is lost, and Python's part of it must not end there
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(operand))
+    deadline = time.monotonic() + PATIENCE_S
     before = None
     while (now := _threads()) and time.monotonic() < deadline:
         # Asleep on both looks, and not awake between them. One that waits for Python's lock has it while we sleep.

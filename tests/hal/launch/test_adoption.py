@@ -219,7 +219,8 @@ def test_storages_are_made_on_the_device(cuda):
         made = t.UntypedStorage(16, device=device)
         assert (made.device, made.nbytes()) == (torch.device("cuda", 0), 16)
     assert t.empty(0, device="cuda").set_(made).is_cuda
-    assert t.UntypedStorage(8).device == t.UntypedStorage([1, 2]).device == torch.device("cpu")
+    for made in (t.UntypedStorage(8), t.UntypedStorage([1, 2]), t.UntypedStorage(8, device="cpu")):
+        assert made.device == torch.device("cpu")
     typed = t.TypedStorage([1.0, 2.0], dtype=t.float32, device="cuda")
     assert (typed.device.type, list(typed)) == ("cuda", [1.0, 2.0])
 
@@ -236,6 +237,8 @@ def test_libraries_are_told_the_index_of_a_device(cuda, where):
     with pytest.raises(ValueError, match="Expected a cuda device"):
         index("cpu", True)
     assert index("cpu", True, True) == -1
+    assert index(3) == 3
+    assert index(t.cuda.device(0)) == 0
     assert t._utils._get_all_device_indices() == [0]
     assert t._utils._get_current_device_index() == 0
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api as state
 from hal.launch import gloo
-from hal.launch.api import api, door
+from hal.launch.api import api
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
@@ -29,15 +28,11 @@ _HOME = "torch.distributed.distributed_c10d"
 _SHARDED = "torch.distributed.fsdp._fully_shard._fsdp_collectives"
 
 
-door(*(f"torch.distributed.{name}" for name in ("isend", "irecv")))
-
-
 def install(redirection: Redirection, patches: Patches) -> None:
     """Let works of gloo's end as NCCL's do, and sharded models divide their gradients, for which gloo has no factor."""
     if redirection.hosts is None:
         return
     gloo.install(patches)
-    _watch(redirection, patches)
     name = "_get_gradient_divide_factors"
 
     def divide(own: Any) -> None:
@@ -69,30 +64,6 @@ def _let_gradients_through(patches: Patches, kind: Any) -> None:
         return None, part, None
 
     patches.set(kind, "backward", staticmethod(backward))
-
-
-def _watch(redirection: Redirection, patches: Patches) -> None:
-    """Replace what sends and receives where torch itself finds it: lists of such calls know them by identity."""
-    import torch.distributed as dist
-
-    if not dist.is_available():
-        return
-    for name in ("isend", "irecv"):
-        own = getattr(dist, name)
-
-        def call(*args: Any, _own: Any = own, _name: str = name, **kwargs: Any) -> Any:
-            work, r = _own(*args, **kwargs), state.active()
-            if r is None or work is None or not _is_gloo(r, kwargs.get("group", args[2] if len(args) > 2 else None)):
-                return work
-            from hal.launch.surface.distributed.works import Watched
-
-            r.audit.count_outside(f"torch.distributed.{_name}", sys._getframe(1))
-            return Watched(work, [args[0] if args else kwargs["tensor"]])
-
-        for attribute in ("__name__", "__qualname__", "__module__", "__doc__"):
-            setattr(call, attribute, getattr(own, attribute))
-        for owner in (dist, dist.distributed_c10d):
-            patches.set(owner, name, call)
 
 
 def _names(*names: str) -> tuple[str, ...]:
@@ -138,14 +109,9 @@ def reduce_scatter_tensor(
     if factor is not None:
         input = _scaled(input, factor)
     whole, part = _flat(r, group, input, output)
-    op = dist.ReduceOp.SUM if op is None else op
-    if async_op and whole.dim() == part.dim() == 1 and _is_gloo(r, group) and dist.get_rank(group) >= 0:
-        # What gloo itself does, but that its work does the rest only for who waits for it.
-        mine = whole.detach().clone()
-        work = dist.all_reduce(mine, op, group, async_op=True)
-        chunk = mine.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-        return _works([work], [mine], [output], lambda: part.copy_(chunk))
-    return _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")(part, whole, op, group, async_op)
+    call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
+    work = call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    return _with_future(r, work, group, [output])
 
 
 def _factor(r: Redirection, op: Any, group: Any) -> tuple[Any, Any]:
@@ -202,13 +168,8 @@ def reduce_scatter(
     factor, op = _factor(r, op, group)
     if factor is not None:
         input_list = [_scaled(part, factor) for part in input_list]
-    op, rank = dist.ReduceOp.SUM if op is None else op, dist.get_rank(group)
-    alike = [part.numel() for part in input_list] == [output.numel()] * len(input_list)
-    if async_op and alike and rank >= 0 and len(input_list) == dist.get_world_size(group) and _is_gloo(r, group):
-        parts = [part.detach().clone() for part in input_list]  # as above
-        works = [dist.reduce(part, None, op, group, True, i) for i, part in enumerate(parts)]
-        return _works(works, parts, [output], lambda: output.copy_(parts[rank].view_as(output)))
-    return dist.reduce_scatter(output, input_list, op, group, async_op)
+    work = dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
+    return _with_future(r, work, group, [output])
 
 
 def _single(dist: Any, name: str, older: str) -> Any:
@@ -233,20 +194,22 @@ def all_gather(
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
     works = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
     if async_op:
-        return _works(works, tensor_list, tensor_list)
+        return _works(works, tensor_list)
     for work in works:
         work.wait()
     return None
 
 
-def _works(
-    works: list[Any], operands: list[torch.Tensor], result: list[torch.Tensor],
-    finish: Callable[[], Any] | None = None,
-) -> Any:  # fmt: skip
-    """Return several works as one, with what is left to do when all are done."""
+def _with_future(r: Redirection, work: Any, group: Any, result: list[torch.Tensor]) -> Any:
+    """Return a work that has a future, which gloo's of these kinds have not."""
+    return _works([work], result) if work is not None and _is_gloo(r, group) else work
+
+
+def _works(works: list[Any], result: list[torch.Tensor]) -> Any:
+    """Return several works as one, or one that has no future of its own."""
     from hal.launch.surface.distributed.works import Works
 
-    return Works(works, operands, result, finish)
+    return Works(works, result)
 
 
 @api(

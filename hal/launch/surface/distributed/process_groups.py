@@ -41,6 +41,7 @@ def _asked(r: Redirection) -> MutableMapping[Any, str]:
 
 
 _BOUND = "torch.distributed.init_process_group: whether a device was given"
+_SPLITS = "torch.distributed.split_group: how often"
 
 
 def _bind(r: Redirection, arguments: dict[str, Any]) -> None:
@@ -94,14 +95,22 @@ def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, 
     if not r.kept.get(_BOUND):  # as torch's own
         raise RuntimeError("No device associated with the default pg, not safe to split any process groups")
     parent = dist.group.WORLD if parent_pg is None else parent_pg
-    of_parent, mine = dist.get_process_group_ranks(parent), None
+    of_parent = dist.get_process_group_ranks(parent)
     for part in split_ranks:
-        if len(part) != len(set(part)) or not part:
-            raise ValueError(f"a split group has ranks, each of them once, and not {list(part)}")
+        if len(part) != len(set(part)) or not part or not set(part) <= set(range(len(of_parent))):
+            raise ValueError(f"a split of {len(of_parent)} ranks has some of them, each once, and not {list(part)}")
+    # All ranks are here if it is all that is split. Others must not be waited for; but a group that only its own ranks
+    # make has a name of theirs, which must not come twice.
+    alone, mine = parent is not dist.group.WORLD, None
+    count = r.kept[_SPLITS] = r.kept.get(_SPLITS, 0) + 1
+    description = group_desc or f"{getattr(parent, 'group_desc', '')}:split:{count - 1}"
+    for part in split_ranks:
         ranks = [of_parent[rank] for rank in part]
-        if mine is None and dist.get_rank() in ranks:
-            mine = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=True,
-                             group_desc=group_desc)  # fmt: skip
+        inside = dist.get_rank() in ranks
+        if inside or not alone:
+            made = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=alone,
+                             group_desc=description)  # fmt: skip
+            mine = made if inside and mine is None else mine
     return mine
 
 

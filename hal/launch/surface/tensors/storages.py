@@ -94,8 +94,9 @@ def install(redirection: Redirection, patches: Patches) -> None:
         index = None if r is None or device is None else r.index(device)
         if r is None or index is None:
             made = own_new(cls, *args, **kwargs)
-            if r is not None and r.hosts is not None and device is None and not inside(sys._getframe(1)):
-                r.hosts.add_storage(made)
+            hosts = None if r is None or inside(sys._getframe(1)) else r.hosts
+            if r is not None and hosts is not None and (device is None or r.is_host(device)):
+                hosts.add_storage(made)
             return made
         r.audit.count_outside("torch.UntypedStorage", sys._getframe(1))
         made = own_new(cls, *args, **(kwargs | {"device": r.targets[index]}))

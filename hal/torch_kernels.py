@@ -63,9 +63,22 @@ def replace_kernel(library: Any, operator: Any, key: str, make: Callable[[Kernel
     if own is None:
         _idle.add((operator.name(), key))
     kernel = make(own or _none(operator, key))
+    _leave_to_python(kernel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
         library.impl(operator, kernel, key, with_keyset=True)
+
+
+def _leave_to_python(kernel: Kernel) -> None:
+    """Keep torch's compiler from tracing a kernel, and what it calls, where it is called by code that is not compiled.
+
+    The compiler looks at every frame of Python's that begins within a compiled function, also below torch's dispatcher.
+    """
+    from torch._C._dynamo import eval_frame as frames
+
+    skip = frames._FrameAction.SKIP
+    code = getattr(kernel, "func", kernel).__code__
+    frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
 
 
 def _own(operator: Any, key: str) -> Kernel | None:

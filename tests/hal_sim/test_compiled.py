@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled code on a simulated device: its products are the unit's, bit for bit, whenever it was compiled."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
@@ -101,6 +103,15 @@ def test_attention_is_the_same_compiled_and_mapped(width):
         assert all(map(torch.equal, torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(z.sum(), (q, k, v))))
         if width == 16:  # of other widths torch takes the form in float32 there, and tells nobody
             assert torch.equal(torch.vmap(attend)(q[None], k[None], v[None])[0], y)
+
+
+def test_kernels_that_stay_are_not_compiled_where_the_compiler_leaves_code_to_python():
+    with hal.open_device("sim:h200"):
+        pass
+    with hal.adopt("cpu"):
+        seen = importlib.import_module("torch")
+        compiled = seen.compile(seen.nn.DataParallel(seen.nn.Linear(2, 3)), backend="eager")
+        assert compiled(seen.ones(4, 2, device="cuda")).shape == (4, 3)  # and nobody warns of what cannot be traced
 
 
 def test_afterwards_the_compiler_is_as_it_was():

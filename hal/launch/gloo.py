@@ -10,6 +10,7 @@ all went well (https://github.com/pytorch/pytorch/issues/190489). On two busy co
 from __future__ import annotations
 
 import atexit
+import contextlib
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from hal.launch.patches import Patches
 PATIENCE_S = 1.0
 """How long a process may be held up by threads that still work: those that wait for a lost peer would for minutes."""
 
-PATIENCE_WITH_PEERS_S = 20.0
+PATIENCE_WITH_PEERS_S = 5.0
 """The same for a work whose future was asked for: one that comes back while Python is ending ends the process."""
 
 _watching: list[threading.Thread] = []
@@ -33,7 +34,12 @@ _THREADS = "pt_gloo_runloop"
 def install(patches: Patches) -> None:
     """Have the end of this process settled."""
     atexit.register(settle)
-    patches.on_undo(lambda: atexit.unregister(settle))
+    patches.on_undo(_uninstall)
+
+
+def _uninstall() -> None:
+    if not any(thread.is_alive() for thread in _watching):
+        atexit.unregister(settle)
 
 
 def watch(work: Callable[[], object]) -> None:
@@ -44,7 +50,13 @@ def watch(work: Callable[[], object]) -> None:
 
 
 def settle() -> None:
-    """Wait until gloo's threads have nothing left to do, at most `PATIENCE_S`. Only Linux says what a thread does.
+    """Wait until gloo's threads have nothing left to do, as long as patience lasts, or until it is interrupted."""
+    with contextlib.suppress(KeyboardInterrupt):
+        _settle()
+
+
+def _settle() -> None:
+    """Wait. Only Linux says what a thread does.
 
     Those that wait for a work come back when the peer does, or ends. A program that failed must not wait for that: its
     peers may be waiting for it.

@@ -56,6 +56,11 @@ def test_every_form_of_a_device_is_understood(cuda, device):
     assert cuda.torch.nn.Linear(2, 2).to(device).weight.is_cuda
     assert cuda.torch.ones(2).new_zeros(2, device=device).is_cuda
     assert cuda.torch.ones(2, device=device).new(2, device=device).new([1.0]).is_cuda
+    there = cuda.torch.ones(2, device=device)
+    assert cuda.torch.ones(2).new(there).is_cuda  # the same memory
+    assert there.is_cuda
+    assert cuda.torch._C._nn._parse_to(there)[0].type == "cuda"
+    assert cuda.torch._C._nn._parse_to(cuda.torch.ones(2))[0].type == "cpu"
     for parsed in (cuda.torch._C._nn._parse_to(device), cuda.torch._C._nn._parse_to(device=device)):
         assert parsed[0].type == "cuda"  # which libraries ask that have a `to` of their own
 
@@ -237,7 +242,7 @@ def test_libraries_are_told_the_index_of_a_device(cuda, where):
     with pytest.raises(ValueError, match="Expected a cuda device"):
         index("cpu", True)
     assert index("cpu", True, True) == -1
-    assert index(3) == 3
+    assert index(3) == index("cuda:3") == 3  # nobody asks whether there is one
     assert index(t.cuda.device(0)) == 0
     assert t._utils._get_all_device_indices() == [0]
     assert t._utils._get_current_device_index() == 0

@@ -59,6 +59,10 @@ def test_a_group_is_split(program):
         assert "split" in again.group_desc
         dist.barrier(again)
         dist.destroy_process_group(again)
+    alone, both = dist.new_group([0]), dist.new_group([0, 1])  # of which one rank has more than the other
+    for i in range(2):
+        again = dist.split_group(both, [[1, 0]])
+        dist.barrier(again)
     for wrong in [], [[]], [[0, 0]], [[0, 9], [1]]:
         try:
             dist.split_group(split_ranks=wrong)

@@ -117,6 +117,8 @@ def test_a_transform_of_float16_into_a_tensor(cuda):
     assert torch.equal(fft.ifft(x.float(), out=torch.empty(3, 8, dtype=torch.complex64)), fft.ifft(x.float()))
     with pytest.raises(RuntimeError, match="Expected out tensor to have dtype"):
         fft.rfft(x, out=torch.empty(0, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match="automatic differentiation"):
+        fft.fft(x.requires_grad_(), out=out)
 
 
 def by_columns(x):

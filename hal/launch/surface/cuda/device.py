@@ -67,15 +67,16 @@ def _get_device_index(r: Redirection, device: Any, optional: bool = False, allow
     if isinstance(device, str):
         device = torch.device(device)
     device = getattr(device, "idx", device)  # of `torch.cuda.device`
-    if is_number(device):
+    if isinstance(device, int) or is_number(device):
         return int(device)
     if r.is_host(device):
         if allow_cpu:
             return -1
         raise ValueError(f"Expected a cuda device, but got: {device}")
-    if not optional and getattr(device, "index", None) is None:
+    index: int | None = getattr(device, "index", None)
+    if index is None and not optional:
         raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
-    return cuda_index(r, device)
+    return r.current if index is None else index
 
 
 @api("torch._utils._get_all_device_indices")

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import contextlib
+from collections.abc import Iterator, MutableMapping
 from typing import Any
 
 from hal.launch.api import api
@@ -94,24 +95,40 @@ def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, 
         raise ValueError("split_ranks cannot be None or empty")
     if not r.kept.get(_BOUND):  # as torch's own
         raise RuntimeError("No device associated with the default pg, not safe to split any process groups")
-    parent = dist.group.WORLD if parent_pg is None else parent_pg
+    parent: Any = dist.group.WORLD if parent_pg is None else parent_pg
     of_parent = dist.get_process_group_ranks(parent)
     for part in split_ranks:
         if len(part) != len(set(part)) or not part or not set(part) <= set(range(len(of_parent))):
             raise ValueError(f"a split of {len(of_parent)} ranks has some of them, each once, and not {list(part)}")
-    # All ranks are here if it is all that is split. Others must not be waited for; but a group that only its own ranks
-    # make has a name of theirs, which must not come twice.
-    alone, mine = parent is not dist.group.WORLD, None
-    count = r.kept[_SPLITS] = r.kept.get(_SPLITS, 0) + 1
-    description = group_desc or f"{getattr(parent, 'group_desc', '')}:split:{count - 1}"
+    counted = f"{_SPLITS}: {parent.group_name}"
+    count = r.kept[counted] = r.kept.get(counted, 0) + 1
+    mine = None
     for part in split_ranks:
-        ranks = [of_parent[rank] for rank in part]
-        inside = dist.get_rank() in ranks
-        if inside or not alone:
-            made = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=alone,
-                             group_desc=description)  # fmt: skip
-            mine = made if inside and mine is None else mine
+        ranks = sorted(of_parent[rank] for rank in part)
+        if mine is None and dist.get_rank() in ranks:
+            name = f"{parent.group_name}:split:{count}:{'-'.join(map(str, ranks))}"
+            with _named(name):
+                mine = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=True,
+                                 group_desc=group_desc or f"{parent.group_desc}:split:{count - 1}")  # fmt: skip
     return mine
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Give the next process group a name that all of its ranks know, and that no other has.
+
+    torch makes one of the ranks, and of how many groups with the same ones this process is in, of which others may be
+    in more, or less; and a group that was destroyed leaves what it put down under it.
+    """
+    from torch.distributed import distributed_c10d
+
+    own: Any = distributed_c10d
+    before = own._process_group_name
+    own._process_group_name = lambda ranks, use_hashed_name: name
+    try:
+        yield
+    finally:
+        own._process_group_name = before
 
 
 @api("torch.distributed.get_backend", "torch.distributed.distributed_c10d.get_backend", belief=True)

@@ -148,8 +148,13 @@ def _transform(own: Any, redirection: Redirection) -> Kernel:
 
 
 def _into(own: Any, kernel: Kernel, x: torch.Tensor, *args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    import torch
+
     if x.dtype not in _wider():
         return own.decompose(x, *args, out=out, **kwargs)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError("functions with out=... arguments don't support automatic differentiation, but one of the "
+                           "arguments requires grad.")  # fmt: skip
     made = kernel(x, *args, **kwargs)
     if made.dtype != out.dtype:
         raise RuntimeError(f"Expected out tensor to have dtype {made.dtype}, but got {out.dtype} instead")

@@ -334,7 +334,8 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
             kwargs["pin_memory"] = pinned(r, device)
             pins = True
         made: torch.Tensor = original(self, *args, **kwargs)
-        if r.hosts is None or is_compiling():
+        shared = bool(args) and hasattr(args[0], "data_ptr") and name.endswith(".new")  # memory that it was given
+        if r.hosts is None or shared or is_compiling():
             return made
         if pins:
             return r.hosts.add_pinned(made)
@@ -420,11 +421,16 @@ def _parse_to(original: Callable[..., Any], index: Callable[[Any], Any]) -> Call
     """Return what reads the arguments of `Module.to`, for libraries with a `to` of their own."""
 
     def parse_to(*args: Any, **kwargs: Any) -> Any:
-        if args and is_number(args[0]):
-            args = (index(args[0]), *args[1:])
+        other: Any = args[0] if args else kwargs.get("tensor")
+        if is_number(other):
+            args = (index(other), *args[1:])
         elif is_number(kwargs.get("device")):
             kwargs["device"] = index(kwargs["device"])
-        return original(*args, **kwargs)
+        device, *rest = original(*args, **kwargs)
+        r = api._active
+        if r is not None and hasattr(other, "data_ptr"):
+            device = device if r.hosts is not None and other in r.hosts else r.present(device)
+        return device, *rest
 
     return parse_to
 

@@ -55,12 +55,12 @@ def install(redirection: Redirection, patches: Patches) -> None:
         add_kernel(library, name, "CPU", _grouped(name, redirection))
     when_loaded("torch._inductor.lowering", "lowerings", functools.partial(_left_as_calls, patches))
     for name in TRANSFORMS:
-        transform = find_operator(name)
-        if transform is not None:
-            kernel = _transform(transform, redirection)
-            for key in ("CPU", "AutogradCPU", "FuncTorchBatched"):
-                library.impl(transform, kernel, key)
-        into = find_operator(f"{name}.out")
+        transform, into = find_operator(name), find_operator(f"{name}.out")
+        if transform is None:
+            continue
+        kernel = _transform(transform, redirection)
+        for key in ("CPU", "AutogradCPU", "FuncTorchBatched"):
+            library.impl(transform, kernel, key)
         if into is not None:
             library.impl(into, functools.partial(_into, into, kernel), "CPU")
 

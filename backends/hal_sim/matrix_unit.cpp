@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "general_tiles.hpp"
+#include "groups.hpp"
 #include "problem.hpp"
 #include "reference.hpp"
 #include "tiles.hpp"
@@ -30,10 +31,6 @@ void one_matrix(const Unit& unit, const Problem& problem, Tiles& tiles, int64_t 
     together(rest, threads);
 }
 
-double products_of(const Problem& problem) {
-    return double(problem.batch) * double(problem.m) * double(problem.n) * double(problem.k);
-}
-
 // How many threads are worth it: one costs as much to wake as about this many products.
 int64_t threads_for(double products, int64_t threads) {
     constexpr double kWorthAThread = 1 << 22;
@@ -41,7 +38,7 @@ int64_t threads_for(double products, int64_t threads) {
 }
 
 void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
-    threads = threads_for(products_of(problem), threads);
+    threads = threads_for(problem.products(), threads);
     if (problem.batch < 4 * threads && threads > 1) {
         Tiles tiles(unit, problem);
         for (int64_t at = 0; at < problem.batch; ++at) one_matrix(unit, problem, tiles, at, threads);
@@ -54,19 +51,19 @@ void multiply(const Unit& unit, const Problem& problem, int64_t threads) {
     });
 }
 
-// Problems of one matrix each, of any sizes; those without products are left.
-void multiply_many(const Unit& unit, const Problem* problems, int64_t count, int64_t threads) {
+void multiply_groups(const Unit& unit, const Groups& groups, int64_t threads) {
     double products = 0;
-    for (int64_t i = 0; i < count; ++i) products += products_of(problems[i]);
+    for (int64_t i = 0; i < groups.count; ++i) products += groups[i].products();
     threads = threads_for(products, threads);
-    const bool few = count < 4 * threads && threads > 1;
+    const bool few = groups.count < 4 * threads && threads > 1;
     std::atomic<int64_t> next{0};
     on_threads(few ? 1 : threads, [&] {
-        for (int64_t i; (i = next++) < count;) {
-            const Problem& problem = problems[i];
+        for (int64_t i; (i = next++) < groups.count;) {
+            const Problem problem = groups[i];
+            if (problem.k == 0) std::memset(problem.d, 0, size_t(problem.m * problem.d_row) * sizeof(float));
             if (problem.m == 0 || problem.n == 0 || problem.k == 0) continue;
             Tiles tiles(unit, problem);
-            one_matrix(unit, problem, tiles, 0, few ? threads_for(products_of(problem), threads) : 1);
+            one_matrix(unit, problem, tiles, 0, few ? threads_for(problem.products(), threads) : 1);
         }
     });
 }
@@ -114,8 +111,12 @@ extern "C" int hal_sim_reference(const Unit* unit, const Problem* problem, int t
     return hal_sim::status_of([=] { hal_sim::by_reference(*unit, *problem, threads); });
 }
 
-extern "C" int hal_sim_multiply_many(const Unit* unit, const Problem* problems, int64_t count, int threads) {
-    return hal_sim::status_of([=] { hal_sim::multiply_many(*unit, problems, count, threads); });
+// The groups' rows of d must lie one after the other.
+extern "C" int hal_sim_multiply_groups(const Unit* unit, const Problem* whole, const int64_t (*parts)[2], int64_t count,
+                                       int of_rows, int threads) {
+    return hal_sim::status_of([=] {
+        hal_sim::multiply_groups(*unit, {*whole, parts, count, of_rows != 0}, threads);
+    });
 }
 
 extern "C" int hal_sim_multiply(const Unit* unit, const Problem* problem, int threads) {

@@ -7,6 +7,7 @@ import _ctypes
 import contextlib
 import ctypes
 import functools
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from hal.errors import ConfigError
 from hal.matrix_unit import MatrixUnit
 from hal_sim import build, twin
+from hal_sim.grouped import Lengths
 
 log = logging.getLogger("hal")
 
@@ -32,7 +34,7 @@ class _Unit(ctypes.Structure):
 
 
 class _Operand(ctypes.Structure):
-    _fields_ = [  # all of 8 bytes, as those of a problem
+    _fields_ = [
         ("data", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("storage", "batch", "row", "column")),
@@ -49,9 +51,6 @@ class _Problem(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("c_batch", "c_row", "c_column", "d_batch", "d_row")),
     ]
 
-
-_OFFSETS = {name: getattr(_Problem, name).offset for name in ("m", "k", "a", "b", "d")}
-"""Of fields of 8 bytes; an operand begins with where its numbers are."""
 
 _STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _TABLE = 3
@@ -127,7 +126,7 @@ def _opened(library: Path) -> Any:
     """
     found = ctypes.CDLL(str(library))
     try:
-        for name in ("hal_sim_multiply", "hal_sim_multiply_many", "hal_sim_reference", "hal_sim_fused_float64"):
+        for name in ("hal_sim_multiply", "hal_sim_multiply_groups", "hal_sim_reference", "hal_sim_fused_float64"):
             getattr(found, name).restype = ctypes.c_int
     except AttributeError as error:
         _ctypes.dlclose(found._handle)  # or the loader would give it again for what is built in its place
@@ -168,32 +167,29 @@ def multiply(
     return d_BMN
 
 
-def multiply_many(
+def multiply_groups(
     found: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, unit: MatrixUnit, min_exponents: tuple[int, int],
-    sizes: tuple[torch.Tensor | int, int, torch.Tensor | int], at: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    lengths: Lengths,
 ) -> None:  # fmt: skip
-    """Put into `out` many products of parts of two operands, from zero; where one has no products, `out` is left.
+    """Put into `out` the products of groups, from zero: of rows of `a` where `b` has a matrix for each, or of sums.
 
     Args:
         found: the library.
-        a, b: the operands, as for `multiply`; the last two axes are those of a part.
-        out: float32, contiguous.
+        a, b: [R, K] and [G, K, N], or [M, R] and [R, N], of the dtypes that `multiply` takes.
+        out: float32 [R, N] or [G, M, N], contiguous. Rows that no group has are left.
         unit, min_exponents: as for `multiply`.
-        sizes: M, N and K of the parts, for all or for each.
-        at: where each part begins in a, b and `out`, in elements.
+        lengths: the groups of R.
 
     Raises:
         MemoryError: there is none for copies of the operands, or for threads.
     """
-    one = _Problem(1, 0, sizes[1], 0, _operand(a), _operand(b), None, out.data_ptr(), 0, 0, 0, 0, out.stride(-2))
-    fields = torch.frombuffer(bytearray(bytes(one)), dtype=torch.int64).repeat(len(at[0]), 1)
-    place = {name: offset // 8 for name, offset in _OFFSETS.items()}
-    fields[:, place["m"]], fields[:, place["k"]] = sizes[0], sizes[2]
-    for name, x, start in zip(("a", "b", "d"), (a, b, out), at, strict=True):
-        fields[:, place[name]] += start * x.element_size()
-    status = found.hal_sim_multiply_many(
-        ctypes.byref(_rule(unit, min_exponents)), _pointer(fields), ctypes.c_int64(len(fields)), torch.get_num_threads()
-    )
+    (M, K), N = a.shape, b.shape[-1]
+    whole = _Problem(1, M, N, K, _operand(a), _operand(b), None, out.data_ptr(), 0, 0, 0, 0, N)
+    parts = (ctypes.c_int64 * (2 * len(lengths)))(*itertools.chain.from_iterable(lengths))
+    status = found.hal_sim_multiply_groups(
+        ctypes.byref(_rule(unit, min_exponents)), ctypes.byref(whole), parts, ctypes.c_int64(len(lengths)), b.ndim == 3,
+        torch.get_num_threads(),
+    )  # fmt: skip
     if status:
         raise MemoryError(f"simulated products of {tuple(a.shape)} by {tuple(b.shape)} need memory that is not there")
 

@@ -17,6 +17,8 @@ struct Problem {
     int64_t c_batch, c_row, c_column;
     int64_t d_batch, d_row;
 
+    double products() const { return double(batch) * double(m) * double(n) * double(k); }
+
     float c_at(int64_t at, int64_t i, int64_t j) const {
         return c ? c[at * c_batch + i * c_row + j * c_column] : 0.0f;
     }

@@ -99,20 +99,14 @@ def multiply_groups(
     formats = formats[::-1] if exchanged else formats
     a, b = (x if x.element_size() <= 2 else operand(x, format) for x, format in zip((a, b), formats, strict=True))
     least = (FORMATS[formats[0]].min_exponent, FORMATS[formats[1]].min_exponent)
-    first, length = torch.tensor(lengths, dtype=torch.int64).view(-1, 2).T
-    each, N = torch.arange(len(lengths)), b.shape[-1]
-    # Only what no group has is filled with zeros: torch's threads, woken to fill all of it, would be in the core's way.
+    N = b.shape[-1]
     if b.ndim == 3:
+        # Only what no group has is filled with zeros: torch's threads, woken to fill all, would be in the core's way.
         out = torch.empty(a.shape[0], N)
         out[lengths[-1][0] + lengths[-1][1] if a.shape[1] and lengths else 0 :] = 0
-        sizes, at = (length, N, a.shape[1]), (first * a.stride(0), each * b.stride(0), first * N)
     else:
         out = torch.empty(len(lengths), a.shape[0], N)
-        for group, (_, products) in enumerate(lengths):
-            if not products:
-                out[group] = 0
-        sizes, at = (a.shape[0], N, length), (first * a.stride(1), first * b.stride(0), each * a.shape[0] * N)
-    native.multiply_many(native.library(), a, b, out, unit, least, sizes, at)
+    native.multiply_groups(native.library(), a, b, out, unit, least, lengths)
     return out
 
 

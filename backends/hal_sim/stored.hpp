@@ -86,6 +86,12 @@ struct Operand {
         }
     }
 
+    // The operand that begins so many elements later.
+    Operand after(int64_t elements) const {
+        const int64_t size = storage == kStoredFloat32 ? 4 : storage == kStoredTable ? 1 : 2;
+        return {static_cast<const char*>(data) + elements * size, table, storage, batch, row, column};
+    }
+
     // Writes the matrix `at` as float32, row after row, and returns it as an operand.
     Operand widened(int64_t at, int64_t rows, int64_t columns, float* to) const {
         from(at * batch, [&](auto stored) {

@@ -73,7 +73,7 @@ public:
         const int vectors = (columns_of(panel) + kLanes - 1) / kLanes;
         for (int64_t k = 0; k < padded_; k += kPart) {
             for (int i = 0; i < count; ++i) {
-                fast[i] = fast[i] && is_small(c[i]);
+                fast[i] = fast[i] && (k == 0 || is_small(c[i]));
                 if (!fast[i]) continue;
                 const Kernel kernel = kernel_at(first + i);
                 kernel(unit_, strips(first + i, panel).at(k), std::min(kPart, padded_ - k), vectors, c[i]);
@@ -148,10 +148,9 @@ private:
     void end(int64_t tile, int64_t panel, const Tile& sums) {
         const float up = std::ldexp(1.0f, scale(tile, panel)), nan = nan_of(unit_);
         for (int r = 0; r < rows_of(tile); ++r) {
-            float row[kColumns];
-            std::memcpy(row, &sums[r], sizeof row);
-            float* d = &p_.d_at(at_, tile * kRows + r, panel * kColumns);
-            for (int j = 0; j < columns_of(panel); ++j) d[j] = row[j] == row[j] ? row[j] * up : nan;
+            Floats row[4];
+            for (int q = 0; q < 4; ++q) row[q] = sums[r][q] == sums[r][q] ? sums[r][q] * up : all(nan);
+            std::memcpy(&p_.d_at(at_, tile * kRows + r, panel * kColumns), row, columns_of(panel) * sizeof(float));
         }
     }
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that wait for the next product: to start one costs as much as a small product.
+// Threads that wait for the next product: to start one costs as much as a small product, and so does waking it.
 #pragma once
 
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -46,11 +47,22 @@ public:
         work(context);
         std::unique_lock<std::mutex> lock(mutex_);
         open_ = 0;
+        lock.unlock();
+        soon([&] { return running_ == 0; });
+        lock.lock();
         ended_.wait(lock, [&] { return running_ == 0; });
     }
 
 private:
     Workers() = default;
+
+    // Looks for a while whether something is so, before a thread sleeps: products come one after the other. The processor
+    // is left to whoever else wants it.
+    template <class Condition>
+    static void soon(Condition condition) {
+        const auto last = std::chrono::steady_clock::now() + std::chrono::microseconds(50);
+        while (!condition() && std::chrono::steady_clock::now() < last) std::this_thread::yield();
+    }
 
     // Starts what is missing of `wanted` threads, and returns how many there are: a process may have no more.
     int64_t have(int64_t wanted) {
@@ -63,8 +75,9 @@ private:
     }
 
     void serve() {
-        std::unique_lock<std::mutex> lock(mutex_);
         for (;;) {
+            soon([&] { return open_ > 0; });
+            std::unique_lock<std::mutex> lock(mutex_);
             wake_.wait(lock, [&] { return open_ > 0; });
             --open_, ++running_;
             const auto work = work_;
@@ -81,7 +94,8 @@ private:
     std::condition_variable wake_, ended_;
     void (*work_)(void*) = nullptr;
     void* context_ = nullptr;
-    int64_t threads_ = 0, open_ = 0, running_ = 0;
+    int64_t threads_ = 0;
+    std::atomic<int64_t> open_{0}, running_{0};  // changed under the lock only
 };
 
 // Calls `work` on the caller's thread and on up to `threads` - 1 others, once on each.

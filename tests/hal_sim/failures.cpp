@@ -39,8 +39,8 @@ static int call(int function) {
     const Problem problem = square();
     if (function == 0) return hal_sim_multiply(&unit, &problem, 4);
     if (function == 1) return hal_sim_reference(&unit, &problem, 4);
-    const Problem both[] = {problem, problem};
-    if (function == 2) return hal_sim_multiply_many(&unit, both, 2, 4);
+    const int64_t halves[][2] = {{0, kSize / 2}, {kSize / 2, kSize / 2}};
+    if (function == 2) return hal_sim_multiply_groups(&unit, &problem, halves, 2, true, 4);
     return hal_sim_fused_float64(kSize, 64, 64, x, y, z, 4);
 }
 

@@ -289,7 +289,7 @@ def test_a_compiler_that_makes_another_library_is_done_without(compiler, caplog,
     assert native.library() is None
     assert calls() == 2
     assert len(caplog.records) == 1
-    assert "undefined symbol: hal_sim_multiply_many" in caplog.text
+    assert "undefined symbol: hal_sim_multiply_groups" in caplog.text
 
 
 def test_torch_can_be_asked_for(compiler, monkeypatch, caplog):

@@ -97,13 +97,13 @@ def test_no_groups_at_all_are_zeros(options):
 def test_all_groups_are_one_call_of_the_core(h200, monkeypatch):
     calls = []
     native.library()  # which tries itself out with what is replaced here
-    many = native.multiply_many
-    monkeypatch.setattr(native, "multiply_many", lambda *given: calls.append("many") or many(*given))
+    of_groups = native.multiply_groups
+    monkeypatch.setattr(native, "multiply_groups", lambda *given: calls.append("groups") or of_groups(*given))
     monkeypatch.setattr(native, "multiply", lambda *given: calls.append("one"))
     ends = torch.tensor([5, 5, 30, 64], dtype=torch.int32)
     F.grouped_mm(numbers(64, 24), numbers(4, 24, 16), offs=ends)
     F.grouped_mm(numbers(24, 64).T.contiguous().T, numbers(64, 16), offs=ends)
-    assert calls == ["many", "many"]
+    assert calls == ["groups", "groups"]
 
 
 def test_groups_of_a_schedule_are_shared_out_one_by_one():

@@ -95,7 +95,7 @@ def _register_all() -> None:
             _replace(packet.dtype, wide)
             _replace(packet.dtype_out, functools.partial(operators.into, wide))
     whole = torch.ops.aten.scaled_dot_product_attention.default
-    for key in ("CPU", "AutogradCPU"):
+    for key in ("CPU", "AutogradCPU", "FuncTorchVmapMode"):  # the last decomposes it before the others see it
         replace_kernel(_library(whole), whole, key, lambda own: functools.partial(_attention, whole))
     for name, (ordinary, like) in _OF_ONEDNN.items():
         operator = getattr(torch.ops.aten, name).default

@@ -100,9 +100,12 @@ def test_attention_is_the_same_compiled_and_mapped(width):
     with hal.open_device("sim:h200/strict"):
         y, z = attend(q, k, v), torch.compile(attend)(q, k, v)
         assert torch.equal(y, z)
-        assert all(map(torch.equal, torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(z.sum(), (q, k, v))))
-        if width == 16:  # of other widths torch takes the form in float32 there, and tells nobody
-            assert torch.equal(torch.vmap(attend)(q[None], k[None], v[None])[0], y)
+        mine = torch.autograd.grad(y.sum(), (q, k, v))
+        assert all(map(torch.equal, mine, torch.autograd.grad(z.sum(), (q, k, v))))
+        assert torch.equal(torch.vmap(attend)(q[None], k[None], v[None])[0], y)
+        assert torch.equal(torch.vmap(torch.vmap(attend))(q[None], k[None], v[None])[0], y)
+        mapped = torch.func.vmap(torch.func.grad(lambda *given: attend(*given).sum()))(q[None], k[None], v[None])[0]
+        assert torch.equal(mapped, mine[0])
 
 
 def test_kernels_that_stay_are_not_compiled_where_the_compiler_leaves_code_to_python():

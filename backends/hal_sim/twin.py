@@ -168,9 +168,9 @@ def _truncated(products: torch.Tensor, of_products: torch.Tensor, c: torch.Tenso
     largest = torch.maximum(of_products, _exponent(c, -126))
     if unit.exponent_floor is not None:
         largest = largest.clamp(min=unit.exponent_floor)
-    scale = _power(unit.fraction_bits - largest)
-    total = (products * scale[:, :, None]).trunc().sum(2) + (c * scale).trunc()
-    value = total * _power(largest - unit.fraction_bits)
+    last_bit = _power(largest - unit.fraction_bits)
+    total = _in_units_of(last_bit[:, :, None], products).sum(2) + _in_units_of(last_bit, c)
+    value = total * last_bit
     if unit.result == "float16":
         return _nearest_float16(value)
     result = _cut(value)
@@ -182,7 +182,7 @@ def _of_floored(terms: _Terms, unit: MatrixUnit) -> Parts:
     halves = 2 if unit.interleaved else 1
     products, exponents = (x.unflatten(3, (-1, halves)) for x in terms)
     largest = exponents.amax(3)
-    sums = (products * _power(unit.fraction_bits - largest)[:, :, :, None]).trunc().sum(3)
+    sums = _in_units_of(_power(largest - unit.fraction_bits)[:, :, :, None], products).sum(3)
     of_products = largest.amax(3)
     total = _shifted(sums, largest - of_products[:, :, :, None]).floor().sum(3)
     return zip(total.unbind(2), of_products.unbind(2), strict=True)
@@ -258,6 +258,11 @@ def _exponent(x: torch.Tensor, min_exponent: int) -> torch.Tensor:
 def _power(exponent: torch.Tensor) -> torch.Tensor:
     """Return 2^exponent; far from all that counts the exponent is -1000 or 1000 (`torch.ldexp` computes in float32)."""
     return ((exponent.clamp(-1000, 1000).to(torch.int64) + 1023) << 52).view(torch.float64)
+
+
+def _in_units_of(power: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return how many whole units of a power of two there are in x (`trunc` takes ten times as long in float64)."""
+    return torch.div(x, power, rounding_mode="trunc")
 
 
 def _shifted(x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:

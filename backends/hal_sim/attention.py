@@ -34,15 +34,14 @@ def chosen(
         whole: `torch.ops.aten.scaled_dot_product_attention.default`, whose other arguments follow.
     """
     given = q, k, v, attn_mask, dropout_p, is_causal
-    fused = simulation is not None and torch.backends.cuda.flash_sdp_enabled() and q.is_floating_point()
-    fused = fused and all(x.numel() and x.ndim in (3, 4) for x in (q, k, v))
-    learns = attn_mask is not None and attn_mask.requires_grad
+    fused = simulation is not None and _is_for_fused_kernels(q, k, v, attn_mask, enable_gqa)
+    learns = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
     if simulation is not None and fused and (dropout_p or learns):
         if q.element_size() == 2:
             what = "dropout" if dropout_p else "a mask that learns"
             simulation.count(f"scaled_dot_product_attention with {what}", given)
         fused = False
-    if not fused:
+    if not fused:  # torch knows what to refuse
         return whole.decompose(*given, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     scale, width = _scale(q, scale), v.shape[-1]
     if q.ndim == 3:
@@ -53,6 +52,24 @@ def chosen(
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y: torch.Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :width]
     return y if given[0].ndim == 4 else y.squeeze(-3)
+
+
+def _is_for_fused_kernels(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, enable_gqa: bool
+) -> bool:
+    """Tell whether a card's fused kernels take this, one of them is switched on, and torch refuses nothing of it."""
+    switches = torch.backends.cuda
+    enabled = switches.flash_sdp_enabled() or switches.mem_efficient_sdp_enabled() or switches.cudnn_sdp_enabled()
+    if not enabled or not q.is_floating_point() or q.element_size() == 1 or not q.dtype == k.dtype == v.dtype:
+        return False
+    if not all(x.ndim == q.ndim and x.ndim in (3, 4) and x.numel() for x in (q, k, v)):
+        return False
+    if q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2] or q.shape[:-3] != k.shape[:-3]:
+        return False
+    heads, shared = q.shape[-3], k.shape[-3]
+    if k.shape[:-2] != v.shape[:-2] or not (heads == shared or (enable_gqa and heads % shared == 0)):
+        return False
+    return mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
 
 
 def forward(
@@ -66,11 +83,16 @@ def forward(
         q: [B, H, M, D].
         k: [B, H, N, D]; or fewer heads, each of which serves several of q's.
         v: [B, H, N, D]; the same.
-        dropout_p: 0.
+        dropout_p: 0, of torch's kernel of that name, too.
         is_causal: query i sees keys 0 to i.
         attn_mask: what is added to the scores, or which are seen; None: all.
         scale: of the scores; None: 1 / sqrt(D).
+
+    Raises:
+        RuntimeError: there is dropout, which torch's kernel of that name has not, either.
     """
+    if dropout_p:
+        raise RuntimeError("scaled_dot_product_attention_flash_attention: dropout is not supported")
     scores = _scores(simulation, q, k, is_causal, attn_mask, scale)
     largest = scores.amax(-1, keepdim=True)
     p = (scores - largest.masked_fill(largest == -math.inf, 0)).exp()

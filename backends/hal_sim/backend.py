@@ -56,13 +56,11 @@ class SimBackend(Backend):
         chip = asked.chip
         if native.asked() == "native":
             native.library()  # now, where it can be said
-        memory = SimMemory(info.id, asked.memory)
         made = Simulation(info.id, chip, asked.schedule, asked.strict)
-        for switch, value in (
-            *memory.switches(),
-            *_switches(made),
-            (compiled.switch(), compiled.with_products(made.count)),
-        ):
+        for switch, value in (*_switches(made), *compiled.switches(made.count)):
+            changes.set(switch, value)
+        memory = SimMemory(info.id, asked.memory)  # now: what the others load is no memory of the device
+        for switch, value in memory.switches():
             changes.set(switch, value)
         device = torch.device("cpu")
         support = SupportTable(device, info.id)

@@ -2,7 +2,8 @@
 """torch.compile while a simulated device is open: products stay calls, which reach the unit as they do elsewhere.
 
 Inductor makes sums of small products (`mv`, one row, one column) in code of its own, and with "max-autotune" whole
-products. Its caches of compiled code do not know who multiplies, and are left alone meanwhile.
+products. Its caches of compiled code do not know who multiplies, and are left alone meanwhile. Code that is C++ alone
+calls torch's CPU kernels past the dispatcher: `cpp_wrapper` is not followed, and packages of AOTInductor are counted.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from hal.changes import Switch
 _PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv", "mv"})
 
 
-def switch() -> Switch:
+_PACKAGES = ("AOTIModelPackageLoader", "AOTIModelContainerRunnerCpu")
+"""What loads code that AOTInductor made."""
+
+
+def switches(count: Callable[[str], None]) -> list[tuple[Switch, object]]:
+    """Return what opening a device sets, and to what.
+
+    Args:
+        count: told of what compiled code computes by itself.
+    """
+    return [(_entry(), _with_products(count)), (_packages(), _counted_packages(count))]
+
+
+def _entry() -> Switch:
     """Return the switch between Inductor's entry in torch and one around it. What was compiled is compiled anew."""
     import torch
 
@@ -32,21 +46,46 @@ def switch() -> Switch:
     return Switch("products in torch.compile", lambda: entry.__call__, write)
 
 
-def with_products(count: Callable[[str], None]) -> Callable[..., Any]:
-    """Return the entry around Inductor's own.
+def _packages() -> Switch:
+    """Return the switch between the classes that load packages and others."""
+    import torch
 
-    Args:
-        count: told of operators that compiled code computes by itself.
-    """
+    def write(new: tuple[type, ...]) -> None:
+        for name, found in zip(_PACKAGES, new, strict=True):
+            setattr(torch._C._aoti, name, found)
+
+    return Switch("packages of AOTInductor", lambda: tuple(getattr(torch._C._aoti, name) for name in _PACKAGES), write)
+
+
+def _counted_packages(count: Callable[[str], None]) -> tuple[type, ...]:
+    import torch
+
+    def counted(own: Any) -> type:
+        def load(self: Any, *args: Any, **kwargs: Any) -> None:
+            count("a package of AOTInductor")
+            own.__init__(self, *args, **kwargs)
+
+        return type(own.__name__, (own,), {"__init__": load})
+
+    return tuple(counted(getattr(torch._C._aoti, name)) for name in _PACKAGES)
+
+
+def _with_products(count: Callable[[str], None]) -> Callable[..., Any]:
+    """Return the entry around Inductor's own."""
     import torch
 
     entry: Any = torch._TorchCompileInductorWrapper
     original = entry.__call__
 
     @functools.wraps(original)
-    def compile_with_products(*args: Any, **kwargs: Any) -> Any:
-        with _left_as_calls(count):
-            return original(*args, **kwargs)
+    def compile_with_products(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = self.config
+        self.config = asked | {"cpp_wrapper": False}
+        try:
+            with _left_as_calls(count):
+                return original(self, *args, **kwargs)
+        finally:
+            self.config = asked
 
     return compile_with_products
 

@@ -69,7 +69,13 @@ def activate(simulation: Simulation | None) -> None:
     """
     global _active
     if simulation is not None and not _libraries:
-        _register_all()
+        try:
+            _register_all()
+        except BaseException:  # whoever opens the next device finds all kernels in place, or none
+            for library in _libraries.values():
+                library._destroy()
+            _libraries.clear()
+            raise
     _active = simulation
     torch_kernels.simulating = simulation is not None
 
@@ -96,20 +102,19 @@ def _register_all() -> None:
             _replace(packet.dtype_out, functools.partial(operators.into, wide))
     whole = torch.ops.aten.scaled_dot_product_attention.default
     for key in ("CPU", "AutogradCPU", "FuncTorchVmapMode"):  # the last decomposes it before the others see it
-        replace_kernel(_library(whole), whole, key, lambda own: functools.partial(_attention, whole))
+        _put(whole, key, lambda own: functools.partial(_attention, whole))
     for name, (ordinary, like) in _OF_ONEDNN.items():
         operator = getattr(torch.ops.aten, name).default
-        kernel = functools.partial(_of_ordinary, ordinary, like)
-        replace_kernel(_library(operator), operator, "MkldnnCPU", kernel)
+        _put(operator, "MkldnnCPU", functools.partial(_of_ordinary, ordinary, like))
     for operator, key in own_kernels():
-        replace_kernel(_library(operator), operator, key, functools.partial(_counted, operator, key))
+        _put(operator, key, functools.partial(_counted, operator, key))
 
 
-def _library(operator: Any) -> Any:
+def _put(operator: Any, key: str, make: Callable[[Kernel], Kernel]) -> None:
     namespace = operator.namespace
     if namespace not in _libraries:
         _libraries[namespace] = torch.library.Library(namespace, "IMPL")
-    return _libraries[namespace]
+    replace_kernel(_libraries[namespace], operator, key, make)
 
 
 def _name(operator: Any) -> str:
@@ -137,7 +142,7 @@ def _replace(operator: Any, make: Callable[..., Any], check: Callable[..., None]
 
         return kernel
 
-    replace_kernel(_library(operator), operator, "CPU", instead_of)
+    _put(operator, "CPU", instead_of)
 
 
 def _attention(whole: Any, keys: Any, *given: Any, **named: Any) -> torch.Tensor:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operators that multiply inside a kernel of their own, where no simulated unit reaches: they are counted.
 
-torch's own names, by the dispatch key of the kernel. A product of two vectors (`dot`) is none of them: it is a sum, for
-which a card has no matrix unit either.
+torch's own names, by the dispatch key of the kernel. Products of two vectors are none of them: `dot` is a sum, `addr`
+has none, and a card has no matrix unit for either.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hal.torch_kernels import has_kernel
 
 _ATEN: Mapping[str, tuple[str, ...]] = {
     "CPU": (
-        "addr", "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
+        "mkldnn_rnn_layer", "_transformer_encoder_layer_fwd", "_native_multi_head_attention",
         "_slow_conv2d_forward", "_slow_conv2d_backward", "slow_conv3d_forward", "slow_conv_transpose2d",
         "slow_conv_transpose3d", "slow_conv_dilated2d", "slow_conv_dilated3d", "_nnpack_spatial_convolution",
         "mkldnn_convolution", "mkldnn_rnn_layer_backward", "_weight_int8pack_mm", "_weight_int4pack_mm_for_cpu",

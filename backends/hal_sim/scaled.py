@@ -44,6 +44,8 @@ def scaled_mm(
             "scaled_mm: Invalid scaling configuration: scales are one number each, or one for each row of a and each "
             f"column of b, not {tuple(scale_a.shape)} and {tuple(scale_b.shape)}"
         )
+    if not all(scale.is_contiguous() for _, scale, _ in scales):
+        raise ValueError("scaled_mm: scales of rows and columns must be contiguous")
     if bias is not None and tuple(bias.shape) != (b.shape[1],):
         raise RuntimeError(f"scaled_mm: a bias of shape {tuple(bias.shape)}, expected {(b.shape[1],)}")
     addend = None if bias is None else bias.expand_as(product)

@@ -10,7 +10,9 @@ Shapes: M rows, N columns, K products; B matrices.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -344,10 +346,43 @@ def _two_product(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _fused_float64(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
-    """Boldo and Melquiond, Emulation of FMA and correctly rounded sums (IEEE Trans. Computers, 2008), algorithm 5."""
+    """Return a b + c, rounded once.
+
+    Boldo and Melquiond, Emulation of FMA and correctly rounded sums (IEEE Trans. Computers, 2008), algorithm 5; where
+    its terms might leave float64's range, fractions, number by number.
+    """
     high, low = _two_product(a, b)
     of_low, rest = _two_sum(c, low)
     total, lacking = _two_sum(high, of_low)
     result = total + _to_odd(*_two_sum(rest, lacking))
-    plain = a * b + c  # where the terms of the algorithm overflow, and for the sign of a zero
-    return torch.where(result.isfinite() & (result != 0), result, plain)
+    plain = a * b + c  # of infinities and NaN, and for the sign of a zero
+    plain = torch.where(c.isinf() & a.isfinite() & b.isfinite(), c, plain)  # whose product may be too large
+    result = torch.where(result.isfinite() & (result != 0), result, plain)
+    beyond = _may_leave_the_range(a, b, c)
+    if bool(beyond.any()):
+        result[beyond] = _fused_exactly(a[beyond], b[beyond], c[beyond])
+    return result
+
+
+def _may_leave_the_range(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Tell of which finite numbers some term of `_fused_float64` may be no multiple of 2^-1074, or infinite.
+
+    The last bit of a product's remainder is 105 below the product's exponent or higher. `_two_product` multiplies an
+    operand by 2^27, and sums of three numbers reach twice the largest.
+    """
+    of_a, of_b, of_c = (x.frexp().exponent for x in (a, b, c))
+    of_product = of_a + of_b
+    beyond = (of_product < -960) | (of_product > 1000) | (torch.maximum(of_a, of_b) > 990) | (of_c > 1000)
+    return beyond & (a != 0) & (b != 0) & a.isfinite() & b.isfinite() & c.isfinite()
+
+
+def _fused_exactly(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    found = []
+    for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True):
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        try:
+            magnitude = float(abs(exact))
+        except OverflowError:
+            magnitude = math.inf
+        found.append(-magnitude if exact < 0 else magnitude)
+    return torch.tensor(found, dtype=torch.float64)

@@ -24,6 +24,7 @@ KINDS = (
     "many zeros",
     "powers of two",
     "large",
+    "ends",
 )
 
 
@@ -47,6 +48,8 @@ def operands(kind, shape, format, seed):
         x = np.sign(x) * 2.0 ** rng.integers(-9, 9, shape)
     elif kind == "large":
         x *= 2.0**63
+    elif kind == "ends":  # of float64's range: infinite, or nothing, in the others
+        x *= 2.0 ** rng.choice([-1060, -540, -480, 500, 990, 1018], shape)
     elif kind == "cancelling":
         x = np.concatenate([x, -x], -1)[..., : shape[-1]]
     return torch.from_numpy(x).to(dtype)

@@ -17,11 +17,10 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 @pytest.mark.parametrize(("unit", "format"), RULES)
-@given(kind=st.sampled_from(KINDS), m=sizes, n=sizes, k=st.integers(1, 90), seed=seeds, data=st.data())
-def test_compiled_and_torch_agree(unit, format, kind, m, n, k, seed, data):
-    # Two-step emulation of a fused multiply-add in float64 leaves its range before the operation itself does.
-    if unit.result == "float64":
-        kind = data.draw(st.sampled_from(["normal", "cancelling", "many zeros", "wide"]))
+@given(kind=st.sampled_from(KINDS), m=sizes, n=sizes, k=st.integers(1, 90), seed=seeds)
+def test_compiled_and_torch_agree(unit, format, kind, m, n, k, seed):
+    if unit.result == "float64" and kind in ("any bits", "finite bits", "ends"):  # in fractions, one by one
+        m, n = m % 6 + 1, n % 6 + 1
     a, b = operands(kind, (2, m, k), format, seed), operands(kind, (2, k, n), format, seed + 1)
     c = addends(unit, (2, m, n), seed + 2)
     found, expected = both(unit, format, a, b, c)

@@ -8,6 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 
 import hal
+from hal.errors import UnsupportedOperation
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch's own, as it loads its compiler of kernels
@@ -106,6 +107,31 @@ def test_attention_is_the_same_compiled_and_mapped(width):
         assert torch.equal(torch.vmap(torch.vmap(attend))(q[None], k[None], v[None])[0], y)
         mapped = torch.func.vmap(torch.func.grad(lambda *given: attend(*given).sum()))(q[None], k[None], v[None])[0]
         assert torch.equal(mapped, mine[0])
+
+
+def test_code_in_cpp_alone_reaches_the_unit_too():
+    def computed(a, v, q):
+        return torch.addmv(v[:8], a, v) + 1, torch.nn.functional.scaled_dot_product_attention(q, q, q), torch.mm(a, a.T)
+
+    given = A[:8, :64], V[:64], torch.randn(1, 2, 9, 16).bfloat16()
+    with hal.open_device("sim:a100/strict"):
+        found = torch.compile(computed, options={"cpp_wrapper": True})(*given)
+        assert all(map(torch.equal, found, computed(*given)))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's export
+def test_packages_of_compiled_code_are_counted(tmp_path):
+    net, x = torch.nn.Linear(64, 8), A[:8, :64]
+    path = torch._inductor.aoti_compile_and_package(
+        torch.export.export(net, (x,)), package_path=str(tmp_path / "net.pt2")
+    )
+    own = torch._C._aoti.AOTIModelPackageLoader
+    with hal.open_device("sim:h200") as device:
+        torch._inductor.aoti_load_package(path)(x)
+        assert device.not_simulated() == {"a package of AOTInductor": 1}
+    with hal.open_device("sim:h200/strict"), pytest.raises(UnsupportedOperation, match="AOTInductor"):
+        torch._inductor.aoti_load_package(path)
+    assert torch._C._aoti.AOTIModelPackageLoader is own
 
 
 def test_kernels_that_stay_are_not_compiled_where_the_compiler_leaves_code_to_python():

@@ -213,6 +213,39 @@ def test_attention_with_dropout_is_counted_and_the_math_form_is_a_cards(h200):
     assert products[-1][0] == torch.bfloat16
 
 
+KERNELS = torch.nn.attention.SDPBackend
+
+
+@pytest.mark.parametrize("kernels", [[KERNELS.EFFICIENT_ATTENTION, KERNELS.MATH], [KERNELS.CUDNN_ATTENTION]])
+def test_attention_is_fused_where_a_card_has_any_kernel_that_is_allowed(h200, kernels):
+    q, products = numbers(1, 1, 4, 16), []
+    watched(products)
+    with torch.nn.attention.sdpa_kernel(kernels):
+        F.scaled_dot_product_attention(q, q, q)
+    assert {dtype for dtype, *_ in products} == {torch.bfloat16}
+
+
+def test_attention_that_no_fused_kernel_takes_is_torchs_own(h200):
+    q, k = numbers(2, 4, 3, 16), numbers(1, 1, 5, 16)
+    for given in ((q, k, k), (k, q, q)):  # one for all, which a card's kernels do not take
+        y, wide = (F.scaled_dot_product_attention(*x) for x in (given, [x.double() for x in given]))
+        assert (y.double() - wide).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * wide.abs().max()
+    assert F.scaled_dot_product_attention(q[0], k, k).shape == (1, 4, 3, 16)
+    assert not h200.not_simulated()
+
+
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+def test_attention_with_dropout_is_counted_under_vmap_too(h200):
+    q, mask = numbers(2, 1, 1, 4, 16), torch.zeros(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    torch.vmap(lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5), randomness="different")(q)
+    torch.vmap(lambda q: F.scaled_dot_product_attention(q, q, q, mask))(q)
+    counts = {"scaled_dot_product_attention with dropout": 1, "scaled_dot_product_attention with a mask that learns": 1}
+    assert h200.not_simulated() == counts
+    with torch.no_grad():  # then it does not learn
+        F.scaled_dot_product_attention(q, q, q, mask)
+    assert h200.not_simulated() == counts
+
+
 def test_afterwards_hal_run_finds_what_a_cpu_lacks_to_be_missing():
     x = torch.ones(2, 16).bfloat16()
     with hal.open_device("sim:h200"):
@@ -253,6 +286,51 @@ assert not wrong
 
 def test_other_threads_may_multiply_while_a_device_is_opened_and_closed():
     done = subprocess.run([sys.executable, "-c", RACE], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+INTERRUPTED = """
+import torch, hal
+from hal.errors import UnsupportedOperation
+from hal_sim import interception
+
+put = interception.replace_kernel
+for kernels in (1, 20, 150):
+    left = iter(range(kernels))
+
+    def interrupted(*given):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        put(*given)
+
+    interception.replace_kernel = interrupted
+    try:
+        hal.open_device("sim:h200")
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("nothing was left to be done")
+    torch.linalg.inv(torch.eye(2))
+interception.replace_kernel = put
+x = torch.linspace(0, 1, 600).view(1, 600).bfloat16()
+with hal.open_device("sim:v100/strict"):
+    for multiply in (lambda: x @ x.T, lambda: torch.linalg.inv(torch.eye(2))):
+        try:
+            multiply()
+        except UnsupportedOperation:
+            continue
+        raise AssertionError("it was neither simulated nor refused")
+"""
+
+
+def test_a_first_opening_that_is_interrupted_leaves_no_kernels():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_first_device_with_next_to_no_memory_is_opened():
+    code = "import hal; hal.open_device('sim:h200/memory=1MiB').close(); hal.open_device('sim:h200/strict').close()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
 
 
@@ -446,18 +524,18 @@ def test_what_does_not_fit_is_an_error(h200):
 
 
 def test_what_multiplies_by_itself_is_counted_and_refused_when_strict():
-    u = torch.randn(4)
+    x = torch.eye(4)
     with hal.open_device("sim:h200") as device:
         assert device.not_simulated() == {}
-        torch.addr(torch.zeros(4, 4), u, u)
-        assert device.not_simulated() == {"addr": 1}
+        torch.linalg.inv(x)
+        assert device.not_simulated() == {"linalg_inv_ex": 1}
     with hal.open_device("cpu") as device:
         assert device.not_simulated() == {}
     with (
         hal.open_device("sim:h200/strict"),
-        pytest.raises(UnsupportedOperation, match="addr multiplies inside a kernel"),
+        pytest.raises(UnsupportedOperation, match="linalg_inv_ex multiplies inside a kernel"),
     ):
-        torch.addr(torch.zeros(4, 4), u, u)
+        torch.linalg.inv(x)
 
 
 def test_everything_is_back_after_closing():

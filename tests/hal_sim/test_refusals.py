@@ -138,3 +138,45 @@ def test_a_convolution_lies_in_memory_as_torchs_own_does(last):
     own = F.conv2d(x, weight)
     with hal.open_device("sim:h200"):
         assert F.conv2d(x, weight).stride() == own.stride()
+
+
+ATTENTION = {
+    "keys of another dtype": (dict.fromkeys("k", FP32), {}, "same dtype"),
+    "queries of another dtype": (dict.fromkeys("q", FP32), {}, "same dtype"),
+    "values of another dtype": (dict.fromkeys("v", FP32), {}, "same dtype"),
+    "8 bits": (dict.fromkeys("qkv", E4M3), {}, "not implemented"),
+    "an integer mask": ({}, {"attn_mask": torch.ones(3, 3, dtype=torch.int64)}, "attn_mask dtype"),
+    "a mask in float64": ({}, {"attn_mask": torch.ones(3, 3, dtype=torch.float64)}, "attn_mask dtype"),
+    "less than no dropout": ({}, {"dropout_p": -0.1}, "dropout"),
+    "more than all of it": ({}, {"dropout_p": 1.5}, "dropout"),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_that_torch_refuses(h200, name):
+    dtypes, options, says = ATTENTION[name]
+    q, k, v = (draw(1, 4, 3, 8, dtype=dtypes.get(x, BF16)) for x in "qkv")
+    with pytest.raises((RuntimeError, NotImplementedError), match=says):
+        F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(("q", "k", "v"), [
+    ((4, 3, 8), (2, 3, 8), (2, 3, 8)),  # without enable_gqa
+    ((4, 3, 8), (4, 3, 4), (4, 3, 8)), ((4, 3, 8), (4, 5, 8), (4, 3, 8)),
+])  # fmt: skip
+def test_attention_of_shapes_that_torch_refuses(h200, q, k, v):
+    with pytest.raises(RuntimeError):
+        F.scaled_dot_product_attention(*(draw(1, *shape, dtype=BF16) for shape in (q, k, v)))
+
+
+def test_torchs_own_kernel_of_attention_has_no_dropout(h200):
+    q = draw(1, 2, 3, 8)
+    with pytest.raises(RuntimeError, match="dropout"):
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, q, q, 0.5)
+
+
+def test_scales_of_rows_that_do_not_lie_together(h200):
+    a, b = draw(32, 16).to(E4M3), draw(16, 16).to(E4M3).T
+    rows, columns = torch.ones(32, 2)[:, :1], torch.ones(1, 16)
+    with pytest.raises(ValueError, match="contiguous"):
+        torch._scaled_mm(a, b, rows, columns, out_dtype=BF16)

@@ -11,21 +11,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import sys
-import threading
+import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from hal.launch.patches import Patches
 
 PATIENCE_S = 1.0
 """How long a process may be held up by threads that still work: those that wait for a lost peer would for minutes."""
-
-PATIENCE_WITH_PEERS_S = 5.0
-"""The same for a work whose future was asked for: one that comes back while Python is ending ends the process."""
-
-_watching: list[threading.Thread] = []
 
 _INTERVAL_S = 0.005
 _THREADS = "pt_gloo_runloop"
@@ -34,19 +27,7 @@ _THREADS = "pt_gloo_runloop"
 def install(patches: Patches) -> None:
     """Have the end of this process settled."""
     atexit.register(settle)
-    patches.on_undo(_uninstall)
-
-
-def _uninstall() -> None:
-    if not any(thread.is_alive() for thread in _watching):
-        atexit.unregister(settle)
-
-
-def watch(work: Callable[[], object]) -> None:
-    """Run what waits for a work in a thread, which comes back from torch asking for Python's lock."""
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    _watching[:] = [*(other for other in _watching if other.is_alive()), thread]
+    patches.on_undo(functools.partial(atexit.unregister, settle))
 
 
 def settle() -> None:
@@ -56,15 +37,7 @@ def settle() -> None:
 
 
 def _settle() -> None:
-    """Wait. Only Linux says what a thread does.
-
-    Those that wait for a work come back when the peer does, or ends. A program that failed must not wait for that: its
-    peers may be waiting for it.
-    """
-    failed = getattr(sys, "last_value", None) is not None
-    deadline = time.monotonic() + (PATIENCE_S if failed else PATIENCE_WITH_PEERS_S)
-    for thread in _watching:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    """Wait. Only Linux says what a thread does."""
     deadline = time.monotonic() + PATIENCE_S
     before = None
     while (now := _threads()) and time.monotonic() < deadline:

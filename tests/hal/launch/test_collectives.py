@@ -3,6 +3,8 @@
 
 import re
 
+import pytest
+
 OPTIONS = ("--device", "cpu", "--nproc", "2")
 START = """
     import os, torch, torch.distributed as dist
@@ -127,7 +129,6 @@ def test_every_work_has_a_future(program):
     assert dist.reduce_scatter_tensor(part, whole) is None
     if rank == 1:
         time.sleep(0.1)
-    assert not dist.reduce_scatter_tensor(part, whole, async_op=True).is_completed() or rank  # and the process ends
     for work in (dist.all_reduce(whole, async_op=True), dist.broadcast(whole, 0, async_op=True)):
         work.get_future().wait()
     """)  # fmt: skip
@@ -144,6 +145,89 @@ def test_a_callback_may_wait_for_another_work(program):
     assert torch.equal(later.wait(), first * 2)
     """,
     )
+
+
+def test_futures_hold_what_nccls_do(program):
+    run(program, """
+    parts, whole = [torch.empty(2, device=device) for _ in range(2)], torch.empty(4, device=device)
+    want = torch.stack([numbers(2, of=0), numbers(2, of=1)])
+    (gathered,) = dist.all_gather(parts, numbers(2), async_op=True).get_future().wait()
+    assert torch.equal(gathered, want)
+    found = dist.all_gather_into_tensor(whole, numbers(2), async_op=True).get_future().then(lambda f: f.value()[0].div_(2))
+    assert torch.equal(found.wait(), want.view(-1) / 2) and torch.equal(whole, want.view(-1) / 2)
+    with dist._coalescing_manager(device=device, async_ops=True) as manager:
+        dist.all_gather_into_tensor(whole, numbers(2))
+    assert torch.equal(manager.works[0].get_future().wait()[0], want.view(-1))
+    """)  # fmt: skip
+
+
+def test_callbacks_run_at_once_in_the_order_in_which_they_were_added(program):
+    run(program, """
+    import threading
+
+    order, x = [], numbers(1000)
+    works = [dist.all_reduce(x.clone(), async_op=True) for _ in range(4)]
+    for i, work in enumerate(works):
+        work.get_future().then(lambda _, i=i: order.append((i, threading.get_ident())))
+    assert order == [(i, threading.get_ident()) for i in range(4)]
+    """)  # fmt: skip
+
+
+def test_a_work_is_done_where_the_device_was_told_to_wait(program):
+    run(program, """
+    for wait in "synchronize", "block_current_stream":
+        x = torch.ones(3_000_000, device=device)
+        work = dist.all_reduce(x, async_op=True)
+        if hasattr(work, wait):
+            getattr(work, wait)()
+            assert x.min().item() == 2
+    """)  # fmt: skip
+
+
+HOOKS = {
+    "PowerSGD": "hook, state = powerSGD.powerSGD_hook, powerSGD.PowerSGDState(None, 1, start_powerSGD_iter=2)",
+    "PowerSGD in float16": "hook = default.fp16_compress_wrapper(powerSGD.powerSGD_hook)\n"
+    "    state = powerSGD.PowerSGDState(None, 1, start_powerSGD_iter=2)",
+    "quantised": "hook, state = quantization.quantization_pertensor_hook, dist.group.WORLD",
+    "scatter, then gather": "hook, state = scattered, None",
+}
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hooks_of_several_buckets_that_begin_collectives_in_callbacks(program, name):
+    run(program, """
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks as default
+    from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powerSGD
+    from torch.distributed.algorithms.ddp_comm_hooks import quantization_hooks as quantization
+
+    def scattered(state, bucket):
+        whole = torch.nn.functional.pad(bucket.buffer(), (0, bucket.buffer().numel() % 2))
+        part = torch.empty(whole.numel() // 2, device=device)
+
+        def gather(future):
+            dist.all_gather_into_tensor(whole, future.value()[0].div_(2))
+            return whole[: bucket.buffer().numel()]
+
+        return dist.reduce_scatter_tensor(part, whole, async_op=True).get_future().then(gather)
+
+    HOOK
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(6)]).to(device)
+    model = torch.nn.parallel.DistributedDataParallel(model, device_ids=[rank], bucket_cap_mb=0.02)
+    model.register_comm_hook(state, hook)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for step in range(6):
+        loss = model(numbers(8, 64) / 100).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0], losses
+    both = [torch.empty(1, device=device) for _ in range(2)]
+    dist.all_gather(both, sum(p.detach().double().sum() for p in model.parameters()).float().view(1))
+    assert torch.equal(*both)
+    """.replace("HOOK", HOOKS[name]))  # fmt: skip
 
 
 def test_calls_that_are_made_one_may_each_be_asynchronous(program):

@@ -51,9 +51,7 @@ def test_a_program_ends_with_its_own_status(program, ending, status):
     assert "terminate called" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    "asks", ["", "w.get_future()", "w.is_completed()", "w.get_future(); import hal; hal.release()"]
-)
+@pytest.mark.parametrize("asks", ["", "w.get_future()", "w.is_completed()"])
 def test_a_rank_may_end_before_its_peer_does_whatever_it_has_asked_for(program, asks):
     done = program(f"""
         import os, time

@@ -20,6 +20,7 @@ from hal.launch.api import api
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.surface.distributed import works
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     if redirection.hosts is None:
         return
     gloo.install(patches)
+    works.install(patches)
     name = "_get_gradient_divide_factors"
 
     def divide(own: Any) -> None:
@@ -110,8 +112,7 @@ def reduce_scatter_tensor(
         input = _scaled(input, factor)
     whole, part = _flat(r, group, input, output)
     call = _single(dist, "reduce_scatter_single", "reduce_scatter_tensor")
-    work = call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
-    return _with_future(r, work, group, [output])
+    return call(part, whole, dist.ReduceOp.SUM if op is None else op, group, async_op)
 
 
 def _factor(r: Redirection, op: Any, group: Any) -> tuple[Any, Any]:
@@ -168,8 +169,7 @@ def reduce_scatter(
     factor, op = _factor(r, op, group)
     if factor is not None:
         input_list = [_scaled(part, factor) for part in input_list]
-    work = dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
-    return _with_future(r, work, group, [output])
+    return dist.reduce_scatter(output, input_list, dist.ReduceOp.SUM if op is None else op, group, async_op)
 
 
 def _single(dist: Any, name: str, older: str) -> Any:
@@ -192,24 +192,12 @@ def all_gather(
         raise ValueError(f"this rank gathers a tensor of shape {list(tensor.shape)} into one of {list(own.shape)}")
     own.copy_(tensor)
     ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
-    works = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
+    parts = [dist.broadcast(part, ranks[i], group, async_op=True) for i, part in enumerate(tensor_list)]
+    work = works.together(parts, tensor_list)
     if async_op:
-        return _works(works, tensor_list)
-    for work in works:
-        work.wait()
+        return work
+    work.wait()
     return None
-
-
-def _with_future(r: Redirection, work: Any, group: Any, result: list[torch.Tensor]) -> Any:
-    """Return a work that has a future, which gloo's of these kinds have not."""
-    return _works([work], result) if work is not None and _is_gloo(r, group) else work
-
-
-def _works(works: list[Any], result: list[torch.Tensor]) -> Any:
-    """Return several works as one, or one that has no future of its own."""
-    from hal.launch.surface.distributed.works import Works
-
-    return Works(works, result)
 
 
 @api(

@@ -113,6 +113,14 @@ def test_a_unit_has_one_nan_whatever_it_comes_of(unit, format):
             assert not found[0, 3, 2:].isnan().any()
 
 
+def test_a_float64_product_that_is_rounded_to_zero_keeps_its_sign():
+    tiny = torch.full((1, 1, 3), 2.0**-1000, dtype=torch.float64)
+    for sign in (1.0, -1.0):
+        found = both(MATRIX_UNITS["sm_90"]["float64"], "float64", sign * tiny, tiny.mT, torch.zeros(1, 1, 1).double())
+        assert [torch.copysign(torch.ones(()), x).item() for x in found] == [sign, sign]
+        assert not any(x.item() for x in found)
+
+
 # Known answers, by hand ----------------------------------------------------------------------------------------------
 
 

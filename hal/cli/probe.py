@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -239,5 +240,14 @@ def _print_classes(one: Products, other: Products, found: list[Agreement]) -> No
 
 
 def _tell_refused(products: Products) -> None:
+    """Say what was refused, once for each format and reason."""
+    alike: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name, reason in products.refused.items():
-        say(f"{products.source}: no {name}: {plain(reason)[:160]}")
+        format, _, shape = name.partition("/")
+        # A reason may quote the shape.
+        alike.setdefault((format, re.sub(r"\d+", "", reason)), []).append((shape, reason))
+    for (format, _), found in alike.items():
+        shape, reason = found[0]
+        if len(found) > 1:
+            shape = f"{len(found)} products, such as {shape}"
+        say(f"{products.source}: no {format}{f' ({shape})' if shape else ''}: {plain(reason)[:160]}")

@@ -185,6 +185,24 @@ def test_devices_without_a_format_in_common_have_nothing_to_compare() -> None:
     assert "sim:v100: no bfloat16: " in done.stderr
 
 
+def test_products_that_are_refused_are_told_once_for_each_format_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"aligned": ((16, 16, 16),), "unaligned": ((65, 100, 63), (127, 129, 131), (33, 513, 77))}
+    monkeypatch.setattr(prediction, "CLASSES", shapes)
+    arguments = ("--predict", "sim:h200", "--against", "sim:l40s", "--format", "float8_e4m3fn", "--format", "bfloat16")
+    done = probe(*arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stderr.splitlines() == [
+        f"{device}: no float8_e4m3fn (3 products, such as 65x100x63): scaled_mm: (65, 100) and (100, 63): "
+        "K and N must be multiples of 16"
+        for device in ("sim:h200", "sim:l40s")
+    ]
+    refused = json.loads(probe(*arguments, "--json").stdout)["predicted"]["refused"]
+    assert len(refused) == 3
+    monkeypatch.setattr(prediction, "CLASSES", {"unaligned": ((65, 100, 63),)})
+    lines = probe(*arguments).stderr.splitlines()
+    assert lines[0].startswith("sim:h200: no float8_e4m3fn (65x100x63): scaled_mm: (65, 100)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [((), "give DEVICE, or both"), (("cpu", "--predict", "cpu", "--against", "cpu"), "give DEVICE, or both"),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--format", "formats", multiple=True, metavar="T",
               help="Operands of the products: bfloat16, float8_e4m3fn, ... Default: all of 16 and 8 bits.")  # fmt: skip
 @click.option("--inner", type=click.IntRange(8, 4096), default=64, show_default=True, metavar="K",
-              help="Inner length of the products that are probed.")  # fmt: skip
+              help="Inner length of the products that are probed; of 8 bits, the next multiple of 16.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
 def probe(

@@ -45,6 +45,7 @@ class Multiplier:
         result: dtype that the kernel returns.
         outer: M and N of the products that a probe makes.
         partner: format of b, where the device does not multiply two of `format` (`hal.matrix_unit.PARTNERS`).
+        multiple: K must be one of it.
     """
 
     format: str
@@ -54,6 +55,7 @@ class Multiplier:
     result: torch.dtype
     outer: int = OUTER
     partner: str | None = None
+    multiple: int = 1
     calls: list[int] = field(default_factory=lambda: [0], compare=False)
 
     def __call__(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> torch.Tensor:
@@ -95,6 +97,10 @@ class Multiplier:
     def largest_exponent(self) -> int:
         """The largest power of two that a probe may use as an operand."""
         return min(LARGEST_EXPONENT[format] for format in self.formats)
+
+    def inner(self, K: int) -> int:
+        """Return the least inner length from K on that the kernel takes."""
+        return -(-K // self.multiple) * self.multiple
 
     def one_row_at_a_time(self) -> Multiplier:
         """Return the same for products with a single row: such a one may take another kernel."""
@@ -152,6 +158,10 @@ def multipliers(device: Device) -> tuple[dict[str, Multiplier], dict[str, str]]:
     return found, refused
 
 
+_SCALED_MULTIPLE = 16
+"""Of K, which all libraries of accelerators ask for in products of 8-bit numbers (torch's `ScaledBlas.cpp`)."""
+
+
 def _scaled(format: str, dtype: torch.dtype, device: torch.device, partner: str | None = None) -> Multiplier | str:
     """Return the scaled product with scales of one, in the widest type that it returns, or why it returns none."""
     one = torch.ones((), dtype=torch.float32, device=device)
@@ -162,7 +172,7 @@ def _scaled(format: str, dtype: torch.dtype, device: torch.device, partner: str 
             by_columns = b.t().contiguous().t()
             return torch._scaled_mm(a.contiguous(), by_columns, scale_a=one, scale_b=one, out_dtype=result)
 
-        made = Multiplier(format, device, kernel, dtype, result, partner=partner)
+        made = Multiplier(format, device, kernel, dtype, result, partner=partner, multiple=_SCALED_MULTIPLE)
         try:
             made(torch.ones(64, 64, dtype=torch.float64), torch.ones(64, 64, dtype=torch.float64))
         except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:

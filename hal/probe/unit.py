@@ -32,12 +32,12 @@ def unit_facts(multiply: Multiplier, inner: int = INNER, longer: Mapping[int, in
 
     Args:
         multiply: the product.
-        inner: K.
+        inner: K; the next one that the product takes.
         longer: other K of which the order is asked, each with the distance of the products that show it.
     """
-    tree, K = None, inner
+    tree, K = None, multiply.inner(inner)
     try:
-        tree, K = _long_enough(multiply, inner)
+        tree, K = _long_enough(multiply, K)
         order = described(tree)
     except NoTree as why:
         order = f"no tree: {why}"

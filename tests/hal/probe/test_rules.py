@@ -54,6 +54,17 @@ def test_the_usual_inner_length_gives_the_same_answer():
     assert found.units["float16"].inner == report.INNER
 
 
+@pytest.mark.parametrize("inner", [8, 9, 17, 24])
+def test_products_of_8_bits_are_asked_at_the_next_inner_length_that_a_card_takes(inner):
+    """Scaled products take multiples of 16 only, whatever was asked for."""
+    found = report.probe("sim:l40s", inner)
+    assert found.likeness.exact
+    for name, unit in found.units.items():
+        assert unit.inner % (16 if name.startswith("float8") else inner) == 0
+    assert found.units["float8_e4m3fn"].inner == 64
+    assert found.as_json()["units"]["float32"]["inner"] == inner
+
+
 @pytest.mark.parametrize(("device", "seen"), [("sim:v100", 1), ("cpu", 2)])
 def test_a_simulated_device_is_probed_in_one_thread_and_a_cpu_in_those_of_the_process(device, seen, monkeypatch):
     found = []

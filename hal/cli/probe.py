@@ -107,7 +107,7 @@ def _print_facts(facts: DeviceFacts) -> None:
         )
     )
     say("")
-    rows = [("FORMAT", "OPERANDS", "AT ONCE", "ALIGNED", "SUM", "SUBNORMALS", "OVERFLOW", "INF, NAN"),
+    rows = [("FORMAT", "OPERANDS", "AT ONCE", "ALIGNED", "SUM", "SUBNORMALS", "OVERFLOW", "INF, NAN, -0"),
             *(_row(unit) for unit in facts.units.values())]  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -154,15 +154,27 @@ def _row(unit: UnitFacts) -> tuple[str, ...]:
         aligned,
         "?" if unit.accumulator_bits is None else sums + small,
         subnormals,
-        unit.overflow or "-",
-        _not_finite(unit),
+        _overflow(unit),
+        _lost(unit),
     )
 
 
-def _not_finite(unit: UnitFacts) -> str:
-    """Return "kept", or what becomes of infinity and NaN."""
-    lost = [] if unit.infinity in (None, "kept") else [f"infinity to {unit.infinity}"]
-    return ", ".join((*lost, *(["NaN lost"] if unit.nan == "none" else []))) or "kept"
+def _overflow(unit: UnitFacts) -> str:
+    """Return what becomes of products that are beyond the range; of a sum as well, if that is no infinity."""
+    from hal.probe.special import named
+
+    of_sums = unit.overflow_stored
+    if of_sums in (None, "infinity"):
+        return unit.overflow or of_sums or "-"
+    return ", ".join((*([unit.overflow] if unit.overflow else []), f"sums to {named(of_sums)}"))
+
+
+def _lost(unit: UnitFacts) -> str:
+    """Return "kept", or what becomes of infinity, of NaN, and of the sign of zero."""
+    from hal.probe.special import named
+
+    found = (("infinity to", unit.infinity), ("NaN to", unit.nan), ("zeros", unit.zero_signs))
+    return ", ".join(f"{what} {named(answer)}" for what, answer in found if answer not in (None, "kept")) or "kept"
 
 
 def _kernels(found: Kernels) -> str:

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from hal.contract import Contract
 from hal.matrix_unit import FORMATS, MATRIX_UNITS, MatrixUnit
 from hal.probe.facts import UnitFacts
-from hal.probe.rules import ADDITIONS, GUESSES, Likeness, differences, expected
+from hal.probe.rules import ADDITIONS, GUESSES, OF_LIBRARIES, Likeness, differences, expected
+from hal.probe.special import named
 
 
 def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties: str) -> tuple[str, ...]:
@@ -33,20 +34,27 @@ def contradictions(contract: Contract, units: Mapping[str, UnitFacts], topk_ties
                 if seen == "flushed"]  # fmt: skip
         if contract.subnormals == "preserved" and lost:
             found.append(f"{format}: the contract promises subnormal numbers, {' and '.join(lost)} lose them")
-        if contract.nonfinite == "ieee" and facts.infinity not in (None, "kept"):
-            found.append(f"{format}: the contract promises infinities, one becomes {facts.infinity}")
-        if contract.nonfinite == "ieee" and facts.nan == "none":
-            found.append(f"{format}: the contract promises NaN, what should be one is a number")
+        if contract.nonfinite == "ieee":
+            found += [f"{format}: {sentence}" for sentence in _not_ieee(facts)]
     if contract.topk_ties == "lower_index" and topk_ties != "lower index":
         found.append(f"the contract promises the lower index of equal numbers, top-k takes {topk_ties}")
     return tuple(found)
+
+
+def _not_ieee(facts: UnitFacts) -> Iterator[str]:
+    if facts.infinity not in (None, "kept"):
+        yield f"the contract promises infinities, one becomes {named(facts.infinity)}"
+    if (became := facts.overflow_stored) not in (None, "infinity"):
+        yield f"the contract promises infinities, a sum beyond the largest number becomes {named(became)}"
+    if facts.nan not in (None, "kept"):
+        yield f"the contract promises NaN, what should be one becomes {named(facts.nan)}"
 
 
 def of_architecture(arch: str | None, units: Mapping[str, UnitFacts], likeness: Likeness) -> tuple[str, ...]:
     """Return one sentence for each format that is not what the declared architecture is known to do with it.
 
     Nothing is said where nothing is known of the architecture, nor of what a library decides: the order of additions
-    outside of a matrix unit, pieces of K, and which formats it multiplies at all.
+    and the signs of zeros outside of a matrix unit, pieces of K, and which formats it multiplies at all.
 
     Args:
         arch: that the backend declares.
@@ -63,7 +71,7 @@ def of_architecture(arch: str | None, units: Mapping[str, UnitFacts], likeness: 
     for format, names in differences(units, rules).items():
         if format in units and format in rules:
             said = [_said(name, rules[format], units[format]) for name in names
-                    if name not in ADDITIONS or rules[format].kind != "fused"]  # fmt: skip
+                    if name not in OF_LIBRARIES or rules[format].kind != "fused"]  # fmt: skip
             if said:
                 found.append(f"{format}: the declared architecture, {arch}, is known to have {'; '.join(said)}")
     if arch in likeness.archs and not likeness.differences:
@@ -79,8 +87,8 @@ def _said(name: str, unit: MatrixUnit, facts: UnitFacts) -> str:
     if name in ADDITIONS:
         return "another order of additions" if name == "tree" else "another order of additions in longer products"
     want, got = expected(unit, facts.format)[name], facts.arithmetic[name]
-    return f"{name.replace('_', ' ')} {_word(want)}, not {_word(got)}"
+    return f"{named(name.replace('_', ' '))} {_word(want)}, not {_word(got)}"
 
 
 def _word(value: object) -> str:
-    return "none" if value is None else str(value)
+    return "none" if value is None else named(str(value))

@@ -42,8 +42,12 @@ class UnitFacts:
         subnormal_inputs: "kept" or "flushed".
         subnormal_results: the same.
         overflow: products beyond 2^128 that cancel: "cancels" or "infinity".
-        infinity: "kept" or what becomes of it.
-        nan: bits of a NaN as it is stored, which a conversion may have made; "none" if what should be one is none.
+        overflow_stored: what finite products become whose sum is beyond the largest number of the result: "infinity",
+            "largest", "nan", or a number; as the next, it may differ by question (`hal.probe.special.Extremes`).
+        infinity: "kept", or what an infinite operand becomes.
+        nan: "kept", or what becomes of one, of infinity times zero, or of infinity less infinity.
+        nan_bits: of a NaN as it is stored, in hexadecimal; a conversion may have made them.
+        zero_signs: "kept", or which zeros are not those of IEEE arithmetic whose sums begin with +0.
     """
 
     format: str
@@ -71,8 +75,11 @@ class UnitFacts:
     subnormal_inputs: str | None = None
     subnormal_results: str | None = None
     overflow: str | None = None
+    overflow_stored: str | None = None
     infinity: str | None = None
     nan: str | None = None
+    nan_bits: str | None = None
+    zero_signs: str | None = None
 
     @property
     def name(self) -> str:
@@ -81,10 +88,9 @@ class UnitFacts:
 
     @property
     def arithmetic(self) -> Mapping[str, object]:
-        """The facts that decide bits: all but names; of NaN whether it is "kept", not the code."""
-        names = {"format", "partner", "result", "inner", "order"}
-        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
-        return found | {"nan": self.nan if self.nan in (None, "none") else "kept"}
+        """The facts that decide bits: all but names, and of a NaN its code."""
+        names = {"format", "partner", "result", "inner", "order", "nan_bits"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in names}
 
     @property
     def flushes_below(self) -> float:

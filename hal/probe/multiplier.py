@@ -75,7 +75,7 @@ class Multiplier:
     def placed(self, a_MK: torch.Tensor, b_KN: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return operands on the device; converted on the host, whose conversions are exact for what a probe uses."""
         of_b = getattr(torch, self.partner) if self.partner else self.dtype
-        return a_MK.to(self.dtype).to(self.device), b_KN.to(of_b).to(self.device)
+        return _converted(a_MK, self.dtype).to(self.device), _converted(b_KN, of_b).to(self.device)
 
     @property
     def formats(self) -> tuple[str, str]:
@@ -111,6 +111,14 @@ class Multiplier:
         """Return the same for products with a single column."""
         kernel = self.kernel
         return replace(self, kernel=lambda a, b: torch.cat([kernel(a, c.contiguous()) for c in b.split(1, 1)], 1))
+
+
+def _converted(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return float64 numbers in another dtype; a NaN keeps its sign, which torch's conversion to bfloat16 may not."""
+    made = x.to(dtype)
+    if dtype == torch.bfloat16 and bool((nan := x.isnan()).any()):
+        made.view(torch.int16)[nan] = torch.where(x[nan].signbit(), -0x40, 0x7FC0).to(torch.int16)
+    return made
 
 
 CODES = {2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -127,6 +127,9 @@ _FLOORED_BITS = 31
 ADDITIONS = ("tree", "longer")
 """Facts about the order of additions."""
 
+OF_LIBRARIES = (*ADDITIONS, "zero_signs")
+"""Facts that a library decides outside of a matrix unit; one that adds a zero at the end has no -0."""
+
 _UNSEEN = ("subnormal_results", "overflow", "small_sum")
 """Facts that a result need not show, since it is stored in another format."""
 
@@ -161,6 +164,8 @@ def expected(unit: MatrixUnit, format: str) -> Mapping[str, object]:
         "subnormal_results": None if narrow else "flushed" if flushes and format == "bfloat16" else "kept",
         "overflow": None if narrow or format in ("float16", "float64") else
                     "cancels" if unit.kind == "truncated" else "infinity",
+        "overflow_stored": None if narrow else "infinity",
         "infinity": "kept" if has_infinity(format) else None,
         "nan": "kept",
+        "zero_signs": "kept",
     }  # fmt: skip

@@ -54,8 +54,11 @@ def unit_facts(multiply: Multiplier, inner: int = INNER, longer: Mapping[int, in
         subnormal_inputs=kept.subnormals,
         subnormal_results=ends.subnormal_results,
         overflow=ends.overflow,
+        overflow_stored=ends.overflow_stored,
         infinity=ends.infinity,
         nan=ends.nan,
+        nan_bits=ends.nan_bits,
+        zero_signs=ends.zero_signs,
     )
     if tree is None:
         return facts

@@ -49,7 +49,7 @@ def test_the_table_tells_all_that_was_found() -> None:
         "toward",
         "zero",
         "kept",
-        "-",
+        "infinity",
         "kept",
     ]
     assert "K = 16: groups of 4 at once, k ascending" in done.stdout
@@ -102,9 +102,17 @@ def test_what_is_unusual_of_a_sum_is_in_its_row(monkeypatch: pytest.MonkeyPatch)
         "23 bits, cut, normalised; 31 under a larger sum, rounded down  24 bits, toward zero, small ones down, " in out
     )
     assert "small ones down, stored toward zero" in out
-    lost = replace(unit, infinity="65504.0", nan="none")
+    lost = replace(unit, infinity="largest (-infinity in a)", nan="+0", zero_signs="+0 (-2^-27)",
+                   overflow_stored="nan (2^16 as a sum)")  # fmt: skip
     monkeypatch.setattr(report, "probe", lambda *_: replace(facts, units={"float16": lost}))
-    assert "-         infinity to 65504.0, NaN lost\n" in probe("sim:v100").stdout
+    assert (
+        "  sums to NaN (2^16 as a sum)  infinity to the largest number (-infinity in a), NaN to +0, zeros +0 (-2^-27)\n"
+        in probe("sim:v100").stdout
+    )
+    monkeypatch.setattr(
+        report, "probe", lambda *_: replace(facts, units={"float16": replace(lost, overflow="cancels")})
+    )
+    assert "  cancels, sums to NaN (2^16 as a sum)  infinity to" in probe("sim:v100").stdout
     assert "K = 512: no tree: it ?changes\n" in out
 
 

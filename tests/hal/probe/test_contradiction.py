@@ -14,7 +14,7 @@ from hal_sim.chips import CHIPS
 
 FACTS = UnitFacts(
     "bfloat16", "bfloat16", 64, "one product after another", accumulator_bits=14, sums="toward zero", input_bits=7,
-    subnormal_inputs="flushed", subnormal_results="flushed", infinity="3.0e+38", nan="none",
+    subnormal_inputs="flushed", subnormal_results="flushed", infinity="largest", nan="+0",
 )  # fmt: skip
 HONEST = Contract(
     matmul={"bfloat16": Arithmetic(14, "truncate", 7)}, subnormals="flushed", nonfinite="saturate",
@@ -39,10 +39,13 @@ def test_what_is_promised_beyond_the_truth_is_one_sentence(sentence):
 
 
 def test_promised_infinities_and_nans_are_looked_for():
-    assert contradictions(replace(HONEST, nonfinite="ieee"), {"bfloat16": FACTS}, "neither") == (
-        "bfloat16: the contract promises infinities, one becomes 3.0e+38",
-        "bfloat16: the contract promises NaN, what should be one is a number",
+    facts = replace(FACTS, overflow_stored="nan (2^128 as a sum)")
+    assert contradictions(replace(HONEST, nonfinite="ieee"), {"bfloat16": facts}, "neither") == (
+        "bfloat16: the contract promises infinities, one becomes the largest number",
+        "bfloat16: the contract promises infinities, a sum beyond the largest number becomes NaN (2^128 as a sum)",
+        "bfloat16: the contract promises NaN, what should be one becomes +0",
     )
+    assert contradictions(HONEST, {"bfloat16": facts}, "neither") == ()
 
 
 @pytest.mark.parametrize("ties", ["higher index", "neither"])
@@ -76,12 +79,12 @@ def test_what_was_not_measured_contradicts_nothing():
 
 def test_tf32_is_measured_against_no_promise_of_float32():
     facts = replace(FACTS, format="tf32", input_bits=11, subnormal_inputs="kept", subnormal_results="kept",
-                    infinity="kept", nan="7fffffff")  # fmt: skip
+                    infinity="kept", nan="kept")  # fmt: skip
     assert contradictions(Contract(), {"tf32": facts}, "neither") == ()
 
 
 def test_a_unit_that_takes_small_float16_for_zero_must_say_so():
-    facts = replace(FACTS, format="float16", input_bits=11, subnormal_results="kept", infinity="kept", nan="7fc00000")
+    facts = replace(FACTS, format="float16", input_bits=11, subnormal_results="kept", infinity="kept", nan="kept")
     honest = Arithmetic(14, "truncate", flushes_below=2.0**-14)
     assert contradictions(Contract(matmul={"float16": honest}), {"float16": facts}, "neither") == ()
     silent = Contract(matmul={"float16": replace(honest, flushes_below=0.0)})
@@ -156,6 +159,9 @@ def test_an_order_that_a_library_chooses_is_no_contradiction(probed):
         "float32": replace(facts.units["float32"], tree="(0 1)", longer={"512": "no tree: it changes"}),
     }
     assert replace(facts, units=units).contradictions == ()
+    units["float32"] = replace(facts.units["float32"], zero_signs="+0 (a sum of -2^-200)")
+    assert replace(facts, units=units).contradictions == ()
+    assert not replace(facts, units=units).likeness.exact
     assert report.probe("sim:h200/splitk=4", 16).contradictions == ()
 
 

@@ -15,7 +15,7 @@ from hal.probe.measured import measured, measured_contract
 
 FACTS = UnitFacts(
     "bfloat16", "bfloat16", 64, "one product after another", accumulator_bits=14, sums="toward zero", input_bits=7,
-    subnormal_inputs="flushed", subnormal_results="flushed", infinity="3.0e+38", nan="none",
+    subnormal_inputs="flushed", subnormal_results="flushed", infinity="largest", nan="+0",
 )  # fmt: skip
 
 

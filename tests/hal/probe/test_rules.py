@@ -132,7 +132,7 @@ def test_a_longer_k_is_asked_for_in_every_format(probed, options):
     ("fact", "value"),
     [("accumulator_bits", 23), ("alignment_bits", 24), ("sums", "nearest, ties to even"), ("products", "rounded"),
      ("aligned", "nearest"), ("tree", "(0 1)"), ("input_bits", 10), ("subnormal_inputs", "flushed"),
-     ("infinity", "65504.0"), ("nan", "none")],
+     ("infinity", "largest"), ("nan", "+0"), ("overflow_stored", "largest (2^16 as a sum)"), ("zero_signs", "-0")],
 )  # fmt: skip
 def test_one_fact_that_differs_is_named_and_changes_the_fingerprint(probed, fact, value):
     units = dict(probed["h200"].units)
@@ -157,7 +157,7 @@ def test_whole_products_and_other_kernels_are_part_of_the_fingerprint(probed):
     assert refused[0].fingerprint == refused[1].fingerprint != facts.fingerprint
 
 
-@pytest.mark.parametrize(("fact", "value"), [("order", "x"), ("nan", "7fc00001"), ("result", "float32")])
+@pytest.mark.parametrize(("fact", "value"), [("order", "x"), ("nan_bits", "7fc00001"), ("result", "float32")])
 def test_names_and_the_code_of_nan_are_no_part_of_the_fingerprint(probed, fact, value):
     units = dict(probed["h200"].units)
     units["float16"] = replace(units["float16"], **{fact: value})

@@ -140,10 +140,10 @@ class Adoption:
         doors = (
             tensors.methods, tensors.device_class, tensors.default_device, operators.amp, tensors.constructors,
             tensors.loading, operators.lacking, operators.widened, operators.flash_kernels, operators.triton_kernels,
-            compiler.dynamo, compiler.traced, compiler.script, distributed.collectives, distributed.parallel,
-            distributed.data_parallel, operators.optimizers, distributed.sync_batch_norm, tensors.storages,
-            tensors.crossings, tensors.packed_sequences, distributed.dtensor_random, distributed.dtensor_attention,
-            cuda.accelerator, tensors.printing, operators.kernels, tensors.net,
+            compiler.dynamo, compiler.traced, compiler.script, compiler.fakes, distributed.collectives,
+            distributed.parallel, distributed.data_parallel, operators.optimizers, distributed.sync_batch_norm,
+            tensors.storages, tensors.crossings, tensors.packed_sequences, distributed.dtensor_random,
+            distributed.dtensor_attention, cuda.accelerator, tensors.printing, operators.kernels, tensors.net,
         )  # fmt: skip
         for door in doors:
             door.install(redirection, self._patches)

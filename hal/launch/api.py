@@ -155,9 +155,9 @@ def count_made(name: str, belief: bool = False) -> None:
         name: of the class, as the program writes it.
         belief: whether it asked whether something is one of these.
     """
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
-    if _active is not None and not is_compiling():  # the compiler traces through here, and knows no frames
+    if _active is not None and not is_dynamo_compiling():  # the compiler traces through here, and knows no frames
         _active.audit.count_outside(name, sys._getframe(2), belief)
 
 
@@ -166,7 +166,7 @@ def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redire
 
     It counts the call under the caller's line, and answers. Kept beyond the release, it calls the original.
     """
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     answer, name, belief = entry.answer, entry.name, entry.belief
     if entry.forwards and redirection.hosts is None:
@@ -180,7 +180,7 @@ def wrapped(entry: Api, original: Callable[..., Any] | None, redirection: Redire
             if original is None:
                 raise AttributeError(f"this torch has no {name}")
             return original(*args, **kwargs)
-        if not is_compiling():  # the compiler traces through here, and knows no frames
+        if not is_dynamo_compiling():  # the compiler traces through here, and knows no frames
             redirection.audit.count(name, sys._getframe(1), belief)
         return answer(redirection, *args, **kwargs)
 

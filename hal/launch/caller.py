@@ -60,8 +60,11 @@ def inside(frame: FrameType) -> bool:
 def _is_of_a_graph(frame: FrameType) -> bool:
     """Return whether code that belongs to no module is of a graph that the compiler made, which holds true devices.
 
-    A graph that the program traced itself (`torch.fx`) holds what the program wrote.
+    A graph that the program traced itself (`torch.fx`) holds what the program wrote. A text that torch evaluates, as it
+    does for guards, is torch's.
     """
+    if frame.f_code.co_filename == "<string>":
+        return frame.f_code.co_name == "<module>" and frame.f_back is not None and inside(frame.f_back)
     if not frame.f_code.co_filename.startswith("<eval_with_key>"):
         return ".py:codegen(" in frame.f_code.co_filename
     return "dynamo_flat_name_to_original_fqn" in getattr(frame.f_locals.get("self"), "meta", ())

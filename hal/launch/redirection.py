@@ -220,6 +220,8 @@ class Redirection:
         """
         frame = sys._getframe(1)
         self._refuse_in_strict_mode(api, f"{self.type} lacks it, and it is computed another way: {note}", frame)
+        if not isinstance(nbytes, int):  # of a shape that is traced, and not known
+            nbytes = 0
         self.audit.note("fallback", api, note, frame, nbytes)
 
     def _refuse_in_strict_mode(self, api: str, note: str, frame: FrameType) -> None:

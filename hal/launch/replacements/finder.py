@@ -136,9 +136,9 @@ def stands_in(name: str, what: str) -> None:
     redirection: Any = api.active()
     if redirection is None:
         return
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
-    if is_compiling():
+    if is_dynamo_compiling():
         from hal.launch.surface.compiler import traced
 
         traced.note("change", name, what)

@@ -42,6 +42,12 @@ def branch(x):
 def whole(x):
     return x * 2 if x.is_cuda else x * 3
 
+def moves(x):
+    return x * (2 if x.cpu().is_cuda or x.to("cpu").is_cuda else 3) * (5 if "cuda" in x.cpu().type() else 7)
+
+def typed(x):
+    return x * (2 if x.type() == "torch.cuda.FloatTensor" else 3) * (5 if "cuda" in (x + 1).type() else 7)
+
 def makes(x):
     return torch.zeros(3).is_cuda, torch.zeros_like(x).is_cuda, torch.arange(3, device=x.device).is_cuda, (x + 1).is_cuda
 """
@@ -110,6 +116,80 @@ def test_compiled_code_takes_the_branch_that_code_takes_that_is_run(cuda):
 def test_where_one_graph_is_wanted_the_other_branch_is_noted_with_its_line(cuda):
     assert torch.compile(program().whole, backend="eager", fullgraph=True)(cuda.torch.ones(1)).item() == 2
     assert entries(cuda.adoption, "change") == {("change", "torch.Tensor.is_cuda", 23)}
+
+
+def test_a_tensor_that_compiled_code_moves_to_the_host_is_there(cuda):
+    x = cuda.torch.ones(1, device="cuda")
+    assert torch.compile(program().moves, backend="eager")(x).item() == program().moves(x).item() == 21
+    torch._dynamo.reset()
+    assert torch.compile(program().moves, backend="eager", fullgraph=True)(x).item() == 10
+    assert {api for _, api, _ in entries(cuda.adoption, "change")} == {"torch.Tensor.is_cuda", "torch.Tensor.type"}
+
+
+def test_a_type_names_cuda_in_compiled_code_too(cuda):
+    for x, expected in ((cuda.torch.ones(1, device="cuda"), 10), (cuda.torch.ones(1), 15)):
+        assert torch.compile(program().typed, backend="eager")(x).item() == program().typed(x).item() == expected
+
+
+class Asks(torch.nn.Module):
+    def __init__(self, torch):
+        super().__init__()
+        self.torch = torch
+
+    def forward(self, x):
+        t = self.torch
+        y = x * (2 if x.is_cuda else 3) * (5 if x.device.type == "cuda" else 7) * (11 if "cuda" in x.type() else 13)
+        if not x.is_cpu and x.get_device() == 0:
+            y = y * t.cuda.get_device_properties(x.device).multi_processor_count + t.zeros(1, device=x.device)
+        copy, back = x.cpu(), x.to("cpu").to("cuda:0")
+        return y * (17 if copy.is_cuda or not t.zeros_like(back).is_cuda else 19)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's own, as it exports
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_model_that_is_exported_takes_the_branch_that_it_takes_when_it_is_run(cuda, device):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    x, model = cuda.torch.ones(2, device=device), Asks(cuda.torch)
+    exported = [cuda.torch.export.export(model, (x,)).module()]
+    exported += [make_fx(model, tracing_mode=mode, pre_dispatch=pre)(x) for mode in ("real", "fake", "symbolic")
+                 for pre in (False, True)]  # fmt: skip
+    length = torch.export.Dim("length")
+    exported.append(cuda.torch.export.export(model, (x,), dynamic_shapes={"x": {0: length}}).module())
+    assert all(torch.equal(run(x), model(x)) for run in exported)
+    asked = {entry.api for entry in cuda.adoption.entries() if entry.kind == "belief"}
+    assert device == "cpu" or "torch.Tensor.device" in asked
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_model_that_is_exported_as_one_graph_takes_it_too_or_is_noted(cuda):
+    t, branch = cuda.torch, program().branch
+
+    class Model(torch.nn.Module):
+        def forward(self, x):
+            return branch(x)
+
+    exported = [t.export.export(Model(), (t.ones(1, device=device),), strict=True).module()(t.ones(1))
+                for device in ("cuda", "cpu")]  # fmt: skip
+    assert [y.item() for y in exported] == [2, 2]
+    assert entries(cuda.adoption, "change") == {("change", "torch.Tensor.is_cuda", 20)}
+
+
+def test_tensors_without_numbers_are_where_they_are_made(cuda):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    t, layer = cuda.torch, torch.nn.Linear
+    host, there = t.ones(3), t.ones(3, device="cuda")
+    with FakeTensorMode() as mode:
+        x, h = t.ones(3, device="cuda"), t.ones(3)
+        on_device = [x, h.cuda(), h.to(x), layer(3, 4, device="cuda").weight, mode.from_tensor(there)]
+        on_host = [h, x.cpu(), mode.from_tensor(host)]
+        product = layer(3, 4, device="cuda")(x) + layer(3, 4).cuda()(h.cuda())
+        assert {y.device for y in (*on_device, product)} == {torch.device("cuda", 0)}
+        assert {y.device for y in on_host} == {torch.device("cpu")}
+        assert str(x) == "FakeTensor(..., device='cuda:0', size=(3,))"
+    hal.release()
+    assert x.device == h.device == torch.device("cpu")
 
 
 def test_properties_of_the_device_are_constants_of_compiled_code(cuda):

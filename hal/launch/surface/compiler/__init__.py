@@ -3,12 +3,14 @@
 
 from hal.launch.surface.compiler import (
     dynamo,
+    fakes,
     script,
     traced,
 )
 
 __all__ = [
     "dynamo",
+    "fakes",
     "script",
     "traced",
 ]

@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 from hal.launch.awaited import when_loaded
-from hal.launch.caller import is_insider
+from hal.launch.caller import is_insider, is_ours
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import seen
@@ -77,7 +77,7 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
     from torch._dynamo.variables.base import VariableTracker
 
     true_device, true_is_cuda = variable.method_attr_device, variable.method_attr_is_cuda
-    true_get_device = variable.method_get_device
+    true_get_device, true_type = variable.method_get_device, variable.method_type
 
     def outside(tx: Any, self: Any) -> bool:
         return self.device is not None and not is_insider(tx.f_globals.get("__name__"))
@@ -109,10 +109,22 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
         index = redirection.present(self.device).index
         return VariableTracker.build(tx, -1 if index is None else index)
 
+    def method_type(self: Any, tx: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        found = true_type(self, tx, dtype, *args, **kwargs)
+        ours = is_ours(tx.f_globals.get("__name__"))  # of what the program gave, our method is traced; else this is
+        asker = tx.parent if ours else tx
+        if dtype is not None or found is None or asker is None or not outside(asker, self):
+            return found
+        traced.asked(redirection, asker, self, "torch.Tensor.type")
+        if ours or redirection.present(self.device).type != "cuda":
+            return found
+        return VariableTracker.build(tx, found.as_python_constant().replace("torch.", "torch.cuda.", 1))
+
     patches.set(variable, "method_attr_device", method_attr_device)
     patches.set(variable, "method_attr_is_cuda", method_attr_is_cuda)
     patches.set(variable, "method_attr_is_cpu", method_attr_is_cpu)
     patches.set(variable, "method_get_device", method_get_device)
+    patches.set(variable, "method_type", method_type)
 
 
 def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
@@ -136,9 +148,18 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
     name = "call_method" if hasattr(variable, "method_attr_device") else "call_function"
     original = getattr(variable, name)
 
+    def to_host(tx: Any, name: str, args: Any, kwargs: Any) -> bool:
+        """Return whether the program moves a tensor to the host, where this cannot be seen from its device."""
+        if redirection.hosts is None or name not in ("cpu", "to") or is_insider(tx.f_globals.get("__name__")):
+            return False
+        asked = args[0] if args else kwargs.get("device")
+        named = asked is not None and asked.is_python_constant()
+        return name == "cpu" or (named and redirection.is_host(asked.as_python_constant()))
+
     def call(self: Any, tx: Any, *given: Any) -> Any:
         *method, args, kwargs = given
         before = args, kwargs
+        host = bool(method) and to_host(tx, given[0], args, kwargs)
         if method and method[0] == "cuda":
             method, args, kwargs = ["to"], *_as_to(tx, redirection, args, kwargs)
         args = [true(tx, argument, False) for argument in args]
@@ -149,7 +170,10 @@ def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:
             found = _by_modes(tx, method[0], (self, *args), kwargs)
             if found is not None:
                 return found
-        return original(self, tx, *method, args, kwargs)
+        made = original(self, tx, *method, args, kwargs)
+        if host:
+            traced.mark_host(made)
+        return made
 
     patches.set(variable, name, call)
 

@@ -110,7 +110,7 @@ def _follow(redirection: Redirection, patches: Patches, kind: Any) -> None:
         with audit.traced_at(*place):
             found = original(cls, parent, func, args, kwargs, *rest, **more)
         if name in made and device is None and not name.endswith("_like") and not modes():
-            _mark_host(found)
+            mark_host(found)
         return found
 
     patches.set(kind, "inline_call", classmethod(inline_call))
@@ -124,7 +124,8 @@ def _is_cuda(redirection: Redirection, device: Any) -> bool:
     return redirection.translate(given) is not given
 
 
-def _mark_host(variable: Any) -> None:
+def mark_host(variable: Any) -> None:
+    """Remember that the compiler's tensor is on the host."""
     proxy = getattr(variable, "proxy", None)
     if proxy is not None:
         proxy.node.meta[_ON_HOST] = True
@@ -137,7 +138,7 @@ def _mark_hosts(redirection: Redirection, patches: Patches, kind: Any) -> None:
     def call(self: Any, value: Any) -> Any:
         found = original(self, value)
         if value in hosts:
-            _mark_host(found)
+            mark_host(found)
         return found
 
     patches.set(kind, "__call__", call)

@@ -316,9 +316,9 @@ refused(
 
 
 def _said(r: Redirection, name: str) -> None:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
-    if not is_compiling():
+    if not is_dynamo_compiling():
         r.idle(name, "no profiler of NVIDIA's is attached; torch.profiler works, and record_function names its ranges")
 
 

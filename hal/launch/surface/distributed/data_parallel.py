@@ -21,7 +21,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     if redirection.hosts is None:
         return
     import torch
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     owner = torch.nn.DataParallel
     own_init, own_forward = owner.__init__, owner.forward
@@ -52,7 +52,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     def forward(self: Any, *inputs: Any, **kwargs: Any) -> Any:
         r = state.active()
-        if r is not None and not is_compiling() and on_device(r, self.module):
+        if r is not None and not is_dynamo_compiling() and on_device(r, self.module):
             inputs, kwargs = to_device(r, (inputs, kwargs))
         return own_forward(self, *inputs, **kwargs)
 

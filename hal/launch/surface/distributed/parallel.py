@@ -51,9 +51,9 @@ def _device(r: Redirection, true: Any) -> Any:
 
 def asked_by_program() -> Redirection | None:
     """Return the redirection in force if the caller's caller is the program."""
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
-    if is_compiling() or inside(sys._getframe(2)):
+    if is_dynamo_compiling() or inside(sys._getframe(2)):
         return None
     return state._active
 

@@ -31,7 +31,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     import torch
     from torch.amp.autocast_mode import autocast
     from torch.amp.grad_scaler import GradScaler
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     autocast_init, scaler_init = autocast.__init__, GradScaler.__init__
     own_enter: Any = autocast.__enter__
@@ -51,7 +51,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
             by_torch = type(self) is autocast and inside(sys._getframe(1))
             self._hal_cuda = True if device_type == "cuda" else None if by_torch or device_type != "cpu" else False
         if r is not None and device_type == "cuda":
-            if not is_compiling():
+            if not is_dynamo_compiling():
                 r.audit.count_nearest("torch.amp.autocast", sys._getframe(1))
             device_type = r.type
             # The default is CUDA's own, or what the program set for CUDA; a CPU's would be bfloat16.

@@ -60,7 +60,7 @@ def _another(r: Redirection, name: str, kernels: Iterable[str]) -> None:
 
     asked = " and ".join(kernels) or "a kernel of CUDA's"
     what = f"{asked} alone was asked for; the CPU's own kernel computes, or the plain form"
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         traced.note("change", name, what)
     else:
         r.change(name, what)

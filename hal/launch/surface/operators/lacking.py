@@ -48,7 +48,7 @@ def _histc(
 
     if input.is_floating_point() or r.hosts is None:
         return original(input, *args, **kwargs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         traced.note("fallback", "torch.histc", "of integers, in float64")
     else:
         r.fallback("torch.histc", f"of {input.dtype}, in float64", input.nbytes)
@@ -78,7 +78,7 @@ def _ignore_driver(r: Redirection, name: str, driver: str | None) -> None:
     import torch
 
     what = f"{driver!r} of cuSOLVER's was asked for; the device's own routine computes"
-    if driver is not None and torch.compiler.is_compiling():
+    if driver is not None and torch.compiler.is_dynamo_compiling():
         traced.note("change", name, what)
     elif driver is not None:
         r.change(name, what)

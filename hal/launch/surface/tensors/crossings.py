@@ -62,13 +62,13 @@ def _answered(patches: Patches, module: str, name: str, answer: Answer, found: A
         return
     function = own.__func__ if isinstance(own, staticmethod) else own
     form = inspect.signature(function)
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         r = state.active()
-        return result if r is None or is_compiling() else answer(r, form.bind(*args, **kwargs), result)
+        return result if r is None or is_dynamo_compiling() else answer(r, form.bind(*args, **kwargs), result)
 
     patches.set(owner, name, staticmethod(call) if isinstance(own, staticmethod) else call)
 

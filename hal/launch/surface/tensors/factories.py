@@ -64,11 +64,11 @@ def maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., tor
 
 
 def _of_memory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:  # a step of training may call it for each of its samples
         made, redirection = original(*args, **kwargs), api._active
-        if redirection is None or redirection.hosts is None or is_compiling():
+        if redirection is None or redirection.hosts is None or is_dynamo_compiling():
             return made
         return redirection.hosts.add(made)
 
@@ -77,7 +77,7 @@ def _of_memory(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 def _maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     import torch
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     like = name.endswith("_like")
     takes = name in ("torch.tensor", "torch.as_tensor", "torch.asarray")
@@ -94,10 +94,10 @@ def _maker(name: str, original: Callable[..., torch.Tensor]) -> Callable[..., to
             kwargs["pin_memory"] = pinned(redirection, device)
         if true is not device:
             kwargs["device"] = true
-            if not is_compiling():
+            if not is_dynamo_compiling():
                 redirection.audit.count(name, sys._getframe(1))
         made = original(*args, **kwargs)
-        if hosts is None or is_compiling():
+        if hosts is None or is_dynamo_compiling():
             return made
         if pins:
             return hosts.add_pinned(made)

@@ -183,13 +183,13 @@ def _to(name: str, original: Any, redirection: Redirection) -> Callable[..., Any
     hosts, translate, is_host = redirection.hosts, redirection.translate, redirection.is_host
     true_devices = redirection.true_devices
     tensor, device, count_outside, convert = torch.Tensor, torch.device, redirection.audit.count_outside, _convert()
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if api._active is None:
             return original(self, *args, **kwargs)
         asked, frame = args[0] if args else kwargs.get("device"), None
-        if not is_compiling():
+        if not is_dynamo_compiling():
             frame = sys._getframe(1)
             # torch's own calls: clipping makes one for each parameter. Not asked for its type: a device makes a text
             # of that, which takes as long as all the rest.
@@ -248,13 +248,13 @@ def _convert() -> Any:
 
 
 def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def cuda(self: torch.Tensor, device: Any = None, non_blocking: bool = False, **kwargs: Any) -> torch.Tensor:
         r = api._active
         if r is None:
             return original(self, device, non_blocking, **kwargs)  # type: ignore[no-any-return]
-        if not is_compiling():
+        if not is_dynamo_compiling():
             r.audit.count_outside(name, sys._getframe(1))
         index = r.index(device)
         if index is None:
@@ -266,13 +266,13 @@ def _cuda(name: str, original: Any, redirection: Redirection) -> Callable[..., A
 
 def _cpu(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
     import torch
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     to, true_device = torch._C.TensorBase.to, _true_device()
 
     def cpu(self: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         r = api._active
-        if r is None or r.hosts is None or is_compiling():
+        if r is None or r.hosts is None or is_dynamo_compiling():
             return original(self, **kwargs)  # type: ignore[no-any-return]
         if true_device(self).type != r.type or self in r.hosts:
             return original(self, **kwargs)  # type: ignore[no-any-return]
@@ -319,7 +319,7 @@ def _record_stream(name: str, original: Any, redirection: Redirection) -> Callab
 
 
 def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def new(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         r = api._active
@@ -328,14 +328,14 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
             return original(self, *args, **kwargs)  # type: ignore[no-any-return]
         if device is not None:
             kwargs["device"] = r.translate(device)
-            if kwargs["device"] is not device and not is_compiling():
+            if kwargs["device"] is not device and not is_dynamo_compiling():
                 r.audit.count_outside(name, sys._getframe(1))
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = pinned(r, device)
             pins = True
         made: torch.Tensor = original(self, *args, **kwargs)
         shared = bool(args) and hasattr(args[0], "data_ptr") and name.endswith(".new")  # memory that it was given
-        if r.hosts is None or shared or is_compiling():
+        if r.hosts is None or shared or is_dynamo_compiling():
             return made
         if pins:
             return r.hosts.add_pinned(made)
@@ -351,11 +351,11 @@ def _new(name: str, original: Any, redirection: Redirection) -> Callable[..., An
 
 
 def _type_as(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def type_as(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         r, moved = api._active, original(self, other)
-        if r is None or r.hosts is None or is_compiling() or inside(frame := sys._getframe(1)):
+        if r is None or r.hosts is None or is_dynamo_compiling() or inside(frame := sys._getframe(1)):
             return moved  # type: ignore[no-any-return]
         r.audit.count(name, frame)
         return r.hosts.moved(self, moved, other in r.hosts)
@@ -364,11 +364,11 @@ def _type_as(name: str, original: Any, redirection: Redirection) -> Callable[...
 
 
 def _numpy(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     def numpy(self: torch.Tensor, *, force: bool = False) -> Any:
         r = api._active
-        if force and r is not None and r.hosts is not None and not is_compiling():
+        if force and r is not None and r.hosts is not None and not is_dynamo_compiling():
             self = self.detach().cpu()  # a copy, if the tensor may be on the device
         return original(self, force=force)
 
@@ -377,7 +377,7 @@ def _numpy(name: str, original: Any, redirection: Redirection) -> Callable[..., 
 
 def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., Any]:
     import torch
-    from torch.compiler import is_compiling
+    from torch.compiler import is_dynamo_compiling
 
     from hal.launch.surface.cuda.tensor_types import CudaTensorType
 
@@ -387,7 +387,7 @@ def _type(name: str, original: Any, redirection: Redirection) -> Callable[..., A
         r = api._active
         if r is None:
             return original(self, dtype, non_blocking, **kwargs)
-        frame = None if is_compiling() else sys._getframe(1)
+        frame = None if is_dynamo_compiling() else sys._getframe(1)
         if dtype is None:
             plain = original(self)
             if true_device(self).type != r.type:

@@ -30,7 +30,6 @@ class _Printed(threading.local):
 def install(redirection: Redirection, patches: Patches) -> None:
     """Replace two functions of torch's printer."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensor
 
     printer: Any = torch._tensor_str
     text, add_suffixes = printer._str_intern, printer._add_suffixes
@@ -39,7 +38,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     def seen(tensor: torch.Tensor) -> torch.device | None:
         r = state.active()
-        if r is None or isinstance(tensor, FakeTensor) or (r.hosts is not None and tensor in r.hosts):
+        if r is None or (r.hosts is not None and tensor in r.hosts):
             return None
         true = true_device(tensor)
         return r.present(true) if true.type == r.type else None

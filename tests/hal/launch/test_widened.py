@@ -109,6 +109,31 @@ def test_transforms_of_float16_have_its_dtypes(cuda, name):
         TRANSFORMS[name](cuda.torch, given.bfloat16())  # nor does CUDA
 
 
+@pytest.mark.filterwarnings("ignore:.*batching rule")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_window_of_more_bits_makes_a_transform_of_as_many(cuda, dtype):
+    x = (torch.randn(2, 32, generator=torch.Generator().manual_seed(3)) * 1e4).half()
+    window = torch.hann_window(8, dtype=dtype)
+    y = cuda.torch.stft(x, 8, window=window, return_complex=True)
+    wide = x.to(torch.promote_types(x.dtype, dtype))
+    assert y.isfinite().all()
+    assert torch.equal(y, torch.stft(wide, 8, window=window, return_complex=True))
+    assert not [entry for entry in cuda.adoption.entries() if entry.kind == "fallback"]
+    spectrum = (y / 2**12).to(torch.complex32)
+    expected = torch.istft(spectrum.to(torch.complex64), 8, window=window)
+    for run in (cuda.torch.istft, torch.vmap(cuda.torch.istft, in_dims=(0, None, None, None, None))):
+        assert torch.equal(run(spectrum, 8, None, None, window), expected)
+    assert {entry.api for entry in cuda.adoption.entries() if entry.kind == "fallback"} == {"torch.istft"}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_transforms_of_lengths_that_are_not_known_yet(cuda):
+    compiled = torch.compile(lambda x: cuda.torch.fft.rfft(x).abs(), backend="aot_eager", dynamic=True)
+    for length in (8, 16):
+        assert compiled(torch.ones(length).half())[0].item() == length
+    assert all(type(entry.nbytes) is int for entry in cuda.adoption.entries())
+
+
 def test_a_transform_of_float16_into_a_tensor(cuda):
     fft, x = cuda.torch.fft, torch.randn(3, 8).half()
     out = torch.empty(0, dtype=torch.complex32)

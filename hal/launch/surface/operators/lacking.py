@@ -51,7 +51,7 @@ def _histc(
     if torch.compiler.is_dynamo_compiling():
         traced.note("fallback", "torch.histc", "of integers, in float64")
     else:
-        r.fallback("torch.histc", f"of {input.dtype}, in float64", input.nbytes)
+        r.fallback("torch.histc", f"of {input.dtype}, in float64", input.numel() * input.element_size())
     # A float64 holds every count and every bin's edge that an integer tensor of this size can have.
     return original(input.double(), *args, **kwargs).to(input.dtype)
 

@@ -137,9 +137,15 @@ def _transform(own: Any, redirection: Redirection) -> Kernel:
         dtype = wider.get(x.dtype)
         if dtype is None:
             return own.decompose(x, *args, **kwargs)
-        redirection.fallback(name, f"of {x.dtype}, in {dtype}", x.nbytes)
+        windows = (value.dtype for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        narrow = functools.reduce(torch.promote_types, windows, x.dtype) in wider
+        if not narrow and name != "torch.istft":  # which transforms before it multiplies by the window
+            return own.decompose(x, *args, **kwargs)
+        redirection.fallback(name, f"of {x.dtype}, in {dtype}", x.numel() * x.element_size())
         made = own.decompose(x.to(dtype), *map(widened, args),
                                   **{key: widened(value) for key, value in kwargs.items()})  # fmt: skip
+        if not narrow:
+            return made
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that complex32 is experimental, as it is on CUDA
             return made.to(narrower[made.dtype])

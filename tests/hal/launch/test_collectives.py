@@ -86,6 +86,28 @@ def test_a_group_is_split(program):
     )
 
 
+def test_subgroups_are_those_of_a_hosts_devices(program):
+    run(program, """
+    from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
+
+    host, groups = dist.new_subgroups()
+    assert dist.get_process_group_ranks(host) == [0, 1] and groups == [host] and dist.get_backend(host) == "nccl"
+    own, groups = dist.new_subgroups(1, backend="cpu:gloo,cuda:nccl")
+    assert dist.get_process_group_ranks(own) == [rank] and dist.get_backend(own) == "cpu:gloo,cuda:nccl"
+    own, groups = dist.new_subgroups_by_enumeration([[1], [0]], backend="nccl")
+    assert dist.get_process_group_ranks(own) == [rank] and len(groups) == 2 and dist.get_backend(own) == "nccl"
+
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 1, bias=False).cuda(), device_ids=[rank])
+    state = PostLocalSGDState(None, None, 1)
+    model.register_comm_hook(state, post_localSGD_hook)
+    for _ in range(3):
+        model(numbers(1, 2)).sum().backward()
+    assert dist.get_process_group_ranks(state.subgroup) == [0, 1] and dist.get_backend(state.subgroup) == "nccl"
+    want = 3 * (numbers(1, 2, of=0) + numbers(1, 2, of=1)) / 2
+    assert torch.equal(model.module.weight.grad, want)
+    """)  # fmt: skip
+
+
 def test_parts_of_different_sizes_are_gathered_and_the_rank_may_wait_later(program):
     run(program, """
     group = dist.new_group([0, 1], backend="nccl")

@@ -17,6 +17,8 @@ from hal.launch.awaited import when_loaded
 from hal.launch.caller import inside
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
+from hal.launch.stand_ins import StandIn
+from hal.launch.surface.distributed import process_groups
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -24,6 +26,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
     when_loaded("torch.distributed.device_mesh", "DeviceMesh", functools.partial(_mesh, patches))
     when_loaded("torch.distributed.distributed_c10d", "ProcessGroup", functools.partial(_group, patches))
     when_loaded("torch.nn.parallel.distributed", "DistributedDataParallel", functools.partial(_parallel, patches))
+    when_loaded("torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook", "PostLocalSGDState",
+                functools.partial(_local, redirection, patches))  # fmt: skip
     when_loaded("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel",
                 lambda owner: patches.set(owner, "compute_device", _told("compute_device", _device)))  # fmt: skip
     if redirection.hosts is None:
@@ -104,6 +108,14 @@ def _group(patches: Patches, owner: Any) -> None:
         return "nccl" if r is not None and "nccl" in r.groups.get(self, "") else found
 
     patches.set(owner, "name", name)
+
+
+def _local(redirection: Redirection, patches: Patches, owner: Any) -> None:
+    """Let the hook of local SGD make a group for the ranks of each host, whose number it asks CUDA for."""
+    import torch.distributed as dist
+
+    ours = functools.partial(process_groups.new_subgroups, redirection)
+    patches.set(sys.modules[owner.__module__], "dist", StandIn(dist, {"new_subgroups": ours}))
 
 
 def _parallel(patches: Patches, owner: Any) -> None:

@@ -82,6 +82,41 @@ def new_group(r: Redirection, ranks: Any = None, timeout: Any = None, backend: A
     return group
 
 
+@api("torch.distributed.new_subgroups", "torch.distributed.distributed_c10d.new_subgroups")
+def new_subgroups(r: Redirection, group_size: int | None = None, group: Any = None, timeout: Any = None,
+                  backend: Any = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """By default as many ranks in each as a host has devices."""
+    import torch.distributed as dist
+
+    _bind(r, kwargs)
+    size = group_size if group_size is not None else len(r.devices) or None  # without one, torch's own error
+    found = dist.new_subgroups(size, group, timeout, _backend(r, backend), *args, **kwargs)
+    return _known(r, found, backend)
+
+
+@api("torch.distributed.new_subgroups_by_enumeration",
+     "torch.distributed.distributed_c10d.new_subgroups_by_enumeration")  # fmt: skip
+def new_subgroups_by_enumeration(r: Redirection, ranks_per_subgroup_list: Any, timeout: Any = None, backend: Any = None,
+                                 *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+    """With the device's own library in NCCL's place."""
+    import torch.distributed as dist
+
+    _bind(r, kwargs)
+    found = dist.new_subgroups_by_enumeration(ranks_per_subgroup_list, timeout, _backend(r, backend), *args, **kwargs)
+    return _known(r, found, backend)
+
+
+def _known(r: Redirection, found: tuple[Any, list[Any]], backend: Any) -> tuple[Any, list[Any]]:
+    """Remember what the program asked for, of this rank's group and of all; of others' there is a number, or None."""
+    import torch.distributed as dist
+
+    asked = backend if isinstance(backend, str) else _asked(r).get(dist.group.WORLD)
+    for group in (found[0], *found[1]):
+        if asked is not None and isinstance(group, dist.ProcessGroup):
+            _asked(r)[group] = asked.lower()
+    return found
+
+
 @api("torch.distributed.split_group", "torch.distributed.distributed_c10d.split_group")
 def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, timeout: Any = None,
                 pg_options: Any = None, group_desc: str | None = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip

@@ -230,6 +230,25 @@ def test_storages_are_made_on_the_device(cuda):
     assert (typed.device.type, list(typed)) == ("cuda", [1.0, 2.0])
 
 
+def test_a_future_takes_devices(cuda):
+    t, kind = cuda.torch, cuda.torch.futures.Future
+    for devices in (None, [], ["cuda"], ["cuda:0"], [0], [t.device("cuda", 0), "cuda:0"]):
+        future = kind(devices=devices)
+        assert isinstance(future, kind)
+        doubled = future.then(lambda done: done.value() * 2)
+        future.set_result(t.ones(2, device="cuda"))
+        assert doubled.wait().tolist() == [2, 2]
+        assert doubled.wait().is_cuda
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        kind(devices=["cuda:7"])
+    with pytest.raises(ValueError, match="device"):
+        kind(devices=["cpu"])  # on CUDA as well
+    hal.release()
+    with pytest.raises((ValueError, RuntimeError)):
+        torch.futures.Future(devices=["cuda:0"])
+    assert torch.futures.Future.__init__.__module__ == "torch.futures"
+
+
 @pytest.mark.parametrize("where", ["torch._utils", "torch.cuda._utils", "torch.cuda"])
 def test_libraries_are_told_the_index_of_a_device(cuda, where):
     t = cuda.torch

@@ -19,7 +19,7 @@ from hal.launch.redirection import Redirection
 door("torch.distributed.device_mesh.DeviceMesh", "torch.distributed.DeviceMesh")
 door("torch.distributed.fsdp.FullyShardedDataParallel", "torch.nn.parallel.DistributedDataParallel",
      "torch.nn.parallel.distributed.DistributedDataParallel")  # fmt: skip
-door("torch.optim.swa_utils.AveragedModel", "torch.distributed.pipelining.PipelineStage",
+door("torch.futures.Future", "torch.optim.swa_utils.AveragedModel", "torch.distributed.pipelining.PipelineStage",
      "torch.distributed.pipelining.stage.PipelineStage")  # fmt: skip
 
 
@@ -33,6 +33,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
         ("torch.distributed.pipelining.stage", "_PipelineStageBase", {"device": Redirection.translate}),
         ("torch.distributed.pipelining.stage", "PipelineStage", {"device": Redirection.translate}),
         ("torch.optim.swa_utils", "AveragedModel", {"device": _indexed}),
+        ("torch.futures", "Future", {"devices": _devices}),
         # These make a tensor of a number, which looks for CUDA before any operator is called.
         *(("torch.nn.modules.batchnorm", name, {"device": Redirection.translate})
           for name in ("_NormBase", "_LazyNormBase")),
@@ -86,6 +87,11 @@ def _indexed(r: Redirection, device: Any) -> Any:
 def _device_id(r: Redirection, device: Any) -> Any:
     # A sharded model looks for an accelerator where it is told no device.
     return r.targets[r.current] if device is None and r.hosts is not None else r.translate(device)
+
+
+def _devices(r: Redirection, devices: Any) -> Any:
+    # A future waits for streams of accelerators alone; what is no CUDA device is left to torch, and so is its error.
+    return devices and [r.translate(device) for device in devices if r.index(device) is None or r.hosts is None]
 
 
 def _device_ids(r: Redirection, devices: Any) -> Any:

@@ -442,6 +442,23 @@ def test_packed_sequences_and_typed_storages_say_where_they_are_and_move(cuda):
     device.cpu().data.zero_()
     assert device.data.sum() == 5
     assert device.cpu().sorted_indices.device.type == "cpu"
+    host = t.ones(1)
+    for there in ("cpu", host.device, host):
+        moved = device.to(there)
+        assert not moved.is_cuda
+        assert moved.data.device == moved.sorted_indices.device == host.device
+        assert moved.to(there) is moved
+        moved.data.zero_()
+        assert device.data.sum() == 5
+    assert not device.to(device="cpu", dtype=t.float64).is_cuda
+    for there in ("cuda", 0, device.data):
+        back = moved.to(there)
+        assert back.is_cuda
+        assert back.unsorted_indices.is_cuda
+        assert back.to(there) is back
+        back.data.fill_(1)
+        assert moved.data.sum() == 0
+    assert back.double().is_cuda
     assert t.ones(2, device="cuda").storage().device == t.device("cuda:0")
     assert t.ones(2, device="cuda").storage().is_cuda
     assert not t.ones(2).storage().is_cuda

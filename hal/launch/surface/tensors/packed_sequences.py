@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _NAME = "torch.nn.utils.rnn.PackedSequence"
 
-door(f"{_NAME}.cuda", f"{_NAME}.cpu", f"{_NAME}.is_cuda")
+door(f"{_NAME}.to", f"{_NAME}.cuda", f"{_NAME}.cpu", f"{_NAME}.is_cuda")
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -25,7 +25,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     import torch.nn.utils.rnn as rnn
 
     packed: Any = rnn.PackedSequence
-    true_cuda, true_cpu, true_is_cuda = packed.cuda, packed.cpu, packed.is_cuda
+    true_to, true_cuda, true_cpu, true_is_cuda = packed.to, packed.cuda, packed.cpu, packed.is_cuda
 
     def moved(self: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         data = move(self.data)
@@ -33,6 +33,22 @@ def install(redirection: Redirection, patches: Patches) -> None:
             return self
         order = (None if index is None else move(index) for index in (self.sorted_indices, self.unsorted_indices))
         return type(self)(data, self.batch_sizes, *order)
+
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        r = state.active()
+        asked = args[0] if args else kwargs.get("device", kwargs.get("other"))
+        host = None if r is None or r.hosts is None else _goes_to_host(r, asked)
+        if r is None or r.hosts is None or host is None:
+            return true_to(self, *args, **kwargs)
+        if not host:
+            r.audit.count_outside(f"{_NAME}.to", sys._getframe(1))
+        hosts = r.hosts
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            made = tensor.to(*args, **kwargs) if tensor is self.data else tensor  # the order keeps its dtype
+            return hosts.moved(tensor, made, host)
+
+        return moved(self, move)
 
     def cuda(self: Any, *args: Any, **kwargs: Any) -> Any:
         r = state.active()
@@ -55,6 +71,18 @@ def install(redirection: Redirection, patches: Patches) -> None:
         on_host = r.hosts is not None and self.data in r.hosts
         return not on_host and bool(r.present(self.data.device).type == "cuda")
 
+    patches.set(packed, "to", to)
     patches.set(packed, "cuda", cuda)
     patches.set(packed, "cpu", cpu)
     patches.set(packed, "is_cuda", property(is_cuda))
+
+
+def _goes_to_host(r: Redirection, asked: Any) -> bool | None:
+    """Return whether what a tensor is moved to, the first argument of `to`, is on the host; None if that moves none."""
+    import torch
+
+    if isinstance(asked, torch.Tensor):
+        return r.hosts is not None and asked in r.hosts
+    if r.is_host(asked):
+        return True
+    return False if asked is not None and r.index(asked) is not None else None

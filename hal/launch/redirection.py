@@ -60,7 +60,7 @@ class Redirection:
         """What the program set of CUDA's that nobody reads here but itself, by the name that it is asked for with."""
         self.default_type_on_device = False
         """Whether the program's default type of tensors is one of CUDA's."""
-        self.groups: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+        self.groups = _GROUPS
         self._local = threading.local()
         self._said: set[str] = set()
         self._torch_device = torch.device
@@ -248,6 +248,10 @@ class Redirection:
         return UnsupportedOperation(
             f"{api} at {self.audit.where(frame)}: {why}", device=self.device.info.id, what=api, hint=hint
         )
+
+
+_GROUPS: weakref.WeakKeyDictionary[Any, str] = weakref.WeakKeyDictionary()
+"""What the program asked for, by process group, which may outlive an adoption."""
 
 
 def is_number(device: Any) -> bool:

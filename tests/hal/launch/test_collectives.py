@@ -2,6 +2,9 @@
 """What NCCL takes and gloo does not, between two ranks on a CPU."""
 
 import re
+import subprocess
+import sys
+import textwrap
 
 import pytest
 
@@ -71,6 +74,18 @@ def test_a_group_is_split(program):
         except ValueError:
             continue
         raise AssertionError(wrong)
+    own = dist.split_group(split_ranks=[[1], [0]], backend="cuda:nccl")
+    assert dist.get_backend(own) == "cuda:nccl" and dist.get_process_group_ranks(own) == [rank]
+    again = dist.new_group([0, 1])
+    dist.destroy_process_group(again)
+    for parent, backend, why in ((again, None, "not registered"), (both, "cpu:gloo", "not present"),
+                                 (both, "cuda:gloo", "mismatch")):
+        try:
+            dist.split_group(parent, [[0, 1]], backend=backend)
+        except ValueError as error:
+            assert why in str(error), error
+        else:
+            raise AssertionError(why)
     """
     )
     done = program(split + END, options=OPTIONS)
@@ -84,6 +99,31 @@ def test_a_group_is_split(program):
         assert "No device associated" in str(error)
     """,
     )
+
+
+def test_a_group_that_outlives_an_adoption_is_known_to_the_next(tmp_path):
+    code = """
+    import os, hal
+    for i in range(2):
+        with hal.adopt("cpu"):
+            import torch, torch.distributed as dist
+            if i == 0:
+                dist.init_process_group("nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+            parts = dist.split_group(split_ranks=[[0, 1]]), dist.split_group(split_ranks=[[0, 1]])
+            assert {dist.get_backend(), *map(dist.get_backend, parts)} == {"nccl"}
+            for part in parts:
+                x = torch.ones(1, device="cuda")
+                dist.all_reduce(x, group=part)
+                assert x.item() == 2
+    with hal.adopt("cpu"):
+        dist.destroy_process_group()
+    os.write(1, b"done")
+    """
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    file = tmp_path / "adopts.py"
+    file.write_text(textwrap.dedent(code))
+    done = subprocess.run([*torchrun, str(file)], capture_output=True, text=True, check=False, timeout=240)
+    assert done.stdout.count("done") == 2, done.stderr
 
 
 def test_subgroups_are_those_of_a_hosts_devices(program):

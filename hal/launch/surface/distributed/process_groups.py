@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import weakref
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
@@ -41,8 +43,10 @@ def _asked(r: Redirection) -> MutableMapping[Any, str]:
     return r.groups
 
 
-_BOUND = "torch.distributed.init_process_group: whether a device was given"
-_SPLITS = "torch.distributed.split_group: how often"
+_bound: weakref.WeakSet[Any] = weakref.WeakSet()
+"""Groups that were given a device; they may outlive an adoption, as what was asked for does."""
+_splits: collections.Counter[str] = collections.Counter()
+"""How often each group was split, by its name: a name that one split had no other may have in this process."""
 
 
 def _bind(r: Redirection, arguments: dict[str, Any]) -> None:
@@ -61,9 +65,11 @@ def init_process_group(r: Redirection, backend: Any = None, *args: Any, **kwargs
     """With the device's own library in NCCL's place."""
     import torch.distributed as dist
 
-    r.kept[_BOUND] = kwargs.get("device_id") is not None
+    bound = kwargs.get("device_id") is not None
     _bind(r, kwargs)
     dist.init_process_group(_backend(r, backend), *args, **kwargs)
+    if bound:
+        _bound.add(dist.group.WORLD)
     if isinstance(backend, str):
         _asked(r)[dist.group.WORLD] = backend.lower()
 
@@ -119,33 +125,53 @@ def _known(r: Redirection, found: tuple[Any, list[Any]], backend: Any) -> tuple[
 
 @api("torch.distributed.split_group", "torch.distributed.distributed_c10d.split_group")
 def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, timeout: Any = None,
-                pg_options: Any = None, group_desc: str | None = None, *args: Any, **kwargs: Any) -> Any:  # fmt: skip
+                pg_options: Any = None, group_desc: str | None = None, backend: Any = None) -> Any:  # fmt: skip
     """A new group of the same ranks, where the device's library does not split its own."""
     import torch.distributed as dist
 
     if r.hosts is None:
         options = None if isinstance(pg_options, Options) else pg_options
-        return dist.split_group(parent_pg, split_ranks, timeout, options, group_desc, *args, **kwargs)
+        more = {} if backend is None else {"backend": _backend(r, backend)}  # which torch before 2.13 does not take
+        return dist.split_group(parent_pg, split_ranks, timeout, options, group_desc, **more)
     if not split_ranks:
         raise ValueError("split_ranks cannot be None or empty")
-    if not r.kept.get(_BOUND):  # as torch's own
+    if dist.group.WORLD not in _bound:  # as torch's own
         raise RuntimeError("No device associated with the default pg, not safe to split any process groups")
     parent: Any = dist.group.WORLD if parent_pg is None else parent_pg
-    of_parent = dist.get_process_group_ranks(parent)
+    try:
+        of_parent = dist.get_process_group_ranks(parent)
+    except KeyError:
+        raise ValueError(f"Group {parent} is not registered") from None
+    asked = _asked(r).get(parent)
+    if backend is not None:
+        _check_subset(asked or "gloo", backend)
     for part in split_ranks:
         if len(part) != len(set(part)) or not part or not set(part) <= set(range(len(of_parent))):
             raise ValueError(f"a split of {len(of_parent)} ranks has some of them, each once, and not {list(part)}")
-    counted = f"{_SPLITS}: {parent.group_name}"
-    count = r.kept[counted] = r.kept.get(counted, 0) + 1
-    mine = None
+    _splits[parent.group_name] += 1
+    count, mine = _splits[parent.group_name], None
     for part in split_ranks:
         ranks = sorted(of_parent[rank] for rank in part)
         if mine is None and dist.get_rank() in ranks:
             name = f"{parent.group_name}:split:{count}:{'-'.join(map(str, ranks))}"
             with _named(name):
-                mine = new_group(r, ranks, timeout, _asked(r).get(parent), use_local_synchronization=True,
+                mine = new_group(r, ranks, timeout, backend or asked, use_local_synchronization=True,
                                  group_desc=group_desc or f"{parent.group_desc}:split:{count - 1}")  # fmt: skip
     return mine
+
+
+def _check_subset(of_parent: str, backend: str) -> None:
+    """Refuse libraries that a group's parent has not, as torch does."""
+    from torch.distributed import distributed_c10d
+
+    parse: Any = distributed_c10d._parse_backend_string
+    have = parse(of_parent)
+    for device, name in parse(backend).items():
+        if device not in have:
+            raise ValueError(f"Requested backend for device '{device}' is not present in the parent process group "
+                             f"(parent backends: {have})")  # fmt: skip
+        if have[device] != name:
+            raise ValueError(f"Backend mismatch for device '{device}': parent has '{have[device]}', requested '{name}'")
 
 
 @contextlib.contextmanager

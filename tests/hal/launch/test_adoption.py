@@ -261,6 +261,10 @@ def test_libraries_are_told_the_index_of_a_device(cuda, where):
     with pytest.raises(ValueError, match="Expected a cuda device"):
         index("cpu", True)
     assert index("cpu", True, True) == -1
+    if where != "torch._utils":  # which takes an accelerator of any kind
+        for also in ((), (True,)):
+            with pytest.raises(ValueError, match=r"Expected a cuda .*device, but got: meta"):
+                index("meta", True, *also)
     assert index(3) == index("cuda:3") == 3  # nobody asks whether there is one
     assert index(t.cuda.device(0)) == 0
     assert t._utils._get_all_device_indices() == [0]

@@ -59,7 +59,19 @@ def current_device(r: Redirection) -> int:
     return r.checked(r.current)
 
 
-@api("torch._utils._get_device_index", "torch.cuda._utils._get_device_index", "torch.cuda._get_device_index")
+@api("torch.cuda._utils._get_device_index", "torch.cuda._get_device_index")
+def _get_cuda_index(r: Redirection, device: Any, optional: bool = False, allow_cpu: bool = False) -> int:
+    """The index of a CUDA device, or of the host where that may be; of no other device."""
+    import torch
+
+    if isinstance(device, str):
+        device = torch.device(device)
+    if isinstance(device, torch.device) and device.type not in ("cuda", "cpu"):
+        raise ValueError(f"Expected a cuda {'or cpu ' if allow_cpu else ''}device, but got: {device}")
+    return _get_device_index(r, device, optional, allow_cpu)
+
+
+@api("torch._utils._get_device_index")
 def _get_device_index(r: Redirection, device: Any, optional: bool = False, allow_cpu: bool = False) -> int:
     """The index that is meant, which libraries ask for as torch's own data parallel model does."""
     import torch

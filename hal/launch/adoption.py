@@ -123,7 +123,7 @@ class Adoption:
             raise
 
     def _redirect(self, devices: list[Device], strict: bool) -> Redirection:
-        from hal.launch import modules
+        from hal.launch import modules, warned
         from hal.launch.redirection import Redirection
         from hal.launch.replacements import finder
         from hal.launch.stand_ins import StandIns
@@ -150,6 +150,7 @@ class Adoption:
         for device in devices:
             device.on_not_simulated(functools.partial(_note_not_simulated, redirection))
         finder.install(self._patches)
+        warned.install(self._patches)
         modules.install(StandIns(replaced, self._patches.methods), redirection, self._patches)
         return redirection
 

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -228,6 +229,21 @@ def test_storages_are_made_on_the_device(cuda):
         assert made.device == torch.device("cpu")
     typed = t.TypedStorage([1.0, 2.0], dtype=t.float32, device="cuda")
     assert (typed.device.type, list(typed)) == ("cuda", [1.0, 2.0])
+
+
+def test_a_warning_stands_under_the_programs_line(cuda):
+    shows = warnings._showwarnmsg
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        cuda.torch.range(0, 3, device="cuda"), torch.tensor(cuda.torch.ones(2))  # one of C++'s, one of another's call
+        cuda.torch.tensor(cuda.torch.ones(2))
+        cuda.torch.cuda.amp.autocast()
+    assert len(seen) == 4
+    assert {warning.filename for warning in seen} == {__file__}
+    line = seen[0].lineno
+    assert [warning.lineno - line for warning in seen] == [0, 0, 1, 2]
+    hal.release()
+    assert warnings._showwarnmsg is not shows
 
 
 def test_a_future_takes_devices(cuda):

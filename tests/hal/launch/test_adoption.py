@@ -229,6 +229,28 @@ def test_storages_are_made_on_the_device(cuda):
         assert made.device == torch.device("cpu")
     typed = t.TypedStorage([1.0, 2.0], dtype=t.float32, device="cuda")
     assert (typed.device.type, list(typed)) == ("cuda", [1.0, 2.0])
+    with t.device("cuda"):
+        assert t.UntypedStorage(4).device.type == "cpu"  # torch's mode of a default device does not reach it
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_storages_are_of_a_type_and_a_device(cuda):
+    t = cuda.torch
+    there, host = t.ones(2, device="cuda"), t.ones(2)
+    for made in (there.storage(), t.cuda.FloatStorage(2), t.cuda.FloatStorage([1.0, 1.0]), host.cuda().storage()):
+        assert made.type() == "torch.cuda.FloatStorage"
+        assert made.is_cuda
+        assert made.get_device() == made.untyped().get_device() == 0
+        assert isinstance(made, t.cuda.FloatStorage)
+        assert isinstance(made, t.TypedStorage)
+        assert not isinstance(made, (t.FloatStorage, t.cuda.DoubleStorage))
+    for made in (host.storage(), there.cpu().storage(), t.FloatStorage(2), t.TypedStorage([1.0], dtype=t.float32)):
+        assert made.type() == "torch.FloatStorage"
+        assert made.get_device() is made.untyped().get_device() is None  # as torch's own
+        assert not made.is_cuda
+        assert isinstance(made, t.FloatStorage)
+        assert not isinstance(made, t.cuda.FloatStorage)
+    assert t.ones(2, device="cuda").double().storage().type() == "torch.cuda.DoubleStorage"
 
 
 def test_a_warning_stands_under_the_programs_line(cuda):

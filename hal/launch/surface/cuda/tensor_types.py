@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hal.launch.api import active, count_made, value
+from hal.launch.api import active, count_made, door, value
 from hal.launch.redirection import Redirection
 
 if TYPE_CHECKING:
@@ -65,16 +65,7 @@ def _enter(name: str, dtype: str) -> None:
         return made  # type: ignore[no-any-return]
 
 
-def _enter_storage(name: str) -> None:
-    @value(f"torch.cuda.{name}Storage", verdict="emulated", note="a CPU's, or what the device's module has of the name")
-    def storage_type(r: Redirection) -> type:
-        import torch
-
-        found: type = getattr(r.module, f"{name}Storage", None) or getattr(torch, f"{name}Storage")
-        return found
-
-
 for _name, _dtype in _DTYPES.items():
     _enter(_name, _dtype)
-for _name in (*_DTYPES, "ComplexFloat", "ComplexDouble"):
-    _enter_storage(_name)
+# torch's own classes, which ask for memory of "cuda".
+door(*(f"torch.cuda.{_name}Storage" for _name in (*_DTYPES, "ComplexFloat", "ComplexDouble")), verdict="emulated")

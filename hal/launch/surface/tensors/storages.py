@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from hal.launch import api as state
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
     import torch
 
 door("torch.UntypedStorage", "torch.UntypedStorage.cuda", "torch.UntypedStorage.cpu", "torch.UntypedStorage.to",
-     "torch.UntypedStorage.device", "torch.UntypedStorage.is_cuda")  # fmt: skip
-door("torch.TypedStorage", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda")
+     "torch.UntypedStorage.device", "torch.UntypedStorage.is_cuda", "torch.UntypedStorage.get_device")  # fmt: skip
+door("torch.TypedStorage", "torch.TypedStorage.device", "torch.TypedStorage.is_cuda", "torch.TypedStorage.get_device",
+     "torch.TypedStorage.type")  # fmt: skip
 
 
 def install(redirection: Redirection, patches: Patches) -> None:
@@ -67,25 +69,30 @@ def install(redirection: Redirection, patches: Patches) -> None:
             return moved(r, self, true_device(self), True)
         return original_to(self, device=device, non_blocking=non_blocking)
 
-    def answers(name: str, true: Callable[[Any], Any], below: Callable[[Any], Any]) -> tuple[property, property]:
-        """Return where a storage is, and whether that is CUDA, as torch's own code sees it or as the program does."""
+    def answers(name: str, owner: Any, true: Callable[[Any], Any], below: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return what says where a storage is, as torch's own code sees it or as the program does."""
+        own_get_device = owner.get_device
+
+        def seen(self: Any, frame: FrameType, asked: str) -> torch.device | None:
+            """Return the CUDA device that the program sees; None: torch asks, or the storage is on none."""
+            r = state.active()
+            if r is None or inside(frame) or (r.hosts is not None and r.hosts.side_of_storage(below(self))):
+                return None
+            r.audit.count(f"{name}.{asked}", frame, belief=True)
+            found = r.present(true(self))
+            return found if found.type == "cuda" else None
 
         def device(self: Any) -> Any:
-            r, frame, found = state.active(), sys._getframe(1), true(self)
-            if r is None or inside(frame) or (r.hosts is not None and r.hosts.side_of_storage(below(self))):
-                return found
-            r.audit.count(f"{name}.device", frame, belief=True)
-            return r.present(found)
+            return seen(self, sys._getframe(1), "device") or true(self)
 
         def is_cuda(self: Any) -> bool:
-            r, frame, found = state.active(), sys._getframe(1), true(self)
-            if r is None or inside(frame):
-                return bool(found.type == "cuda")
-            r.audit.count(f"{name}.is_cuda", frame, belief=True)
-            on_host = r.hosts is not None and r.hosts.side_of_storage(below(self))
-            return not on_host and bool(found.type == r.type)
+            return seen(self, sys._getframe(1), "is_cuda") is not None or true(self).type == "cuda"
 
-        return property(device), property(is_cuda)
+        def get_device(self: Any) -> Any:
+            found = seen(self, sys._getframe(1), "get_device")
+            return own_get_device(self) if found is None else found.index
+
+        return {"device": property(device), "is_cuda": property(is_cuda), "get_device": get_device}
 
     own_new: Any = torch._C.StorageBase.__new__
 
@@ -126,6 +133,47 @@ def install(redirection: Redirection, patches: Patches) -> None:
         (storage, "torch.UntypedStorage", true_device, lambda untyped: untyped),
         (typed, "torch.TypedStorage", typed.device.fget, lambda typed: typed._untyped_storage),
     ):
-        device, is_cuda = answers(name, true, below)
-        patches.set(owner, "device", device)
-        patches.set(owner, "is_cuda", is_cuda)
+        for attribute, ours in answers(name, owner, true, below).items():
+            patches.set(owner, attribute, ours)
+    _types(patches, typed)
+
+
+def _types(patches: Patches, typed: Any) -> None:
+    """Let storages on the device be of CUDA's types, and of the host's no more."""
+    import torch
+
+    kinds: Any = vars(torch.storage)["_LegacyStorageMeta"]
+    own_init, own_type, own_check = typed.__init__, typed.type, kinds.__instancecheck__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        own_init(self, *args, **kwargs)
+        r, device = state.active(), kwargs.get("device")
+        made = (
+            kwargs.get("wrap_storage") is None
+        )  # by torch's own code, for one of the program's: `torch.FloatStorage(4)`
+        if made and r is not None and r.hosts is not None and (device is None or r.is_host(device)):
+            r.hosts.add_storage(self._untyped_storage)
+
+    def type_(self: Any, dtype: Any = None, non_blocking: bool = False) -> Any:
+        found = own_type(self, dtype, non_blocking)
+        if dtype is not None or inside(frame := sys._getframe(1)) or not _on_device(self):
+            return found
+        if (r := state.active()) is not None:
+            r.audit.count("torch.TypedStorage.type", frame, belief=True)
+        return found if found.endswith("TypedStorage") else f"torch.cuda.{found.rpartition('.')[2]}"
+
+    def check(cls: Any, instance: Any) -> bool:
+        if type(instance) is not typed or inside(sys._getframe(1)) or not _on_device(instance):
+            return bool(own_check(cls, instance))
+        return cls.__module__ == "torch.cuda" and bool(cls.dtype == instance.dtype)
+
+    patches.set(typed, "__init__", init)
+    patches.set(typed, "type", type_)
+    patches.set(kinds, "__instancecheck__", check)
+
+
+def _on_device(storage: Any) -> bool:
+    """Return whether a storage with a dtype is on what the program sees as CUDA."""
+    r, below = state.active(), storage._untyped_storage
+    on_host = r is not None and r.hosts is not None and r.hosts.side_of_storage(below)
+    return r is not None and below.device.type == r.type and not on_host

@@ -135,7 +135,7 @@ def split_group(r: Redirection, parent_pg: Any = None, split_ranks: Any = None, 
         return dist.split_group(parent_pg, split_ranks, timeout, options, group_desc, **more)
     if not split_ranks:
         raise ValueError("split_ranks cannot be None or empty")
-    if dist.group.WORLD not in _bound:  # as torch's own
+    if dist.distributed_c10d._get_default_group() not in _bound:  # as torch's own
         raise RuntimeError("No device associated with the default pg, not safe to split any process groups")
     parent: Any = dist.group.WORLD if parent_pg is None else parent_pg
     try:

@@ -196,7 +196,8 @@ def test_properties_of_the_device_are_constants_of_compiled_code(cuda):
     t = cuda.torch
 
     def step(x):
-        return x * t.cuda.get_device_properties(x.device).multi_processor_count + len(t.cuda.get_device_name(0))
+        y = x * 2 if t.cuda.is_bf16_supported() else x
+        return y * t.cuda.get_device_properties(x.device).multi_processor_count + len(t.cuda.get_device_name(0))
 
     x = t.ones(3, device="cuda")
     assert torch.equal(torch.compile(step, backend="eager", fullgraph=True)(x), step(x))

@@ -287,9 +287,17 @@ def get_gencode_flags(r: Redirection) -> str:
 @api("torch.cuda.is_bf16_supported", belief=True)
 def is_bf16_supported(r: Redirection, including_emulation: bool = True) -> bool:
     """Whether the device multiplies matrices of bfloat16, found by trying."""
+    return _multiplies_bf16()
+
+
+def _multiplies_bf16() -> bool:
     import torch
 
-    return r.device.support("matmul", torch.bfloat16).status != "unsupported"
+    r = active()
+    return r is not None and r.device.support("matmul", torch.bfloat16).status != "unsupported"
+
+
+_multiplies_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @api("torch.cuda.is_tf32_supported", verdict="emulated", belief=True)

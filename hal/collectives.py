@@ -85,7 +85,7 @@ class Collectives(Facet):
             )  # fmt: skip
         if dist.is_initialized():
             self._check_running(rank, world_size, init_method, timeout_s)
-            return Group(self, None, owned=False)
+            return self._group(owned=False)
         hint = f"torchrun sets the environment that init() reads; is {self.library} part of this torch?"
         with library_errors("init", rank, hint):
             dist.init_process_group(
@@ -96,7 +96,10 @@ class Collectives(Facet):
                 timeout=datetime.timedelta(seconds=DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s),
                 device_id=self.bound_device(),
             )
-        return Group(self, None, owned=True)
+        return self._group(owned=True)
+
+    def _group(self, *, owned: bool) -> Group:
+        return Group(self, self.torch_device, self.bound_device(), None, owned=owned)
 
     def bound_device(self) -> torch.device | None:
         """Return the device to which a group is bound; None for the host, to which there is no alternative."""

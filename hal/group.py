@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
-    from hal.collectives import Collectives
+    from hal.facet import Facet
 
 Reduction = Literal["sum", "avg", "min", "max", "product"]
 
@@ -31,16 +31,21 @@ class Group:
     where another rank did not come in time, and `DeviceClosed` once the device is closed.
 
     Args:
-        collectives: the facet of this rank's device.
+        facet: that of this rank's device which started it.
+        device: where tensors have to lie.
+        bound: the device that the library is bound to, if any.
         raw: a `torch.distributed.ProcessGroup`, or None for the default one.
         owned: whether `close()` ends it.
     """
 
-    def __init__(self, collectives: Collectives, raw: dist.ProcessGroup | None, *, owned: bool) -> None:
+    def __init__(
+        self, facet: Facet, device: torch.device, bound: torch.device | None, raw: dist.ProcessGroup | None, *,
+        owned: bool,
+    ) -> None:  # fmt: skip
         import torch.distributed as dist
 
         self.raw = raw
-        self._collectives = collectives
+        self._facet, self._device, self._bound = facet, device, bound
         self._owned = owned
         self._closed = False
         self._default = dist.group.WORLD
@@ -52,11 +57,11 @@ class Group:
         import torch
         import torch.distributed as dist
 
-        self._collectives.check_open()
+        self._facet.check_open()
         if self._closed or dist.group.WORLD is not self._default:
             ended = "closed" if self._closed else "ended elsewhere"
             raise CollectiveError(f"the group was {ended}", operation=operation, rank=self.rank, hint="init() anew")
-        device = self._collectives.torch_device
+        device = self._device
         for tensor in tensors:
             if not isinstance(tensor, torch.Tensor):
                 raise CollectiveError(
@@ -148,9 +153,8 @@ class Group:
         import torch.distributed as dist
 
         # Without a device, a group that was not bound to one may take another of this process.
-        bound = self._collectives.bound_device()
         with self._errors("barrier"):
-            dist.barrier(group=self.raw, device_ids=None if bound is None else [bound.index])
+            dist.barrier(group=self.raw, device_ids=None if self._bound is None else [self._bound.index])
 
     def close(self) -> None:
         """End the group if `init()` started it; this object refuses to work in any case. Harmless the second time."""

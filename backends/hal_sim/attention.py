@@ -36,22 +36,21 @@ def chosen(
     given = q, k, v, attn_mask, dropout_p, is_causal
     fused = simulation is not None and _is_for_fused_kernels(q, k, v, attn_mask, enable_gqa)
     learns = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if simulation is not None and fused and (dropout_p or learns):
+    if simulation is not None and fused and (0 < dropout_p <= 1 or learns):
         if q.element_size() == 2:
             what = "dropout" if dropout_p else "a mask that learns"
             simulation.count(f"scaled_dot_product_attention with {what}", given)
         fused = False
-    if not fused:  # torch knows what to refuse
+    if not fused or not 0 <= dropout_p <= 1:  # torch knows what to refuse
         return whole.decompose(*given, scale=scale, enable_gqa=enable_gqa)  # type: ignore[no-any-return]
     scale, width = _scale(q, scale), v.shape[-1]
     if q.ndim == 3:
-        q, k, v = (x.unsqueeze(-3) for x in (q, k, v))
-        attn_mask = attn_mask.unsqueeze(-3) if attn_mask is not None and attn_mask.ndim == 3 else attn_mask
+        q, k, v = (x.unsqueeze(0) for x in (q, k, v))
     # One width for all, since what compiles code knows the kernel so: products with zeros change no bit.
     q, k, v = (pad(x, (0, max(q.shape[-1], width) - x.shape[-1])) for x in (q, k, v))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     y: torch.Tensor = kernel(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0][..., :width]
-    return y if given[0].ndim == 4 else y.squeeze(-3)
+    return y if given[0].ndim == 4 else y.squeeze(0)
 
 
 def _is_for_fused_kernels(
@@ -69,7 +68,7 @@ def _is_for_fused_kernels(
     heads, shared = q.shape[-3], k.shape[-3]
     if k.shape[:-2] != v.shape[:-2] or not (heads == shared or (enable_gqa and heads % shared == 0)):
         return False
-    return mask is None or mask.dtype in (torch.bool, torch.float32, q.dtype)
+    return mask is None or (mask.ndim > 1 and mask.dtype in (torch.bool, torch.float32, q.dtype))
 
 
 def forward(

@@ -25,12 +25,9 @@ from pathlib import Path
 
 log = logging.getLogger("hal")
 
-SOURCES = tuple(
-    Path(__file__).parent / name
-    for name in ("matrix_unit.cpp", "fast.hpp", "general.hpp", "general_tiles.hpp", "memory.hpp", "plain.hpp",
-                 "problem.hpp", "reference.hpp", "stored.hpp", "strips.hpp", "tile.hpp", "tiles.hpp", "vectors.hpp",
-                 "workers.hpp")
-)  # fmt: skip
+_FOLDER = Path(__file__).parent
+SOURCES = (_FOLDER / "matrix_unit.cpp", *sorted(_FOLDER.glob("*.hpp")))
+"""What is compiled, first, and all that it may include."""
 LIBRARY, DIGEST = "matrix_unit.so", "sha256"
 
 _FLAGS = (

@@ -10,8 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from hal.changes import Switch
@@ -29,21 +35,82 @@ def switches(count: Callable[[str], None]) -> list[tuple[Switch, object]]:
     Args:
         count: told of what compiled code computes by itself.
     """
-    return [(_entry(), _with_products(count)), (_packages(), _counted_packages(count))]
+    entry = Switch("products in torch.compile", lambda: _entry.count, _entry.lead_to)
+    return [(entry, count), (_packages(), _counted_packages(count))]
 
 
-def _entry() -> Switch:
-    """Return the switch between Inductor's entry in torch and one around it. What was compiled is compiled anew."""
-    import torch
+class _Entry(MetaPathFinder):
+    """Inductor's one entry, which every way to it looks up: it is replaced when its module is there.
 
-    entry: Any = torch._TorchCompileInductorWrapper
+    To import that takes as long as all of torch, and most programs compile nothing.
+    """
 
-    def write(new: Any) -> None:
-        entry.__call__ = new
+    count: Callable[[str], None] | None = None
+    """Told of what compiled code computes by itself, while a device is open."""
+    _own: Callable[..., Any] | None = None
+    _inside = threading.local()
+
+    def lead_to(self, count: Callable[[str], None] | None) -> None:
+        """Replace the entry, now or when it is there; or put torch's own back. What was compiled is compiled anew."""
+        self.count = count
+        module = sys.modules.get(_MODULE)
+        if count is None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            if self._own is not None and module is not None:
+                module.compile_fx = self._own  # type: ignore[attr-defined]
+            self._own = None
+        elif module is None:
+            sys.meta_path.insert(0, self)
+        else:
+            self._replace(module)
         if "torch._dynamo" in sys.modules:
             sys.modules["torch._dynamo"].reset()
 
-    return Switch("products in torch.compile", lambda: entry.__call__, write)
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        """Let others find the module, and replace its entry once it is executed."""
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        found = importlib.util.find_spec(fullname)
+        if found is None or found.loader is None:
+            return found
+        execute = found.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            if self.count is not None:
+                self._replace(module)
+
+        found.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return found
+
+    def _replace(self, module: ModuleType) -> None:
+        own: Callable[..., Any] = vars(module)["compile_fx"]
+
+        @functools.wraps(own)
+        def compile_with_products(*args: Any, **kwargs: Any) -> Any:
+            from torch._inductor.virtualized import V
+
+            count = self.count
+            # It calls itself. What is compiled ahead of time is C++ alone, and counted when it is loaded.
+            if count is None or V.aot_compilation or getattr(self._inside, "entry", False):
+                return own(*args, **kwargs)
+            given = inspect.signature(own).bind(*args, **kwargs).arguments
+            given["config_patches"] = {**(given.get("config_patches") or {}), "cpp_wrapper": False}
+            self._inside.entry = True
+            try:
+                with _left_as_calls(count):
+                    return own(**given)
+            finally:
+                self._inside.entry = False
+
+        self._own = own
+        module.compile_fx = compile_with_products  # type: ignore[attr-defined]
+
+
+_MODULE = "torch._inductor.compile_fx"
+_entry = _Entry()
 
 
 def _packages() -> Switch:
@@ -68,26 +135,6 @@ def _counted_packages(count: Callable[[str], None]) -> tuple[type, ...]:
         return type(own.__name__, (own,), {"__init__": load})
 
     return tuple(counted(getattr(torch._C._aoti, name)) for name in _PACKAGES)
-
-
-def _with_products(count: Callable[[str], None]) -> Callable[..., Any]:
-    """Return the entry around Inductor's own."""
-    import torch
-
-    entry: Any = torch._TorchCompileInductorWrapper
-    original = entry.__call__
-
-    @functools.wraps(original)
-    def compile_with_products(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = self.config
-        self.config = asked | {"cpp_wrapper": False}
-        try:
-            with _left_as_calls(count):
-                return original(self, *args, **kwargs)
-        finally:
-            self.config = asked
-
-    return compile_with_products
 
 
 @contextlib.contextmanager

@@ -101,19 +101,31 @@ def _of_rows(
     if together is not None:
         return together(a_RK, b_GKN, lengths, exchanged)
     out_RN = product(a_RK[None, :, :0], b_GKN.new_empty(1, 0, b_GKN.shape[2]))[0]
-    for groups in _of_a_size(lengths):
+    _, K, N = b_GKN.shape
+    for groups in _of_a_size(lengths, max(1, _ELEMENTS // max(1, K * N))):
         first, length = torch.tensor([lengths[group] for group in groups]).mT[:, :, None]
         rows = first + torch.minimum(torch.arange(int(length.max())), length - 1)  # the last ones more than once
         out_RN[rows] = product(a_RK[rows], b_GKN[groups])
     return out_RN
 
 
-def _of_a_size(lengths: Lengths) -> Iterator[list[int]]:
-    """Yield groups whose lengths are less than a factor of two apart: one batch of them costs less than each alone."""
+_ELEMENTS = 1 << 20
+"""Of the copies of operands that a batch of groups takes."""
+
+
+def _of_a_size(lengths: Lengths, most: int) -> Iterator[list[int]]:
+    """Yield groups whose lengths are less than a factor of two apart: one batch of them costs less than each alone.
+
+    Args:
+        lengths: of all groups.
+        most: groups of a batch.
+    """
     alike: dict[int, list[int]] = {}
     for group, (_, length) in enumerate(lengths):
         alike.setdefault(length.bit_length(), []).append(group)
-    yield from (groups for bits, groups in alike.items() if bits)
+    alike.pop(0, None)
+    for groups in alike.values():
+        yield from (groups[first : first + most] for first in range(0, len(groups), most))
 
 
 def _of_products(

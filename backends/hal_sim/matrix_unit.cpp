@@ -60,8 +60,11 @@ void multiply_groups(const Unit& unit, const Groups& groups, int64_t threads) {
     on_threads(few ? 1 : threads, [&] {
         for (int64_t i; (i = next++) < groups.count;) {
             const Problem problem = groups[i];
-            if (problem.k == 0) std::memset(problem.d, 0, size_t(problem.m * problem.d_row) * sizeof(float));
-            if (problem.m == 0 || problem.n == 0 || problem.k == 0) continue;
+            if (problem.m == 0 || problem.n == 0) continue;
+            if (problem.k == 0) {
+                std::memset(problem.d, 0, size_t(problem.m * problem.d_row) * sizeof(float));
+                continue;
+            }
             Tiles tiles(unit, problem);
             one_matrix(unit, problem, tiles, 0, few ? threads_for(problem.products(), threads) : 1);
         }

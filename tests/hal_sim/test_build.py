@@ -3,6 +3,7 @@
 
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -333,3 +334,9 @@ def test_a_build_that_was_killed_leaves_nothing_that_is_taken_for_a_library(comp
     shutil.rmtree(build.compiled().parent)
     build.compiled()
     assert not left.exists()
+
+
+def test_all_that_is_included_names_the_cached_library():
+    included = {name for source in build.SOURCES for name in re.findall(r'#include "(.+)"', source.read_text())}
+    assert included <= {source.name for source in build.SOURCES}
+    assert "groups.hpp" in included

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiled code on a simulated device: its products are the unit's, bit for bit, whenever it was compiled."""
 
+import functools
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +122,45 @@ def test_code_in_cpp_alone_reaches_the_unit_too():
         assert all(map(torch.equal, found, computed(*given)))
 
 
+def multiplied(a, b):
+    return a @ b + 1
+
+
+@pytest.mark.parametrize("cpp", [False, True])
+def test_every_way_to_inductor_leads_to_the_unit(cpp):
+    from torch._inductor import compile_fx
+
+    own = compile_fx.compile_fx
+    with hal.open_device("sim:h200/strict"):
+        expected = multiplied(A[:1], V[:, None])
+        way = functools.partial(compile_fx.compile_fx, config_patches={"cpp_wrapper": cpp})
+        for backend in "inductor", way:
+            assert torch.equal(torch.compile(multiplied, backend=backend)(A[:1], V[:, None]), expected)
+    assert compile_fx.compile_fx is own
+
+
+LATE = """
+import sys, torch, hal
+
+def multiplied(a, b):
+    return a @ b + 1
+
+a, b = torch.linspace(-1, 1, 600).view(1, 600).sin(), torch.linspace(0, 9, 600).view(600, 1).cos()
+with hal.open_device("sim:h200/strict"):
+    assert "torch._inductor.compile_fx" not in sys.modules
+    compiled = torch.compile(multiplied)
+    assert torch.equal(compiled(a, b), multiplied(a, b))
+    assert torch._inductor.compile_fx.compile_fx.__wrapped__
+assert not hasattr(torch._inductor.compile_fx.compile_fx, "__wrapped__")
+assert not any("hal_sim" in type(finder).__module__ for finder in sys.meta_path)
+"""
+
+
+def test_a_compiler_that_is_loaded_later_leads_to_the_unit_too():
+    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's export
 def test_packages_of_compiled_code_are_counted(tmp_path):
     net, x = torch.nn.Linear(64, 8), A[:8, :64]
@@ -147,8 +189,8 @@ def test_afterwards_the_compiler_is_as_it_was():
     from torch._inductor import decomposition, lowering
 
     before = dict(decomposition.decompositions), dict(lowering.lowerings)
-    entry = torch._TorchCompileInductorWrapper.__call__
+    entry = torch._inductor.compile_fx.compile_fx
     with hal.open_device("sim:h200"):
         torch.compile(torch.mv)(A, V)
         assert (dict(decomposition.decompositions), dict(lowering.lowerings)) == before
-    assert torch._TorchCompileInductorWrapper.__call__ is entry
+    assert torch._inductor.compile_fx.compile_fx is entry

@@ -213,6 +213,12 @@ def test_attention_with_dropout_is_counted_and_the_math_form_is_a_cards(h200):
     assert products[-1][0] == torch.bfloat16
 
 
+def test_attention_without_batches_shares_heads(h200):
+    q, k = numbers(6, 4, 16), numbers(3, 5, 16)
+    y = F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    assert torch.equal(y, F.scaled_dot_product_attention(q[None], k[None], k[None], enable_gqa=True)[0])
+
+
 KERNELS = torch.nn.attention.SDPBackend
 
 

@@ -234,7 +234,7 @@ def test_storages_are_made_on_the_device(cuda):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-def test_storages_are_of_a_type_and_a_device(cuda):
+def test_storages_are_of_a_type_and_a_device(cuda, tmp_path):
     t = cuda.torch
     there, host = t.ones(2, device="cuda"), t.ones(2)
     for made in (there.storage(), t.cuda.FloatStorage(2), t.cuda.FloatStorage([1.0, 1.0]), host.cuda().storage()):
@@ -251,6 +251,15 @@ def test_storages_are_of_a_type_and_a_device(cuda):
         assert isinstance(made, t.FloatStorage)
         assert not isinstance(made, t.cuda.FloatStorage)
     assert t.ones(2, device="cuda").double().storage().type() == "torch.cuda.DoubleStorage"
+    file = tmp_path / "numbers"
+    file.write_bytes(bytes(8))
+    for made in (t.FloatStorage.from_file(str(file), True, 2), t.FloatStorage.from_buffer(bytes(8), "native")):
+        assert (made.type(), made.device.type) == ("torch.FloatStorage", "cpu")
+        assert isinstance(made, t.FloatStorage)
+    copy = there.storage().cpu()
+    assert (copy.type(), copy.device.type) == ("torch.FloatStorage", "cpu")
+    copy.fill_(7)
+    assert there.tolist() == [1.0, 1.0]
 
 
 def test_a_warning_stands_under_the_programs_line(cuda):
@@ -904,3 +913,20 @@ def test_what_reaches_the_device_without_naming_it_is_counted(cuda):
     found = {(e.api, e.line) for e in cuda.adoption.entries() if e.file and e.file.endswith("implicit.py")}
     assert found == {("torch.set_default_device", 1), ("torch.device", 4), ("torch.Tensor.to", 6),
                      ("torch.Tensor.type_as", 7)}  # fmt: skip
+
+
+def test_what_was_compiled_before_takes_the_branch_of_an_adoption():
+    before = torch.compile(lambda x: x * 2 if x.device.type == "cuda" else x * 3, backend="eager")
+    assert before(torch.ones(1)).item() == 3
+    for _ in range(2):
+        with hal.adopt("cpu"):
+            assert before(importlib.import_module("torch").ones(1, device="cuda")).item() == 2
+        assert before(torch.ones(1)).item() == 3
+
+
+def test_a_torch_whose_fake_tensors_ask_otherwise_is_adopted(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    monkeypatch.delattr(FakeTensor, "_normalize_fake_device")
+    with hal.adopt("cpu"):
+        pass

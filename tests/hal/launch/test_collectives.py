@@ -223,6 +223,26 @@ def test_futures_hold_what_nccls_do(program):
     """)  # fmt: skip
 
 
+def test_groups_own_methods_take_torchs_names(program):
+    run(program, """
+    group, x, part, whole = dist.group.WORLD, numbers(2), torch.empty(1, device=device), torch.empty(4, device=device)
+    want = torch.cat([numbers(2, of=0), numbers(2, of=1)])
+    parts = [torch.empty(2, device=device) for _ in range(2)]
+    for work in (
+        group._allgather_base(output=whole, input=x), group.allgather(parts, x),
+        group.allgather(output_tensors=[parts], input_tensors=[x]),
+    ):
+        assert torch.equal(work.get_future().wait()[0].flatten(), want)
+    assert torch.equal(whole, want)
+    for call in (
+        lambda: group._reduce_scatter_base(outputTensor=part, inputTensor=x),
+        lambda: group.reduce_scatter(part, list(x.chunk(2))),
+        lambda: group.reduce_scatter(output_tensors=[part], input_tensors=[list(x.chunk(2))]),
+    ):
+        assert call().get_future().wait()[0].item() == want.view(2, 2).sum(0)[rank].item()
+    """)  # fmt: skip
+
+
 def test_callbacks_run_at_once_in_the_order_in_which_they_were_added(program):
     run(program, """
     import threading

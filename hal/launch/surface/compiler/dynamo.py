@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from operator import is_
@@ -43,6 +44,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
     when_loaded("torch._dynamo.symbolic_convert", "InstructionTranslatorBase", lambda kind: _imports(patches, kind))
     when_loaded("torch._dynamo.trace_rules", "get_tensor_method", lambda function: _methods(patches, function))
     when_loaded("torch._dynamo.eval_frame", "skip_code", _not_by_themselves)
+    _forget_compiled()
     patches.on_undo(_forget_compiled)
 
 
@@ -123,8 +125,9 @@ def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:
     patches.set(variable, "method_attr_device", method_attr_device)
     patches.set(variable, "method_attr_is_cuda", method_attr_is_cuda)
     patches.set(variable, "method_attr_is_cpu", method_attr_is_cpu)
-    patches.set(variable, "method_get_device", method_get_device)
-    patches.set(variable, "method_type", method_type)
+    for name, own, ours in (("get_device", true_get_device, method_get_device), ("type", true_type, method_type)):
+        if "tx" in inspect.signature(own).parameters:  # older versions of torch give them none
+            patches.set(variable, f"method_{name}", ours)
 
 
 def _devices(redirection: Redirection, patches: Patches, variable: Any) -> None:

@@ -24,7 +24,7 @@ def install(redirection: Redirection, patches: Patches) -> None:
 
     fake, converter = FakeTensor, FakeTensorConverter
     true_device: Any = vars(fake)["device"]
-    own_normalize, own_convert = fake._normalize_fake_device, converter.from_real_tensor
+    own_normalize, own_convert = getattr(fake, "_normalize_fake_device", None), converter.from_real_tensor
     hosts, count = redirection.hosts, redirection.audit.count
 
     def device(self: torch.Tensor) -> torch.device:
@@ -40,7 +40,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
     def normalize(device: torch.device) -> torch.device:
         """The net below eager code does not hold them: a CUDA device that torch's own code gives one is translated."""
         r = state._active
-        return own_normalize(device if r is None else r.translate(device))
+        assert own_normalize is not None
+        return own_normalize(device if r is None else r.translate(device))  # type: ignore[no-any-return]
 
     def from_real_tensor(self: Any, fake_mode: Any, t: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         made = own_convert(self, fake_mode, t, *args, **kwargs)
@@ -50,5 +51,6 @@ def install(redirection: Redirection, patches: Patches) -> None:
         return made
 
     patches.set(fake, "device", property(device, true_device.fset, doc=true_device.__doc__))
-    patches.set(fake, "_normalize_fake_device", staticmethod(normalize))
+    if own_normalize is not None:  # since torch 2.11
+        patches.set(fake, "_normalize_fake_device", staticmethod(normalize))
     patches.set(converter, "from_real_tensor", from_real_tensor)

@@ -43,8 +43,8 @@ def install(patches: Patches) -> None:
 def _take_note(patches: Patches, group: Any) -> None:
     import torch
 
-    def stacked(outputs: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        parts = outputs[0]
+    def stacked(outputs: list[Any]) -> list[torch.Tensor]:
+        parts = outputs if isinstance(outputs[0], torch.Tensor) else outputs[0]  # of this rank's only device
         alike = all(part.shape == parts[0].shape for part in parts)
         return [torch.stack(parts)] if alike else parts
 
@@ -60,9 +60,10 @@ def _take_note(patches: Patches, group: Any) -> None:
 
 def _noted(own: Callable[..., Any], result: Callable[[Any], list[torch.Tensor]], *, silent: bool) -> Callable[..., Any]:
     @functools.wraps(own)
-    def call(group: Any, outputs: Any, *args: Any, **kwargs: Any) -> Any:
-        work = own(group, outputs, *args, **kwargs)
+    def call(group: Any, *args: Any, **kwargs: Any) -> Any:
+        work = own(group, *args, **kwargs)
         if work is not None:
+            outputs = args[0] if args else next(x for name, x in kwargs.items() if name.startswith("out"))
             _results[work] = functools.partial(result, outputs)
             if silent:
                 _silent.add(work)
@@ -123,8 +124,10 @@ def together(works: Sequence[Any], result: list[torch.Tensor]) -> Any:
 
     class Several(Work):
         def wait(self, *args: Any, **kwargs: Any) -> bool:
-            done = [work.wait(*args, **kwargs) for work in works]  # all of them, whatever the first one says
-            return all(done)
+            with contextlib.ExitStack() as all_of_them:  # whatever one of them raises
+                for work in works:
+                    all_of_them.callback(work.wait, *args, **kwargs)
+            return True
 
         def is_completed(self) -> bool:
             return all(work.is_completed() for work in works)

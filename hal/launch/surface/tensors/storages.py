@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -122,6 +123,25 @@ def install(redirection: Redirection, patches: Patches) -> None:
             r.hosts.add_storage(made, False)
         return made
 
+    def on_host(own: Any) -> Any:
+        @functools.wraps(own)
+        def make(*args: Any, **kwargs: Any) -> Any:
+            made, r = own(*args, **kwargs), state.active()
+            if r is not None and r.hosts is not None:
+                r.hosts.add_storage(made)
+            return made
+
+        return staticmethod(make)
+
+    def typed_cpu(self: Any) -> Any:
+        r = state.active()
+        if r is None or r.hosts is None or inside(sys._getframe(1)):
+            return own_typed_cpu(self)
+        below = self._untyped_storage
+        return self._new_wrapped_storage(moved(r, below, true_device(below), True))
+
+    for name in ("from_file", "from_buffer"):
+        patches.set(storage, name, on_host(getattr(storage, name)))
     patches.set(torch.storage, "_get_storage_from_sequence", of_sequence)
     patches.set(storage, "__new__", staticmethod(new))
     patches.set(storage, "cuda", cuda)
@@ -129,6 +149,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
     patches.set(storage, "to", to)
     # Those of old, with a dtype, ask the storage below them, which takes torch's own code for the asker.
     typed: Any = torch.storage.TypedStorage
+    own_typed_cpu = typed.cpu
+    patches.set(typed, "cpu", typed_cpu)
     for owner, name, true, below in (
         (storage, "torch.UntypedStorage", true_device, lambda untyped: untyped),
         (typed, "torch.TypedStorage", typed.device.fget, lambda typed: typed._untyped_storage),
@@ -148,9 +170,7 @@ def _types(patches: Patches, typed: Any) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         own_init(self, *args, **kwargs)
         r, device = state.active(), kwargs.get("device")
-        made = (
-            kwargs.get("wrap_storage") is None
-        )  # by torch's own code, for one of the program's: `torch.FloatStorage(4)`
+        made = kwargs.get("wrap_storage") is None  # by torch's code, for the program's: `torch.FloatStorage(4)`
         if made and r is not None and r.hosts is not None and (device is None or r.is_host(device)):
             r.hosts.add_storage(self._untyped_storage)
 

@@ -68,7 +68,7 @@ def _is_for_fused_kernels(
     heads, shared = q.shape[-3], k.shape[-3]
     if k.shape[:-2] != v.shape[:-2] or not (heads == shared or (enable_gqa and heads % shared == 0)):
         return False
-    return mask is None or (mask.ndim > 1 and mask.dtype in (torch.bool, torch.float32, q.dtype))
+    return mask is None or (1 < mask.ndim <= q.ndim and mask.dtype in (torch.bool, torch.float32, q.dtype))
 
 
 def forward(

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -40,39 +40,42 @@ def switches(count: Callable[[str], None]) -> list[tuple[Switch, object]]:
 
 
 class _Entry(MetaPathFinder):
-    """Inductor's one entry, which every way to it looks up: it is replaced when its module is there.
+    """Inductor's entry: it is replaced while a device is open, now or whenever its module is executed.
 
     To import that takes as long as all of torch, and most programs compile nothing.
     """
 
     count: Callable[[str], None] | None = None
     """Told of what compiled code computes by itself, while a device is open."""
-    _own: Callable[..., Any] | None = None
-    _inside = threading.local()
+
+    def __init__(self) -> None:
+        self._own: Callable[..., Any] | None = None
+        self._ours: Callable[..., Any] | None = None
+        self._here = threading.local()
+        self._compiling = threading.RLock()  # the compiler's tables are those of all threads
 
     def lead_to(self, count: Callable[[str], None] | None) -> None:
-        """Replace the entry, now or when it is there; or put torch's own back. What was compiled is compiled anew."""
+        """Replace the entry, or put torch's own back. What was compiled is compiled anew."""
         self.count = count
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
         module = sys.modules.get(_MODULE)
-        if count is None:
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            if self._own is not None and module is not None:
-                module.compile_fx = self._own  # type: ignore[attr-defined]
-            self._own = None
-        elif module is None:
+        if module is not None and self._ours is not None and vars(module).get("compile_fx") is self._ours:
+            module.compile_fx = self._own  # type: ignore[attr-defined]
+        self._own = self._ours = None
+        if count is not None:
             sys.meta_path.insert(0, self)
-        else:
-            self._replace(module)
-        if "torch._dynamo" in sys.modules:
-            sys.modules["torch._dynamo"].reset()
+            if module is not None:
+                self._replace(importlib.import_module(_MODULE))  # waits for a thread that is just importing it
+        reset = getattr(sys.modules.get("torch._dynamo"), "reset", None)
+        if reset is not None:
+            reset()
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Let others find the module, and replace its entry once it is executed."""
         if fullname != _MODULE:
             return None
-        sys.meta_path.remove(self)
-        found = importlib.util.find_spec(fullname)
+        found = PathFinder.find_spec(fullname, path, target)  # type: ignore[arg-type]
         if found is None or found.loader is None:
             return found
         execute = found.loader.exec_module
@@ -86,7 +89,9 @@ class _Entry(MetaPathFinder):
         return found
 
     def _replace(self, module: ModuleType) -> None:
-        own: Callable[..., Any] = vars(module)["compile_fx"]
+        own = vars(module).get("compile_fx")
+        if own is None or own is self._ours:
+            return
 
         @functools.wraps(own)
         def compile_with_products(*args: Any, **kwargs: Any) -> Any:
@@ -94,18 +99,19 @@ class _Entry(MetaPathFinder):
 
             count = self.count
             # It calls itself. What is compiled ahead of time is C++ alone, and counted when it is loaded.
-            if count is None or V.aot_compilation or getattr(self._inside, "entry", False):
+            if count is None or V.aot_compilation or getattr(self._here, "compiling", False):
                 return own(*args, **kwargs)
             given = inspect.signature(own).bind(*args, **kwargs).arguments
             given["config_patches"] = {**(given.get("config_patches") or {}), "cpp_wrapper": False}
-            self._inside.entry = True
-            try:
-                with _left_as_calls(count):
-                    return own(**given)
-            finally:
-                self._inside.entry = False
+            with self._compiling:
+                self._here.compiling = True
+                try:
+                    with _left_as_calls(count):
+                        return own(**given)
+                finally:
+                    self._here.compiling = False
 
-        self._own = own
+        self._own, self._ours = own, compile_with_products
         module.compile_fx = compile_with_products  # type: ignore[attr-defined]
 
 

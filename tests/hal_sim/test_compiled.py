@@ -2,6 +2,7 @@
 """Compiled code on a simulated device: its products are the unit's, bit for bit, whenever it was compiled."""
 
 import functools
+import gc
 import importlib
 import subprocess
 import sys
@@ -127,7 +128,7 @@ def multiplied(a, b):
 
 
 @pytest.mark.parametrize("cpp", [False, True])
-def test_every_way_to_inductor_leads_to_the_unit(cpp):
+def test_other_ways_to_inductor_lead_to_the_unit(cpp):
     from torch._inductor import compile_fx
 
     own = compile_fx.compile_fx
@@ -156,9 +157,48 @@ assert not any("hal_sim" in type(finder).__module__ for finder in sys.meta_path)
 """
 
 
-def test_a_compiler_that_is_loaded_later_leads_to_the_unit_too():
-    done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False, timeout=240)
+FAILS = """
+import importlib.abc, importlib.util, sys
+
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch._inductor.codecache":  # which the module imports
+            sys.meta_path.remove(self)
+            raise KeyboardInterrupt
+
+def interrupted():
+    importlib.util.find_spec("torch._inductor.compile_fx")
+    sys.meta_path.insert(0, Interrupts())
+    try:
+        import torch._inductor.compile_fx
+    except KeyboardInterrupt:
+        return
+    raise AssertionError("it was imported")
+"""
+
+
+@pytest.mark.parametrize("first", ["", "interrupted()"])
+def test_a_compiler_that_is_loaded_later_leads_to_the_unit_too(first):
+    code = FAILS + LATE.replace("    compiled =", f"    {first}\n    compiled =")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_entry_is_put_back_where_a_device_was_dropped():
+    own, finders = torch._inductor.compile_fx.compile_fx, len(sys.meta_path)
+
+    def drop():
+        hal.open_device("sim:h200")
+        gc.collect()
+
+    with pytest.warns(ResourceWarning):
+        drop()
+    gc.collect()
+    with hal.open_device("sim:a100/strict"):
+        a, b = A[:1], V[:, None]
+        assert torch.equal(torch.compile(multiplied)(a, b), multiplied(a, b))
+    assert torch._inductor.compile_fx.compile_fx is own
+    assert len(sys.meta_path) == finders
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch's export

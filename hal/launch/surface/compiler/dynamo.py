@@ -71,8 +71,9 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
 
 def _forget_compiled() -> None:
     """What was compiled keeps the answers that it was given."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
+    reset = getattr(sys.modules.get("torch._dynamo"), "reset", None)  # none while another thread imports it
+    if reset is not None:
+        reset()
 
 
 def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:

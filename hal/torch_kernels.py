@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -79,6 +80,13 @@ def _leave_to_python(kernel: Kernel) -> None:
     skip = frames._FrameAction.SKIP
     code = getattr(kernel, "func", kernel).__code__
     frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+
+
+def forget_compiled() -> None:
+    """Have all compiled code compiled anew: it keeps the kernels and the answers that it was given."""
+    reset = getattr(sys.modules.get("torch._dynamo"), "reset", None)  # none while another thread imports it
+    if reset is not None:
+        reset()
 
 
 def _own(operator: Any, key: str) -> Kernel | None:

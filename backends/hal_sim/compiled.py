@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any
 
 from hal.changes import Switch
+from hal.torch_kernels import forget_compiled
 
 _PRODUCTS = frozenset({"mm", "bmm", "addmm", "baddbmm", "addbmm", "addmv", "mv"})
 
@@ -67,9 +68,7 @@ class _Entry(MetaPathFinder):
             sys.meta_path.insert(0, self)
             if module is not None:
                 self._replace(importlib.import_module(_MODULE))  # waits for a thread that is just importing it
-        reset = getattr(sys.modules.get("torch._dynamo"), "reset", None)
-        if reset is not None:
-            reset()
+        forget_compiled()
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
         """Let others find the module, and replace its entry once it is executed."""

@@ -31,21 +31,19 @@ def install(patches: Patches) -> None:
 
 
 def settle() -> None:
-    """Wait until gloo's threads have nothing left to do, as long as patience lasts, or until it is interrupted."""
-    with contextlib.suppress(KeyboardInterrupt):
-        _settle()
+    """Wait until gloo's threads have nothing left to do, as long as patience lasts, or until it is interrupted.
 
-
-def _settle() -> None:
-    """Wait. Only Linux says what a thread does."""
+    Only Linux says what a thread does.
+    """
     deadline = time.monotonic() + PATIENCE_S
     before = None
-    while (now := _threads()) and time.monotonic() < deadline:
-        # Asleep on both looks, and not awake between them. One that waits for Python's lock has it while we sleep.
-        if now == before and all(state == "S" for state, _ in now.values()):
-            return
-        before = now
-        time.sleep(_INTERVAL_S)
+    with contextlib.suppress(KeyboardInterrupt):
+        while (now := _threads()) and time.monotonic() < deadline:
+            # Asleep on both looks, and not awake between them. One that waits for Python's lock has it while we sleep.
+            if now == before and all(state == "S" for state, _ in now.values()):
+                return
+            before = now
+            time.sleep(_INTERVAL_S)
 
 
 def _threads() -> dict[str, tuple[str, str]]:

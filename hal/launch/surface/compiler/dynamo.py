@@ -23,6 +23,7 @@ from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.stand_ins import seen
 from hal.launch.surface.compiler import traced
+from hal.torch_kernels import forget_compiled
 
 _REPLACED_METHODS = ("to", "cuda", "cpu", "type", "pin_memory", "record_stream", "get_device", "is_pinned", "new_empty",
                      "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros", "numpy",
@@ -44,8 +45,8 @@ def install(redirection: Redirection, patches: Patches) -> None:
     when_loaded("torch._dynamo.symbolic_convert", "InstructionTranslatorBase", lambda kind: _imports(patches, kind))
     when_loaded("torch._dynamo.trace_rules", "get_tensor_method", lambda function: _methods(patches, function))
     when_loaded("torch._dynamo.eval_frame", "skip_code", _not_by_themselves)
-    _forget_compiled()
-    patches.on_undo(_forget_compiled)
+    forget_compiled()
+    patches.on_undo(forget_compiled)
 
 
 def _not_by_themselves(skip_code: Callable[[CodeType], None]) -> None:
@@ -67,13 +68,6 @@ def _with_inner(code: CodeType) -> Iterator[CodeType]:
     for part in code.co_consts:
         if isinstance(part, CodeType):
             yield from _with_inner(part)
-
-
-def _forget_compiled() -> None:
-    """What was compiled keeps the answers that it was given."""
-    reset = getattr(sys.modules.get("torch._dynamo"), "reset", None)  # none while another thread imports it
-    if reset is not None:
-        reset()
 
 
 def _tensors(redirection: Redirection, patches: Patches, variable: Any) -> None:

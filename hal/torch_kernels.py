@@ -34,13 +34,22 @@ def has_kernel(operator: Any, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), key)
 
 
+def register(library: Any, operator: Any, key: str, kernel: Kernel, **how: bool) -> None:
+    """Register a kernel, and have those who trace ask anew which one serves the key: torch keeps what it once found.
+
+    So an operator that was compiled before would go on being decomposed where there is a kernel now.
+    """
+    library.impl(operator, kernel, key, **how)
+    operator._dispatch_cache.clear()
+
+
 def add_kernel(library: Any, name: str, key: str, kernel: Kernel) -> None:
     """Register a kernel where this version of torch has the operator, and no kernel of its own."""
     found = find_operator(name)
     if found is not None and not has_kernel(found, key):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is one which is idle
-            library.impl(found, kernel, key)
+            register(library, found, key, kernel)
 
 
 def can_replace() -> bool:
@@ -67,7 +76,7 @@ def replace_kernel(library: Any, operator: Any, key: str, make: Callable[[Kernel
     _leave_to_python(kernel)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there was a kernel before; it is called, and comes back
-        library.impl(operator, kernel, key, with_keyset=True)
+        register(library, operator, key, kernel, with_keyset=True)
 
 
 def _leave_to_python(kernel: Kernel) -> None:

@@ -123,6 +123,25 @@ def test_code_in_cpp_alone_reaches_the_unit_too():
         assert all(map(torch.equal, found, computed(*given)))
 
 
+BEFORE = """
+import torch, hal
+
+def attend(q, k, v):
+    return torch.nn.functional.scaled_dot_product_attention(q * 1.5, k, v, is_causal=True)
+
+torch.manual_seed(0)
+q, k, v = (torch.randn(2, 3, 9, size).bfloat16().requires_grad_() for size in (16, 16, 8))
+torch.compile(attend)(q, k, v)
+with hal.open_device("sim:h200/strict"):
+    assert torch.equal(torch.compile(attend)(q, k, v), attend(q, k, v))
+"""
+
+
+def test_what_was_traced_before_the_first_opening_does_not_decompose_attention_for_good():
+    done = subprocess.run([sys.executable, "-c", BEFORE], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
 def multiplied(a, b):
     return a @ b + 1
 

@@ -20,7 +20,7 @@ from typing import Any
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
 from hal.launch.surface.operators.widened import TRANSFORMS
-from hal.torch_kernels import Kernel, can_replace, find_operator, has_kernel, replace_kernel
+from hal.torch_kernels import Kernel, can_replace, find_operator, has_kernel, register, replace_kernel
 
 _FP32 = (
     "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt",
@@ -114,7 +114,7 @@ def _register(library: Any, name: str, make: Callable[[Any], Rule]) -> None:
         return kernel_instead
 
     if not has_kernel(own_operator, key):
-        library.impl(own_operator, kernel, key)
+        register(library, own_operator, key, kernel)
     elif can_replace():
         replace_kernel(library, own_operator, key, instead_of)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hal.launch.awaited import when_loaded
 from hal.launch.patches import Patches
 from hal.launch.redirection import Redirection
-from hal.torch_kernels import Kernel, add_kernel, can_replace, find_operator, has_kernel, replace_kernel
+from hal.torch_kernels import Kernel, add_kernel, can_replace, find_operator, has_kernel, register, replace_kernel
 
 if TYPE_CHECKING:
     import torch
@@ -60,9 +60,9 @@ def install(redirection: Redirection, patches: Patches) -> None:
             continue
         kernel = _transform(transform, redirection)
         for key in ("CPU", "AutogradCPU", "FuncTorchBatched"):
-            library.impl(transform, kernel, key)
+            register(library, transform, key, kernel)
         if into is not None:
-            library.impl(into, functools.partial(_into, into, kernel), "CPU")
+            register(library, into, "CPU", functools.partial(_into, into, kernel))
 
 
 def _left_as_calls(patches: Patches, lowerings: dict[Any, Any]) -> None:
